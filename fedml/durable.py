@@ -1,0 +1,157 @@
+"""Files that survive `kill -9` and power loss: atomic replacement, append-only logs, folder locks.
+
+A write has happened when the call returns: file and folder are fsynced. What a crash leaves
+behind is always the old state, the new state, or the old state plus a torn last record, which
+the next `Log` cuts off and reports.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedml.errors import ConfigError, Corrupt
+
+Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meaning
+
+
+def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Make `path` hold exactly `data`, or leave it as it was; parent folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror}; free space or rights") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames, creations and deletions in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value; raises `ConfigError` if absent, `Corrupt` if unreadable."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; is the folder right?") from error
+    except (OSError, ValueError) as error:
+        raise Corrupt(f"{path} is damaged ({error}); restore it from a backup") from error
+
+
+def dump_json(value: object) -> bytes:
+    """Return canonical JSON: sorted keys, no spaces, so equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@contextmanager
+def lock(folder: Path, owner: str) -> Iterator[None]:
+    """Hold `folder` for this process; raises `ConfigError` if another process has it.
+
+    The kernel lets go when the process ends, however it ends, so no lock is ever stale.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            raise ConfigError(
+                f"{folder} is in use by {holder or 'another process'}; stop that one first"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{owner} (process {os.getpid()})".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Log:
+    """An append-only file of JSON records, one a line, each with a checksum and fsynced.
+
+    Opening replays it. A torn last line, which is what a crash in the middle of `append` leaves,
+    is cut off and kept in `torn`; damage anywhere else raises `Corrupt`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.torn = path, b""
+        self.records: list[Record] = []
+        data = path.read_bytes() if path.exists() else b""
+        whole = self._replay(data)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        if whole < len(data):
+            self.torn = data[whole:]
+            os.ftruncate(self._descriptor, whole)
+            os.fsync(self._descriptor)
+        if not data:
+            sync_folder(path.parent)
+
+    def _replay(self, data: bytes) -> int:
+        end, total = 0, len(data)
+        while end < total:
+            stop = data.find(b"\n", end)
+            record = None if stop < 0 else _parse(data[end:stop])
+            if record is None:
+                if 0 <= stop < total - 1:
+                    raise Corrupt(f"{self.path}: damaged at byte {end}; restore it from a backup")
+                break
+            self.records.append(record)
+            end = stop + 1
+        return end
+
+    def append(self, record: Record) -> None:
+        """Add `record`; when this returns it is on the disk. Raises `ConfigError` if it cannot be.
+
+        A failed append (disk full) leaves the log as it was.
+        """
+        body = dump_json(record)
+        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        end = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                raise OSError(28, "no space left on the disk")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, end)
+            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
+        self.records.append(json.loads(body))
+
+    def select(self, test: Callable[[Record], bool]) -> list[Record]:
+        """Return the records, oldest first, for which `test` holds."""
+        return [record for record in self.records if test(record)]
+
+    def close(self) -> None:
+        """Let go of the file; the log is not to be used again."""
+        os.close(self._descriptor)
+
+
+def _parse(line: bytes) -> Record | None:
+    checksum, _, body = line.partition(b" ")
+    try:
+        if int(checksum, 16) != zlib.crc32(body):
+            return None
+        record = json.loads(body)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,88 @@
+"""Every error fedml raises, grouped by what the caller can do about it.
+
+FedmlError
+├── ConfigError          a setting, file or argument must change; retrying is useless
+│   └── Contradiction    several settings disagree; the message lists every reason
+├── Refused              someone's policy said no; retrying is useless
+│   ├── PermissionDenied
+│   └── BudgetExhausted
+├── Unreachable          the network or the peer; retrying is right
+├── Untrusted            a check failed; drop the data and alarm
+│   ├── MalformedMessage
+│   │   └── MalformedUpdate
+│   └── Corrupt          a file of ours is not what we wrote; restore it from a backup
+├── TaskFailed           the work itself broke (crash, out of memory, time limit)
+└── RoundFailed          this round is over, the run may go on
+    └── QuorumLost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FedmlError(Exception):
+    """Base of all errors that fedml raises on purpose; its text is one line for a person."""
+
+
+class ConfigError(FedmlError):
+    """A setting, a file or an argument is missing or wrong; the text says how to mend it."""
+
+
+class Contradiction(ConfigError):
+    """Settings that cannot hold together; `reasons` has one sentence for each conflict."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = tuple(reasons)
+
+
+class Refused(FedmlError):
+    """A policy, of the coordinator or of a site, forbids the request."""
+
+
+class PermissionDenied(Refused):
+    """The caller's role or certificate does not allow the action."""
+
+
+class BudgetExhausted(Refused):
+    """The next charge would exceed a site's privacy budget; nothing was charged."""
+
+    def __init__(self, what: str, spent: float, asked: float, limit: float) -> None:
+        super().__init__(
+            f"{what}: epsilon {spent:.3f} spent, {asked:.3f} after this task, limit {limit:.3f}; "
+            "raise the limit in the site's policy or stop the run"
+        )
+        self.what, self.spent, self.asked, self.limit = what, spent, asked, limit
+
+
+class Unreachable(FedmlError):
+    """The peer did not answer; the call may be repeated."""
+
+
+class Untrusted(FedmlError):
+    """A signature, digest or shape check failed; the data was dropped."""
+
+
+class MalformedMessage(Untrusted):
+    """Bytes that do not decode to a message within the protocol's limits."""
+
+
+class MalformedUpdate(MalformedMessage):
+    """An update does not fit the model it claims to change."""
+
+
+class Corrupt(Untrusted):
+    """A file of our own is damaged in a way that no crash of ours can explain."""
+
+
+class TaskFailed(FedmlError):
+    """A site's work on a task broke: it crashed, ran out of memory or out of time."""
+
+
+class RoundFailed(FedmlError):
+    """A round ended without a new model version."""
+
+
+class QuorumLost(RoundFailed):
+    """Too few sites answered before the deadline."""

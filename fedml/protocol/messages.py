@@ -1,0 +1,298 @@
+"""What sites and the coordinator say to each other, as frozen dataclasses.
+
+Commands go to a site (`Command`), events come from it (`SiteEvent`); tensors travel apart, as
+`Blob`s named by digest. Nothing else leaves a site: this file is the whole list. It imports no
+torch, so that a site's daemon, which never looks into a tensor, stays small.
+
+Each value checks itself at birth and raises `ConfigError` with the bad value; a codec or a
+host that meets foreign input turns that into its own error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NewType
+
+from fedml.errors import ConfigError
+
+SiteId = NewType("SiteId", str)
+RunId = NewType("RunId", str)
+TaskId = NewType("TaskId", str)
+Scores = Mapping[str, float]  # metric name to value
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def check_name(what: str, name: str) -> str:
+    """Return `name` if it is fit for a file, a URL and a certificate; else raise `ConfigError`."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{what} {name!r}: use 1-63 of a-z 0-9 . _ - and start with a-z or 0-9")
+    return name
+
+
+def check_digest(what: str, digest: str) -> str:
+    """Return `digest` if it is a SHA-256 in lower-case hex; else raise `ConfigError`."""
+    if not _DIGEST.fullmatch(digest):
+        raise ConfigError(f"{what} {digest[:70]!r} is no SHA-256 in lower-case hex")
+    return digest
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that travel apart from messages: SHA-256 in hex, and length in bytes."""
+
+    digest: str
+    size: int
+
+    def __post_init__(self) -> None:
+        check_digest("blob", self.digest)
+        if self.size < 0:
+            raise ConfigError(f"blob size {self.size}")
+
+
+@dataclass(frozen=True)
+class RecipeId:
+    """A recipe by name and by the SHA-256 of its source, so both ends mean the same code."""
+
+    name: str
+    digest: str
+
+    def __post_init__(self) -> None:
+        check_name("recipe", self.name)
+        check_digest("recipe digest", self.digest)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a site trains in one round: plain SGD, for `steps` batches or for `epochs` passes.
+
+    `batch_size` 0 takes all rows in each step. Under record-level privacy a batch is a Poisson
+    sample of that expected size, and `steps` is required.
+    """
+
+    lr: float
+    steps: int = 0
+    epochs: int = 0
+    batch_size: int = 0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"training.lr {self.lr}: must be above 0")
+        if (self.steps > 0) == (self.epochs > 0) or min(self.steps, self.epochs) < 0:
+            raise ConfigError(
+                f"training.steps {self.steps} and training.epochs {self.epochs}: set exactly one"
+            )
+        if self.batch_size < 0:
+            raise ConfigError(f"training.batch_size {self.batch_size}: 0 (all rows) or more")
+        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
+            raise ConfigError(
+                f"training.momentum {self.momentum}, weight_decay {self.weight_decay}: "
+                "momentum lies in [0, 1), weight_decay is 0 or more"
+            )
+
+
+PrivacyMode = Literal["none", "record"]
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The guarantee a run asks of each site; the site's own policy may refuse it.
+
+    Mode `record` is (epsilon, delta)-DP for adding or removing one row, over the whole run:
+    `epsilon` for a training row after `rounds` rounds, and `evaluation_epsilon` for each
+    evaluation of a held-out row (0: no scores leave the site). `clip` bounds the L2 norm of one
+    row's gradient. Mode `none` promises nothing but that rows stay home.
+    """
+
+    mode: PrivacyMode = "none"
+    epsilon: float = 0.0
+    delta: float = 0.0
+    clip: float = 1.0
+    rounds: int = 1
+    evaluation_epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("none", "record"):
+            raise ConfigError(f"privacy.mode {self.mode!r}: use 'none' or 'record'")
+        if self.mode == "record" and not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
+            raise ConfigError(
+                f"privacy.epsilon {self.epsilon}, delta {self.delta}: epsilon > 0, 0 < delta < 1"
+            )
+        if not 0 < self.clip < math.inf:
+            raise ConfigError(f"privacy.clip {self.clip}: must be above 0")
+        if self.rounds < 1 or not 0 <= self.evaluation_epsilon < math.inf:
+            raise ConfigError(
+                f"privacy.rounds {self.rounds}, evaluation_epsilon {self.evaluation_epsilon}: "
+                "rounds is 1 or more, evaluation_epsilon 0 or more"
+            )
+
+
+# --- commands: what the coordinator sends down a site's stream --------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """First command on a stream: the coordinator's version, and its heartbeat in seconds."""
+
+    version: str
+    heartbeat: float
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A task as it travels: `model` holds the brief's tensors, part "" the parameters.
+
+    `deadline` is in seconds from receipt; the coordinator stops waiting then.
+    """
+
+    task: TaskId
+    run: RunId
+    round: int
+    kind: Literal["train", "evaluate"]
+    recipe: RecipeId
+    dataset: str
+    model: Blob
+    training: Training
+    privacy: Privacy
+    rule: str = "plain"
+    settings: Mapping[str, float] = field(default_factory=dict)
+    cohort: int = 1  # how many sites were asked; a site's policy may want a minimum
+    seed: int = 0  # of batch order and dropout; never of privacy noise
+    deadline: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_name("dataset", self.dataset)
+        if self.kind not in ("train", "evaluate"):
+            raise ConfigError(f"task kind {self.kind!r}: 'train' or 'evaluate'")
+        if self.round < 1 or self.cohort < 1 or not 0 < self.deadline < math.inf:
+            raise ConfigError(
+                f"task {self.task}: round {self.round}, cohort {self.cohort}, "
+                f"deadline {self.deadline}: all must be positive"
+            )
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop working on a task; its result is no longer wanted."""
+
+    task: TaskId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Forget:
+    """The task's round is committed (or void): the site may delete what it kept for it."""
+
+    task: TaskId
+
+
+@dataclass(frozen=True)
+class ReleaseNotice:
+    """A release was published or rolled back; look at the signed channel of `model`."""
+
+    model: str
+
+    def __post_init__(self) -> None:
+        check_name("model", self.model)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """I am alive; sent both ways on a quiet stream."""
+
+
+Command = Welcome | Assignment | Cancel | Forget | ReleaseNotice | Beat
+
+
+# --- events: all that a site ever sends -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """A site's dataset as the operator made it public: no row, no count that was not declared.
+
+    `rows` is the public row count from the site's policy. `digest` is keyed with a secret of the
+    site (HMAC-SHA-256): equal while the data stay the same, and no oracle for guessing them.
+    """
+
+    name: str
+    rows: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a site's endpoint serves: the release's manifest digest, "" when none."""
+
+    model: str
+    version: int
+    digest: str
+    state: Literal["live", "refused", "none"]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """First event on a stream: who speaks is in the certificate, this is what it can do."""
+
+    version: str
+    device: str
+    recipes: tuple[RecipeId, ...] = ()
+    datasets: tuple[DatasetCard, ...] = ()
+    serving: tuple[Serving, ...] = ()
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The site has the task on its disk and works on it."""
+
+    task: TaskId
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The site's policy refuses the task; asking again is useless."""
+
+    task: TaskId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The site tried and could not; asking again may help."""
+
+    task: TaskId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The update is on the site's disk, charged, and uploaded as `update`.
+
+    Parts of the blob: `delta`, and each slot by its name.
+    """
+
+    task: TaskId
+    update: Blob
+    weight: float
+    metrics: Scores = field(default_factory=dict)
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation's sums; see `Report`."""
+
+    task: TaskId
+    totals: Scores
+    count: float
+    epsilon: float = 0.0
+
+
+SiteEvent = Hello | Accepted | Declined | Failed | Trained | Scored | Serving | Beat

@@ -1,0 +1,106 @@
+"""What operators ask of a coordinator, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedml.protocol.messages import DatasetCard, RunId, Scores, Serving, SiteId
+
+RunState = Literal["queued", "waiting", "running", "evaluating", "done", "failed", "stopped"]
+Role = Literal["site", "operator", "viewer"]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A site whose update entered a round: its weight, update digest, epsilon spent so far."""
+
+    site: SiteId
+    weight: float
+    digest: str
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A round's fate: who was asked, who counted, who did not and why, and what came of it.
+
+    `left_out` are sites that were not asked, with the reason; `model` is the digest of the
+    parameters after the round, "" if it failed; times are seconds since the epoch.
+    """
+
+    run: RunId
+    round: int
+    attempt: int
+    asked: tuple[SiteId, ...]
+    counted: tuple[Counted, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    metrics: Scores = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+    model: str = ""
+    opened: float = 0.0
+    closed: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run in one line. `version` is the model version it registered, 0 if none yet."""
+
+    id: RunId
+    model: str
+    state: RunState
+    round: int
+    rounds: int
+    submitted: float
+    detail: str = ""
+    version: int = 0
+    scores: Scores = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunDetail:
+    """A run with its plan, as canonical JSON, and all its receipts."""
+
+    info: RunInfo
+    plan: str
+    receipts: tuple[Receipt, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered version. `manifest` is its lineage as canonical JSON."""
+
+    model: str
+    version: int
+    run: RunId
+    state: Literal["candidate", "live", "withdrawn"]
+    digest: str
+    created: float
+    scores: Scores = field(default_factory=dict)
+    epsilon: Mapping[str, float] = field(default_factory=dict)  # by site
+    manifest: str = ""
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What the coordinator knows of a site; `seen` is in seconds since the epoch, 0 for never."""
+
+    site: SiteId
+    connected: bool
+    seen: float
+    device: str = ""
+    version: str = ""
+    datasets: tuple[DatasetCard, ...] = ()
+    serving: tuple[Serving, ...] = ()
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """A join token, shown once; it dies at `expires`, seconds since the epoch."""
+
+    token: str
+    name: str
+    role: Role
+    expires: float
