@@ -47,7 +47,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is what it is; callers check it
     """Return a JSON file's value; raises `ConfigError` if absent, `Corrupt` if unreadable."""
     try:
         return json.loads(path.read_bytes())

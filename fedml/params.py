@@ -10,6 +10,7 @@ exactly, and never scaled or averaged into floats.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -237,7 +238,7 @@ def encode(parts: Mapping[str, Params]) -> list[memoryview]:
                 key = f"{part}:{name}" if part else name
                 header[key] = _entry(dtype, shape, start, end)
         buffer = params.buffers[dtype].detach().cpu().contiguous()
-        pieces.append(memoryview(buffer.view(torch.uint8).numpy()))
+        pieces.append(buffer.view(torch.uint8).numpy().data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]
@@ -303,7 +304,7 @@ def _gather(entries: _Entries, body: memoryview) -> Params:
     buffers: dict[torch.dtype, Tensor] = {}
     for dtype, size in layout.sizes.items():
         spans = [entries[n][2:] for n, d, _ in layout.fields if d == dtype]
-        solid = all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+        solid = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         aligned = spans[0][0] % dtype.itemsize == 0
         if size == 0:
             buffers[dtype] = torch.empty(0, dtype=dtype)

@@ -28,7 +28,7 @@ RELEASES = Counter("fedml_releases_total", "Releases a site met", ["outcome"])
 
 
 def configure_logging(*, verbose: bool = False) -> None:
-    """Send logs to standard error: coloured lines on a terminal, one JSON object a line elsewhere."""
+    """Log to standard error: coloured lines on a terminal, one JSON object a line elsewhere."""
     terminal = sys.stderr.isatty()
     structlog.configure(
         processors=[
