@@ -187,9 +187,14 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Forget:
-    """The task's round is committed (or void): the site may delete what it kept for it."""
+    """The task's round is over: the site may delete what it kept for it.
+
+    `counted` says that the update entered the model, so the algorithm's own state at the site
+    moves on with it.
+    """
 
     task: TaskId
+    counted: bool
 
 
 @dataclass(frozen=True)
@@ -239,13 +244,17 @@ class Serving:
 
 @dataclass(frozen=True)
 class Hello:
-    """First event on a stream: who speaks is in the certificate, this is what it can do."""
+    """First event on a stream: who speaks is in the certificate, this is what it can do.
+
+    `kept` are the tasks whose results the site still holds; it is told which it may forget.
+    """
 
     version: str
     device: str
     recipes: tuple[RecipeId, ...] = ()
     datasets: tuple[DatasetCard, ...] = ()
     serving: tuple[Serving, ...] = ()
+    kept: tuple[TaskId, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""Starts, watches and stops the worker: the child process in which recipes run.
+
+The daemon itself never imports a recipe. The worker process loads the libraries once and forks
+for every task, so a task starts in milliseconds, a crash is one lost task, and all memory, a
+GPU's too, goes back when the task ends. If the daemon dies, the kernel ends the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedml.errors import TaskFailed
+from fedml.site.policy import Policy
+
+_WATCH = 0.2  # seconds between looks at the memory of a running task
+
+
+class Foreman:
+    """Runs one task at a time in a worker, within the policy's time and memory."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._server: asyncio.subprocess.Process | None = None
+        self._busy = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the worker process ahead of the first task."""
+        threads = str(self._policy.threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        self._server = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "fedml.site.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=environment,
+            limit=2**20,
+        )
+
+    async def stop(self) -> None:
+        """End the worker and whatever it is doing."""
+        server, self._server = self._server, None
+        if server is not None and server.returncode is None:
+            server.kill()
+            await server.wait()
+
+    async def run(self, job: Mapping[str, Any], outcome: Path) -> Mapping[str, Any]:
+        """Do `job` and return what the worker wrote to `outcome`.
+
+        Raises `TaskFailed` with the reason if it failed, crashed, or went over a limit.
+        Cancelling this call kills the task at once.
+        """
+        async with self._busy:
+            status, breach = await self._fork(job)
+        if breach:
+            raise TaskFailed(breach)
+        if status == 0 and outcome.exists():
+            return dict(json.loads(outcome.read_bytes()))
+        error = outcome.with_name("error.json")
+        if error.exists():
+            raise TaskFailed(str(json.loads(error.read_bytes())["error"]))
+        what = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        raise TaskFailed(f"the worker crashed ({what}); see the site's log")
+
+    async def _fork(self, job: Mapping[str, Any]) -> tuple[int, str]:
+        """Return the task's exit status, and which limit it broke, if any."""
+        if self._server is None or self._server.returncode is not None:
+            await self.start()
+        server = self._server
+        assert server is not None and server.stdin is not None and server.stdout is not None
+        try:
+            server.stdin.write(json.dumps(job).encode() + b"\n")
+            await server.stdin.drain()
+            child = int(json.loads(await server.stdout.readline())["pid"])
+            ended = asyncio.ensure_future(server.stdout.readline())
+            async with self._killed_at_exit(child, ended):
+                breach = await self._watch(child, ended)
+            return int(json.loads(await ended)["status"]), breach
+        except (ValueError, KeyError, ConnectionError) as error:
+            await self.stop()
+            raise TaskFailed(f"the worker process ended ({error}); it will be restarted") from error
+        except asyncio.CancelledError:
+            await self.stop()  # its pipe may hold half an answer
+            raise
+
+    @asynccontextmanager
+    async def _killed_at_exit(
+        self, child: int, ended: asyncio.Future[bytes]
+    ) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            if not ended.done():
+                _kill(child)
+
+    async def _watch(self, child: int, ended: asyncio.Future[bytes]) -> str:
+        """Wait for the end, or until a limit is broken; return which."""
+        loop = asyncio.get_running_loop()
+        close = loop.time() + self._policy.task_seconds
+        while True:
+            await asyncio.wait([ended], timeout=_WATCH)
+            if ended.done():
+                return ""
+            used = _resident(child) / 2**20
+            if used > self._policy.task_memory_mb:
+                return (
+                    f"the task took {used:.0f} MB, policy task_memory_mb = "
+                    f"{self._policy.task_memory_mb}; raise it or use smaller batches"
+                )
+            if loop.time() > close:
+                return (
+                    f"the task ran longer than policy task_seconds = "
+                    f"{self._policy.task_seconds:.0f}; raise it or give it less to do"
+                )
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

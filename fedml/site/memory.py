@@ -1,0 +1,109 @@
+"""What a site remembers of tasks, on its disk: order, result, and the algorithm's own state.
+
+A finished result is kept, byte for byte, until the coordinator says that the round is over, so
+a retry or a crash on either side never makes the site compute, or charge, the same task again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedml import durable
+from fedml.errors import MalformedMessage
+from fedml.protocol import codec
+from fedml.protocol.messages import Assignment, RunId, Scored, TaskId, Trained
+
+Result = Trained | Scored
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The folder of one task: what came in, what the worker left, what goes out."""
+
+    folder: Path
+
+    @property
+    def update(self) -> Path:
+        """The finished update's tensors, as they will travel."""
+        return self.folder / "update.safetensors"
+
+    @property
+    def outcome(self) -> Path:
+        """What the worker says of its work, written last."""
+        return self.folder / "outcome.json"
+
+    @property
+    def memory(self) -> Path:
+        """The algorithm's state after this task, kept for good once the task has counted."""
+        return self.folder / "memory.safetensors"
+
+
+class Memory:
+    """All tasks a site has not been told to forget, and each run's site-side state."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tasks, self._slots = folder / "tasks", folder / "slots"
+        self._tasks.mkdir(parents=True, exist_ok=True)
+
+    def desk(self, task: TaskId) -> Desk:
+        """Return the folder of `task`; it may not exist yet."""
+        return Desk(self._tasks / task)
+
+    def accept(self, assignment: Assignment) -> Desk:
+        """Note an assignment; the same one twice is one. Its desk is clean unless finished."""
+        desk = self.desk(assignment.task)
+        if not (desk.folder / "assignment").exists():
+            shutil.rmtree(desk.folder, ignore_errors=True)
+            durable.replace(desk.folder / "assignment", codec.encode(assignment))
+        return desk
+
+    def assignment(self, task: TaskId) -> Assignment | None:
+        """Return the noted assignment, or None."""
+        path = self.desk(task).folder / "assignment"
+        return codec.decode(Assignment, path.read_bytes()) if path.exists() else None
+
+    def finish(self, result: Result) -> None:
+        """Keep what will be sent; from now on `result` answers it."""
+        name = "trained" if isinstance(result, Trained) else "scored"
+        durable.replace(self.desk(result.task).folder / name, codec.encode(result))
+
+    def result(self, task: TaskId) -> Result | None:
+        """Return the kept result, or None while there is none."""
+        folder = self.desk(task).folder
+        if (folder / "trained").exists():
+            return codec.decode(Trained, (folder / "trained").read_bytes())
+        if (folder / "scored").exists():
+            return codec.decode(Scored, (folder / "scored").read_bytes())
+        return None
+
+    def unfinished(self) -> list[Assignment]:
+        """Return assignments without a result, for instance after a crash."""
+        found = []
+        for folder in sorted(self._tasks.iterdir()):
+            task = TaskId(folder.name)
+            try:
+                assignment = self.assignment(task)
+            except MalformedMessage:  # from a version whose words we no longer know
+                assignment = None
+            if assignment is None:
+                shutil.rmtree(folder)
+            elif self.result(task) is None:
+                found.append(assignment)
+        return found
+
+    def kept(self) -> tuple[TaskId, ...]:
+        """Return the tasks on the disk, finished or not."""
+        return tuple(TaskId(folder.name) for folder in sorted(self._tasks.iterdir()))
+
+    def forget(self, task: TaskId, *, counted: bool) -> None:
+        """Delete a task. If it counted, its site-side state becomes its run's."""
+        desk, assignment = self.desk(task), self.assignment(task)
+        if assignment is not None and counted and desk.memory.exists():
+            durable.replace(self.slots(assignment.run), desk.memory.read_bytes())
+        shutil.rmtree(desk.folder, ignore_errors=True)
+
+    def slots(self, run: RunId) -> Path:
+        """Where the run's site-side state lies, if there is any."""
+        return self._slots / f"{run}.safetensors"

@@ -1,0 +1,160 @@
+"""A site's policy: what its operator allows, in one TOML file that no coordinator can change.
+
+What the file does not allow is refused. A fresh file allows nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fedml.errors import ConfigError
+from fedml.protocol.messages import check_digest, check_name
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_STRICT = ConfigDict(extra="forbid")
+
+TEMPLATE = """\
+# What this site allows. What is not allowed here is refused, whatever the coordinator asks.
+
+minimum_cohort = 2      # refuse tasks of rounds that ask fewer sites than this
+device = "cpu"          # or "cuda", "cuda:1": where training runs
+task_seconds = 600      # a task that trains longer is stopped
+task_memory_mb = 4096   # a task that takes more memory is stopped
+threads = 1             # CPU threads for training
+
+# Recipes are installed here by you; `fedml site recipes` prints names and digests.
+# [recipes.breast-cancer]
+# digest = "…"                       # SHA-256 of the recipe's source
+# file = "recipe.py:MyRecipe"        # only for a recipe of your own, relative to this folder
+
+# [datasets.records]
+# train = "data/train.csv"           # rows to train on, relative to this folder
+# held_out = "data/held_out.csv"     # other rows, to score models on
+# rows = 100                         # your public statement of how many training rows there are
+# recipes = ["breast-cancer"]        # which recipes may read it
+# privacy = "record"                 # "record": refuse tasks without it; "none": allow them too
+# epsilon = 3.0                      # lifetime budget of each row, at this delta
+# delta = 1e-5
+"""
+
+
+@dataclass(frozen=True)
+class AllowedRecipe:
+    """A recipe this site may run: the digest of its source, and its file unless it is built in."""
+
+    __pydantic_config__ = _STRICT
+
+    digest: str
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        check_digest("recipe digest", self.digest)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows this site may train on, and what each of them may cost over its lifetime.
+
+    `rows` is public: it fixes sampling rate, denominator and weight, so that the private count
+    shows nowhere. Each row lies in `train` or in `held_out`, never in both.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    train: Path
+    rows: int
+    recipes: tuple[str, ...]
+    held_out: Path | None = None
+    privacy: Literal["record", "none"] = "record"
+    epsilon: float = 0.0
+    delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ConfigError(f"rows {self.rows}: state a public row count of 1 or more")
+        if self.privacy == "record" and self.epsilon <= 0:
+            raise ConfigError(f"epsilon {self.epsilon}: privacy 'record' needs a budget above 0")
+        if not 0 < self.delta < 1:
+            raise ConfigError(f"delta {self.delta}: must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything the operator allows; see `TEMPLATE` for the words."""
+
+    __pydantic_config__ = _STRICT
+
+    minimum_cohort: int = 2
+    device: str = "cpu"
+    task_seconds: float = 600.0
+    task_memory_mb: int = 4096
+    threads: int = 1
+    recipes: Mapping[str, AllowedRecipe] = field(default_factory=dict)
+    datasets: Mapping[str, Dataset] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("minimum_cohort", "task_seconds", "task_memory_mb", "threads"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be above 0")
+        for name in (*self.recipes, *self.datasets):
+            check_name("name", name)
+        for name, dataset in self.datasets.items():
+            for recipe in dataset.recipes:
+                if recipe not in self.recipes:
+                    raise ConfigError(
+                        f"datasets.{name}: recipe {recipe!r} has no [recipes.{recipe}] entry"
+                    )
+
+    @property
+    def recipe_files(self) -> Mapping[str, str]:
+        """Recipes of the operator's own, name to `file.py:Class`."""
+        return {name: recipe.file for name, recipe in self.recipes.items() if recipe.file}
+
+
+def read_policy(path: Path) -> Policy:
+    """Read and check a policy; raises `ConfigError` naming the file, every bad key and its value."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; run 'fedml site join' first") from error
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        policy = TypeAdapter(Policy).validate_json(json.dumps(raw, default=str), strict=True)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        lines = (_line(details) for details in error.errors(include_url=False))
+        raise ConfigError(f"{path}: {'; '.join(lines)}") from error
+    return _located(policy, path.parent)
+
+
+def _line(details: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in details["loc"])
+    return f"{where} = {details['input']!r:.60}: {details['msg']}"
+
+
+def _located(policy: Policy, folder: Path) -> Policy:
+    """Make the policy's paths, written relative to its own folder, absolute."""
+    recipes = {
+        name: replace(recipe, file=str(folder / recipe.file)) if recipe.file else recipe
+        for name, recipe in policy.recipes.items()
+    }
+    datasets = {
+        name: replace(
+            dataset,
+            train=folder / dataset.train,
+            held_out=folder / dataset.held_out if dataset.held_out else None,
+        )
+        for name, dataset in policy.datasets.items()
+    }
+    return replace(policy, recipes=recipes, datasets=datasets)

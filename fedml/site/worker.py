@@ -1,0 +1,124 @@
+"""The worker: the only process of a site that imports recipes and touches rows.
+
+`python -m fedml.site.worker` reads one job a line, forks a child for it, and answers with the
+child's process id and later its exit status. The child reads the brief, trains or scores, and
+leaves files in the task's folder, `outcome.json` last. It never talks to the network.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedml import durable
+from fedml.errors import ConfigError, FedmlError
+from fedml.learning.evaluation import evaluate
+from fedml.learning.recipe import Recipe, load
+from fedml.learning.trainer import Trainer
+from fedml.params import decode, encode
+from fedml.protocol import codec
+from fedml.protocol.messages import Assignment, SiteId
+from fedml.protocol.tasks import Brief, Task
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    _die_with_parent()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # a recipe that prints must not speak into the protocol
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _die_with_parent()
+            answers.close()
+            os._exit(_do(json.loads(line)))
+        print(json.dumps({"pid": child}), file=answers)
+        _, status = os.waitpid(child, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=answers)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _do(job: Mapping[str, Any]) -> int:
+    """Return 0 when the task's outcome is on disk, 1 with `error.json` when it is not."""
+    folder = Path(job["folder"])
+    try:
+        torch.set_num_threads(int(job["threads"]))
+        _work(job, folder)
+    except FedmlError as error:
+        durable.replace(folder / "error.json", durable.dump_json({"error": str(error)}))
+        return 1
+    except BaseException as error:  # noqa: BLE001 - the outermost loop of this process
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        durable.replace(folder / "error.json", durable.dump_json({"error": text}))
+        return 1
+    return 0
+
+
+def _work(job: Mapping[str, Any], folder: Path) -> None:
+    assignment = codec.decode(Assignment, (folder / "assignment").read_bytes())
+    recipe = load(assignment.recipe, job["recipe_files"])
+    parts = decode(Path(job["model"]).read_bytes())
+    brief = Brief(parts.pop(""), assignment.rule, assignment.settings, parts)
+    task = Task(
+        assignment.task,
+        assignment.run,
+        assignment.round,
+        SiteId(str(job["site"])),
+        assignment.kind,
+        brief,
+    )
+    _check_device(str(job["device"]))
+    if assignment.kind == "train":
+        _train(job, assignment, task, recipe)
+    else:
+        rows = recipe.read(Path(job["rows"]))
+        report = evaluate(recipe, task, rows, assignment.privacy, device=str(job["device"]))
+        outcome = {"totals": dict(report.totals), "count": report.count}
+        durable.replace(folder / "outcome.json", durable.dump_json(outcome))
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"policy device = {device!r}, but this machine has no usable GPU")
+
+
+def _train(job: Mapping[str, Any], assignment: Assignment, task: Task, recipe: Recipe) -> None:
+    folder, slots = Path(job["folder"]), Path(job["slots"])
+    trainer = Trainer(recipe, assignment.training, assignment.privacy, device=str(job["device"]))
+    memory = decode(slots.read_bytes()) if slots.exists() else {}
+    update, kept = trainer.train(
+        task,
+        recipe.read(Path(job["rows"])),
+        memory,
+        seed=assignment.seed,
+        public_rows=int(job["public_rows"]),
+    )
+    _write(folder / "update.safetensors", {"delta": update.delta, **update.slots})
+    if kept:
+        _write(folder / "memory.safetensors", kept)
+    outcome = {"weight": update.weight, "metrics": dict(update.metrics)}
+    durable.replace(folder / "outcome.json", durable.dump_json(outcome))
+
+
+def _write(path: Path, parts: Mapping[str, Any]) -> None:
+    durable.replace(path, b"".join(encode(parts)))
+
+
+if __name__ == "__main__":
+    main()
