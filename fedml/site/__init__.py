@@ -1,1 +1,1 @@
-"""The site daemon: it dials out, obeys its own policy, trains in a child process, keeps a ledger."""
+"""The site daemon: dials out, obeys its own policy, trains in a child process, keeps a ledger."""

@@ -183,7 +183,7 @@ class Daemon:
         await self._tell(Accepted(order.task))
         try:
             if not desk.outcome.exists():  # else a crash came between work and charge
-                await self._link.download(order.model, self._blobs)
+                await self._fetch_model(order, desk)
                 await self._foreman.run(self._job(order, permit, desk), desk.outcome)
         except TaskFailed:
             if ledger is not None:
@@ -198,11 +198,17 @@ class Daemon:
         self._memory.finish(result)
         return result
 
+    async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
+        """Give the task its own name for the blob: the store may drop it with an older task."""
+        await self._link.download(order.model, self._blobs)
+        if not desk.model.exists():
+            desk.model.hardlink_to(self._blobs.path(order.model.digest))
+
     def _job(self, order: Assignment, permit: Permit, desk: Desk) -> Mapping[str, object]:
         return {
             "folder": str(desk.folder),
             "site": self._name,
-            "model": str(self._blobs.path(order.model.digest)),
+            "model": str(desk.model),
             "slots": str(self._memory.slots(order.run)),
             "rows": str(permit.rows),
             "public_rows": permit.dataset.rows,

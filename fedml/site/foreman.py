@@ -64,13 +64,7 @@ class Foreman:
             status, breach = await self._fork(job)
         if breach:
             raise TaskFailed(breach)
-        if status == 0 and outcome.exists():
-            return dict(json.loads(outcome.read_bytes()))
-        error = outcome.with_name("error.json")
-        if error.exists():
-            raise TaskFailed(str(json.loads(error.read_bytes())["error"]))
-        what = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        raise TaskFailed(f"the worker crashed ({what}); see the site's log")
+        return _read_outcome(status, outcome)
 
     async def _fork(self, job: Mapping[str, Any]) -> tuple[int, str]:
         """Return the task's exit status, and which limit it broke, if any."""
@@ -122,6 +116,16 @@ class Foreman:
                     f"the task ran longer than policy task_seconds = "
                     f"{self._policy.task_seconds:.0f}; raise it or give it less to do"
                 )
+
+
+def _read_outcome(status: int, outcome: Path) -> Mapping[str, Any]:
+    if status == 0 and outcome.exists():
+        return dict(json.loads(outcome.read_bytes()))
+    error = outcome.with_name("error.json")
+    if error.exists():
+        raise TaskFailed(str(json.loads(error.read_bytes())["error"]))
+    what = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    raise TaskFailed(f"the worker crashed ({what}); see the site's log")
 
 
 def _resident(pid: int) -> int:

@@ -25,6 +25,11 @@ class Desk:
     folder: Path
 
     @property
+    def model(self) -> Path:
+        """The brief's tensors, as they came."""
+        return self.folder / "model.safetensors"
+
+    @property
     def update(self) -> Path:
         """The finished update's tensors, as they will travel."""
         return self.folder / "update.safetensors"

@@ -5,20 +5,16 @@ What the file does not allow is refused. A fresh file allows nothing.
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
+from fedml import settings
 from fedml.errors import ConfigError
 from fedml.protocol.messages import check_digest, check_name
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -121,26 +117,9 @@ class Policy:
 
 
 def read_policy(path: Path) -> Policy:
-    """Read and check a policy; raises `ConfigError` naming the file, every bad key and its value."""
-    try:
-        raw = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; run 'fedml site join' first") from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    try:
-        policy = TypeAdapter(Policy).validate_json(json.dumps(raw, default=str), strict=True)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except ValidationError as error:
-        lines = (_line(details) for details in error.errors(include_url=False))
-        raise ConfigError(f"{path}: {'; '.join(lines)}") from error
+    """Read and check a policy; raises `ConfigError` naming the file, each bad key and its value."""
+    policy = settings.read(Policy, path, absent="run 'fedml site join TOKEN' first")
     return _located(policy, path.parent)
-
-
-def _line(details: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in details["loc"])
-    return f"{where} = {details['input']!r:.60}: {details['msg']}"
 
 
 def _located(policy: Policy, folder: Path) -> Policy:

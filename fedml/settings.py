@@ -1,0 +1,46 @@
+"""TOML files as frozen dataclasses: every wrong key in one line, nothing half read."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedml import durable
+from fedml.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read(kind: type[T], path: Path, *, absent: str) -> T:
+    """Return the `kind` that `path` describes; types are strict, unknown keys are refused.
+
+    Raises `ConfigError` naming the file, each bad key and its value, or `absent` (the way out)
+    if there is no such file. Give `kind` a `__pydantic_config__` that forbids extra keys.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; {absent}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(raw, default=str), strict=True)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        lines = []
+        for details in error.errors(include_url=False):
+            where = ".".join(str(part) for part in details["loc"])
+            lines.append(f"{where} = {details['input']!r:.60}: {details['msg']}")
+        raise ConfigError(f"{path}: {'; '.join(lines)}") from error
+
+
+def write(value: Any, path: Path) -> None:  # noqa: ANN401 - any flat dataclass
+    """Write a flat dataclass of strings, numbers and booleans, durably."""
+    lines = (f"{key} = {json.dumps(item)}\n" for key, item in asdict(value).items())
+    durable.replace(path, "".join(lines).encode())
