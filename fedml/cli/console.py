@@ -1,0 +1,99 @@
+"""How the command line speaks: one line for an error, tables for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import TypeVar
+
+import typer
+
+from fedml.errors import FedmlError
+
+T = TypeVar("T")
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a program's outermost call: our errors become one line and exit 1, Ctrl-C exit 130."""
+    try:
+        command()
+    except FedmlError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        typer.secho("stopped", fg="yellow", err=True)
+        raise SystemExit(_INTERRUPTED) from None
+    except BrokenPipeError:  # `fedml ... | head`
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+def fail(message: str) -> None:
+    """Print one line on standard error and exit with status 1."""
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise SystemExit(1)
+
+
+def show(
+    items: Sequence[object],
+    columns: Sequence[tuple[str, Callable[[T], object]]],
+    *,
+    as_json: bool,
+    empty: str = "nothing yet",
+) -> None:
+    """Print dataclasses as a table, or as one JSON object a line."""
+    if as_json:
+        for item in items:
+            emit(item)
+        return
+    if not items:
+        typer.echo(empty)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, _ in columns:
+        table.add_column(title)
+    for item in items:
+        table.add_row(*(str(read(item)) for _, read in columns))  # type: ignore[arg-type]
+    Console().print(table)
+
+
+def emit(value: object) -> None:
+    """Print one JSON object on a line."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    typer.echo(json.dumps(plain, sort_keys=True))
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner while something takes more than a moment; the caller may change its text.
+
+    On anything but a terminal it prints each new text as a line.
+    """
+    if not sys.stderr.isatty():
+        typer.echo(text, err=True)
+        yield lambda new: typer.echo(new, err=True)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text) as status:
+        yield lambda new: status.update(new)
+
+
+def when(seconds: float) -> str:
+    """Return a time since the epoch as people write it, in UTC; "never" for 0."""
+    from datetime import UTC, datetime
+
+    return (
+        datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S") if seconds else "never"
+    )
+
+
+def scores(values: Iterable[tuple[str, float]]) -> str:
+    """Return scores in a line, `accuracy .953`."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in sorted(values))
