@@ -1,0 +1,1 @@
+"""The coordinator: hosts runs for real sites, keeps versions, publishes releases."""

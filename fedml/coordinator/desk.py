@@ -1,0 +1,223 @@
+"""The desk: which sites are here, what each was told, and what has not been answered.
+
+An assignment stays outstanding until its round takes it back, so a site that was away, or a
+coordinator that was, finds it again when the stream is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from fedml import __version__, telemetry
+from fedml.errors import Unreachable
+from fedml.protocol.messages import (
+    Accepted,
+    Assignment,
+    Beat,
+    Cancel,
+    Command,
+    Declined,
+    Failed,
+    Forget,
+    Hello,
+    ReleaseNotice,
+    Scored,
+    Serving,
+    SiteEvent,
+    SiteId,
+    TaskId,
+    Trained,
+    Welcome,
+)
+from fedml.protocol.operations import SiteInfo
+from fedml.rounds.selection import SiteStatus
+from fedml.transport.desks import Send
+
+Answer = Declined | Failed | Trained | Scored
+_SILENT_BEATS = 3  # heartbeats without a word after which a stream counts as dead
+_log = structlog.get_logger()
+
+
+@dataclass
+class _Seat:
+    """One site's place at the desk."""
+
+    send: Send | None = None  # None while the site is away
+    hello: Hello | None = None
+    seen: float = 0.0
+    outstanding: dict[TaskId, Assignment] = field(default_factory=dict)
+    farewell: asyncio.TimerHandle | None = None
+
+
+class Desk:
+    """All sites of a coordinator. Its owner is told of answers, losses and changes."""
+
+    def __init__(
+        self,
+        *,
+        heartbeat: float,
+        grace: float,
+        answered: Callable[[SiteId, Assignment, Answer], None],
+        lost: Callable[[SiteId, str], None],
+        changed: Callable[[], None],
+        was_counted: Callable[[TaskId], bool],
+        models: Callable[[], list[str]],
+    ) -> None:
+        self._heartbeat, self._grace = heartbeat, grace
+        self._answered, self._lost, self._changed = answered, lost, changed
+        self._was_counted, self._models = was_counted, models
+        self._seats: dict[SiteId, _Seat] = {}
+
+    # --- what the hosts of runs do ------------------------------------------------------------
+
+    def assign(self, site: SiteId, assignment: Assignment) -> None:
+        """Give `site` a task, now or when it is back."""
+        seat = self._seat(site)
+        seat.outstanding[assignment.task] = assignment
+        self._push(seat, assignment)
+
+    def cancel(self, site: SiteId, task: TaskId, reason: str) -> None:
+        """Take a task back."""
+        seat = self._seat(site)
+        if seat.outstanding.pop(task, None):
+            self._push(seat, Cancel(task, reason))
+
+    def forget(self, site: SiteId, task: TaskId, *, counted: bool) -> None:
+        """Tell `site` that a task's round is over."""
+        seat = self._seat(site)
+        seat.outstanding.pop(task, None)
+        self._push(seat, Forget(task, counted))
+
+    def announce(self, model: str) -> None:
+        """Tell every site that is here to look at a model's channel; others hear it on return."""
+        for seat in self._seats.values():
+            self._push(seat, ReleaseNotice(model))
+
+    def statuses(self) -> tuple[SiteStatus, ...]:
+        """What selection needs to know of every site seen so far."""
+        return tuple(
+            SiteStatus(
+                site,
+                seat.send is not None,
+                seat.hello.recipes if seat.hello else (),
+                seat.hello.datasets if seat.hello else (),
+            )
+            for site, seat in sorted(self._seats.items())
+        )
+
+    def sites(self) -> tuple[SiteInfo, ...]:
+        """What operators see of every site seen so far."""
+        infos = []
+        for site, seat in sorted(self._seats.items()):
+            info = SiteInfo(site, seat.send is not None, seat.seen)
+            if seat.hello is not None:
+                hello = seat.hello
+                info = replace(
+                    info,
+                    device=hello.device,
+                    version=hello.version,
+                    datasets=hello.datasets,
+                    serving=hello.serving,
+                )
+            infos.append(info)
+        return tuple(infos)
+
+    def model_of(self, site: SiteId, digest: str) -> bool:
+        """True if an outstanding task of `site` names this blob as its model."""
+        return any(a.model.digest == digest for a in self._seat(site).outstanding.values())
+
+    def largest_update(self, site: SiteId) -> int:
+        """Bytes an update of `site` may have: twice its largest outstanding model, and a little.
+
+        Algorithms report slots as large as the model at most once; 0 if nothing is outstanding.
+        """
+        tasks = [a for a in self._seat(site).outstanding.values() if a.kind == "train"]
+        return max((2 * a.model.size + 2**20 for a in tasks), default=0)
+
+    # --- one site's stream --------------------------------------------------------------------
+
+    async def attend(
+        self, site: SiteId, hello: Hello, events: AsyncIterator[SiteEvent], send: Send
+    ) -> None:
+        """Serve one stream until its events end or it falls silent. A newer stream wins."""
+        seat = self._sit(site, hello, send)
+        beats = asyncio.create_task(self._beat(send))
+        try:
+            while True:
+                async with asyncio.timeout(_SILENT_BEATS * self._heartbeat):
+                    event = await anext(events)
+                seat.seen = time.time()
+                self._hear(site, seat, event)
+        except TimeoutError:
+            _log.warning("site silent", site=site, seconds=_SILENT_BEATS * self._heartbeat)
+        except (StopAsyncIteration, Unreachable):
+            pass
+        finally:
+            beats.cancel()
+            self._leave(site, seat, send)
+
+    async def _beat(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat)
+            send(Beat())
+
+    def _sit(self, site: SiteId, hello: Hello, send: Send) -> _Seat:
+        seat = self._seat(site)
+        if seat.farewell is not None:
+            seat.farewell.cancel()
+        seat.send, seat.hello, seat.seen, seat.farewell = send, hello, time.time(), None
+        send(Welcome(__version__, self._heartbeat))
+        for task in hello.kept:
+            if task not in seat.outstanding:
+                send(Forget(task, self._was_counted(task)))
+        for assignment in seat.outstanding.values():
+            send(assignment)
+        for model in self._models():
+            send(ReleaseNotice(model))
+        _log.info("site connected", site=site, version=hello.version)
+        self._count()
+        self._changed()
+        return seat
+
+    def _hear(self, site: SiteId, seat: _Seat, event: SiteEvent) -> None:
+        match event:
+            case Declined(task) | Failed(task) | Trained(task) | Scored(task):
+                if task in seat.outstanding:  # else a stranger's task, or one long over
+                    self._answered(site, seat.outstanding[task], event)
+            case Accepted(task):
+                _log.debug("task accepted", site=site, task=task)
+            case Serving():
+                if seat.hello is not None:
+                    others = tuple(s for s in seat.hello.serving if s.model != event.model)
+                    seat.hello = replace(seat.hello, serving=(*others, event))
+                log = _log.info if event.state == "live" else _log.warning
+                log("release at site", site=site, model=event.model, version=event.version,
+                    state=event.state, detail=event.detail)  # fmt: skip
+            case Hello() | Beat():
+                pass
+
+    def _leave(self, site: SiteId, seat: _Seat, send: Send) -> None:
+        if seat.send is not send:
+            return  # a newer stream has the seat
+        seat.send = None
+        _log.info("site disconnected", site=site)
+        loop = asyncio.get_running_loop()
+        reason = f"away for more than {self._grace:g} s"
+        seat.farewell = loop.call_later(self._grace, self._lost, site, reason)
+        self._count()
+        self._changed()
+
+    def _seat(self, site: SiteId) -> _Seat:
+        return self._seats.setdefault(site, _Seat())
+
+    def _push(self, seat: _Seat, command: Command) -> None:
+        if seat.send is not None:
+            seat.send(command)
+
+    def _count(self) -> None:
+        telemetry.SITES.set(sum(seat.send is not None for seat in self._seats.values()))

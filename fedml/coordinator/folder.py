@@ -1,0 +1,86 @@
+"""A coordinator's folder: everything it owns, made once by `init` and opened by `run`.
+
+    coordinator.toml   settings            journal.jsonl  states/   runs
+    ca/                the authority       blobs/                   what is on its way
+    enrolment/         tokens, revoked     releases/                the signed repository
+    operator/          the first profile   registry/                MLflow, unless elsewhere
+    audit.jsonl        who did what        press/                   bundles in the making
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedml import settings as files
+from fedml.coordinator.settings import Settings, read_settings
+from fedml.errors import ConfigError
+from fedml.identity.access import Access, Revocations
+from fedml.identity.audit import AuditLog
+from fedml.identity.certificates import Authority, Credentials, new_key_and_csr
+from fedml.identity.enrolment import Invitations
+from fedml.releases.registry import Registry
+from fedml.releases.signing import Repository
+
+FIRST_OPERATOR = "admin"
+_OPERATOR_DAYS = 365.0
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A coordinator's folder, opened. The registry, which is slow to open, is opened on its own."""
+
+    path: Path
+    settings: Settings
+    authority: Authority
+    invitations: Invitations
+    revocations: Revocations
+    access: Access
+    audit: AuditLog
+    releases: Repository
+
+    @staticmethod
+    def open(path: Path) -> Folder:
+        """Open what `create` made; raises `ConfigError` or, for damage, `Corrupt`."""
+        settings = read_settings(path)
+        revocations = Revocations(path / "enrolment" / "revoked.jsonl")
+        return Folder(
+            path,
+            settings,
+            Authority.load(path / "ca"),
+            Invitations(path / "enrolment" / "tokens.jsonl"),
+            revocations,
+            Access(revocations),
+            AuditLog(path / "audit.jsonl"),
+            Repository(path / "releases"),
+        )
+
+    def registry(self) -> Registry:
+        """Open the model registry; takes seconds, and migrates its database when it must."""
+        from fedml.releases.tracking import MlflowRegistry
+
+        folder = self.path / "registry"
+        uri = self.settings.registry or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        return MlflowRegistry(uri, folder / "artifacts")
+
+
+def create(path: Path, settings: Settings) -> None:
+    """Make a coordinator's folder, with a first operator's profile in `operator/`.
+
+    Raises `ConfigError` if the folder is one already.
+    """
+    if (path / "coordinator.toml").exists():
+        raise ConfigError(f"{path} is a coordinator's folder already; run it, or choose another")
+    now = time.time()
+    authority = Authority.create(path / "ca", now)
+    Repository.create(path / "releases")
+    key, csr = new_key_and_csr(FIRST_OPERATOR)
+    certificate = authority.issue(csr, FIRST_OPERATOR, "operator", now, days=_OPERATOR_DAYS)
+    address = f"{settings.host}:{settings.port}"
+    profile = Credentials(
+        address=address, certificate=certificate, key=key, ca=authority.certificate
+    )
+    profile.save(path / "operator")
+    files.write(settings, path / "coordinator.toml")
+    Folder.open(path).registry()

@@ -1,0 +1,256 @@
+"""The host of one run: carries out its commands against real sites, disk and clock.
+
+It decides nothing. Every event is journalled or harmless to lose, so after a crash the same run
+is hosted again from where the journal ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import structlog
+
+from fedml import telemetry
+from fedml.coordinator.desk import Answer, Desk
+from fedml.coordinator.journal import Ended, Journal, Registered, RoundOpened
+from fedml.errors import FedmlError, MalformedMessage
+from fedml.params import decode, encode
+from fedml.protocol.messages import (
+    Assignment,
+    Blob,
+    Declined,
+    Failed,
+    RunId,
+    Scored,
+    SiteId,
+    Trained,
+)
+from fedml.protocol.operations import Receipt, RunInfo
+from fedml.protocol.tasks import Brief, Report, Task, Update
+from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
+from fedml.rounds.run import (
+    Candidate,
+    Command,
+    Commit,
+    Committed,
+    End,
+    Event,
+    ForgetTask,
+    Opened,
+    Run,
+    SitesChanged,
+    StopAsked,
+    Tick,
+)
+from fedml.transport.chunks import BlobStore
+
+_log = structlog.get_logger()
+Register = Callable[[Run, Candidate], Awaitable[int]]
+
+
+class Host:
+    """Plays one run to its end. `changed` is called whenever `info` is worth another look."""
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        desk: Desk,
+        journal: Journal,
+        blobs: BlobStore,
+        register: Register,
+        changed: Callable[[RunId], None],
+    ) -> None:
+        self.run = run
+        self._desk, self._journal, self._blobs = desk, journal, blobs
+        self._register, self._changed = register, changed
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._brief: tuple[Brief, Blob] | None = None
+        self._uploads: list[str] = []
+        self._asked: tuple[SiteId, ...] = ()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._log = _log.bind(run=run.id)
+
+    @property
+    def info(self) -> RunInfo:
+        """The run in one line, as it stands."""
+        return run_info(self._journal, self.run.id, self.run)
+
+    def tell(self, event: Event) -> None:
+        """Feed the run an event."""
+        self._inbox.put_nowait(event)
+
+    def stop(self, reason: str) -> None:
+        """Ask the run to end."""
+        self.tell(StopAsked(reason))
+
+    def lost(self, site: SiteId, reason: str) -> None:
+        """A site is away for longer than it may be."""
+        self.tell(SiteLost(site, reason))
+
+    async def answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
+        """Turn a site's answer into an event; a malformed update counts as the site's failure."""
+        match answer:
+            case Declined(task, reason):
+                self.tell(SiteLost(site, reason, final=True, task=task))
+            case Failed(task, reason):
+                self.tell(SiteLost(site, reason, task=task))
+            case Scored(task, totals, count, epsilon):
+                report = Report(task, order.round, site, totals, count, epsilon)
+                self.tell(ReportArrived(report))
+            case Trained(task, blob):
+                try:
+                    update = await asyncio.to_thread(self._read_update, site, order, answer)
+                except FedmlError as error:
+                    self.tell(SiteLost(site, f"update refused: {error}", task=task))
+                else:
+                    self._uploads.append(blob.digest)
+                    self.tell(UpdateArrived(update, blob.digest))
+
+    def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
+        parts = decode(self._blobs.path(answer.update.digest).read_bytes())
+        if "delta" not in parts:
+            raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
+        delta = parts.pop("delta")
+        return Update(
+            task=answer.task,
+            round=order.round,
+            site=site,
+            delta=delta,
+            weight=answer.weight,
+            slots=parts,
+            metrics=answer.metrics,
+            epsilon=answer.epsilon,
+        )
+
+    async def play(self) -> End:
+        """Carry out the run's commands until it ends."""
+        try:
+            commands = deque(self.run.open(time.time()))
+            while True:
+                while commands:
+                    command = commands.popleft()
+                    commands.extend(await self._carry_out(command))
+                    if isinstance(command, End):
+                        return command
+                self._changed(self.run.id)
+                commands.extend(self.run.handle(await self._inbox.get(), time.time()))
+        finally:
+            for timer in self._timers:
+                timer.cancel()
+
+    async def _carry_out(self, command: Command) -> list[Command]:
+        match command:
+            case Opened():
+                await asyncio.to_thread(self._journal.append, RoundOpened(self.run.id, command))
+                self._asked = command.opening.asked
+                self._log.info("round opened", round=command.opening.number,
+                               kind=command.opening.kind, sites=len(self._asked))  # fmt: skip
+            case SendTask(task):
+                self._desk.assign(task.site, await self._assignment(task))
+            case CancelTask(task, site, reason):
+                self._desk.cancel(site, task, reason)
+            case WakeAt(seconds, token):
+                loop = asyncio.get_running_loop()
+                self._timers.append(loop.call_later(seconds, self.tell, Tick(token)))
+            case Commit():
+                return await self._commit(command)
+            case ForgetTask(task, site):
+                counted = was_counted(self.run.receipts[-1], site)
+                self._desk.forget(site, task, counted=counted)
+            case Candidate():
+                await self._candidate(command)
+            case End(state, detail):
+                await asyncio.to_thread(self._journal.append, Ended(self.run.id, state, detail))
+                self._log.info("run ended", state=state, detail=detail)
+        return []
+
+    async def _commit(self, command: Commit) -> list[Command]:
+        receipt, state = command.receipt, command.state
+        await asyncio.to_thread(self._journal.commit, self.run.id, receipt, state)
+        ended = "committed" if receipt.model else "failed"
+        telemetry.ROUNDS.labels(ended).inc()
+        self._log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,
+                       counted=len(receipt.counted), missing=dict(receipt.missing),
+                       scores=dict(receipt.scores))  # fmt: skip
+        for digest in self._uploads:
+            self._blobs.delete(digest)
+        self._uploads.clear()
+        if self._brief is not None:
+            self._blobs.delete(self._brief[1].digest)
+            self._brief = None
+        return self.run.handle(Committed(), time.time())
+
+    async def _candidate(self, candidate: Candidate) -> None:
+        """Register the model once; a replay after a crash finds the version noted."""
+        if not self._journal.runs[self.run.id].version:
+            version = await self._register(self.run, candidate)
+            await asyncio.to_thread(self._journal.append, Registered(self.run.id, version))
+            self._log.info("version registered", model=self.run.plan.model, version=version)
+
+    async def _assignment(self, task: Task) -> Assignment:
+        plan = self.run.plan
+        return Assignment(
+            task=task.id,
+            run=task.run,
+            round=task.round,
+            kind=task.kind,
+            recipe=plan.recipe,
+            dataset=plan.dataset,
+            model=await self._encoded(task.brief),
+            training=plan.training,
+            privacy=plan.privacy,
+            rule=task.brief.rule,
+            settings=task.brief.settings,
+            cohort=len(self._asked),
+            seed=plan.task_seed(task.round, task.site),
+            deadline=plan.cohort.deadline,
+        )
+
+    async def _encoded(self, brief: Brief) -> Blob:
+        """Encode a round's brief once, whatever the number of sites."""
+        if self._brief is None or self._brief[0] is not brief:
+            pieces = encode({"": brief.params, **brief.slots})
+            blob = await asyncio.to_thread(self._blobs.put_bytes, *pieces)
+            self._brief = (brief, blob)
+        return self._brief[1]
+
+    def sites_changed(self) -> None:
+        """Tell the run who is here now."""
+        self.tell(SitesChanged(self._desk.statuses()))
+
+
+def was_counted(receipt: Receipt, site: SiteId) -> bool:
+    """True if the round moved the model, and `site` had a part in it."""
+    return bool(
+        receipt.kind == "train"
+        and receipt.model
+        and any(counted.site == site for counted in receipt.counted)
+    )
+
+
+def run_info(journal: Journal, id: RunId, run: Run | None) -> RunInfo:
+    """Return a run in one line: from its host while it is played, else from the journal."""
+    history = journal.runs[id]
+    done = [r for r in history.receipts if r.kind == "train" and r.model]
+    scored = [r for r in history.receipts if r.scores]
+    info = RunInfo(
+        id,
+        history.plan.model,
+        "queued",
+        len(done),
+        history.plan.rounds,
+        history.submitted.at,
+        version=history.version,
+        scores=scored[-1].scores if scored else {},
+    )
+    if history.ended:
+        return replace(info, state=history.ended.state, detail=history.ended.detail)
+    if run is not None:
+        state, detail = run.status
+        return replace(info, state=state, detail=detail)
+    return info

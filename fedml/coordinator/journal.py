@@ -1,0 +1,162 @@
+"""The coordinator's journal: what happened, on disk before its effects; a restart replays it.
+
+Parameters do not go in: a committed round's state is a file beside the journal, written before
+the record that names it. Updates do not go in either: the sites keep theirs until a round is
+committed, and deliver them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedml import durable
+from fedml.errors import Corrupt
+from fedml.params import decode, encode
+from fedml.protocol.messages import RunId
+from fedml.protocol.operations import Receipt, RunState
+from fedml.records import from_record, to_record
+from fedml.rounds.plan import Plan
+from fedml.rounds.run import Opened
+from fedml.strategies import ServerState
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """An operator's plan was accepted as a run."""
+
+    run: RunId
+    plan: str
+    by: str
+    at: float
+
+
+@dataclass(frozen=True)
+class RoundOpened:
+    """A round is about to be sent out."""
+
+    run: RunId
+    opened: Opened
+
+
+@dataclass(frozen=True)
+class RoundCommitted:
+    """A round is over. `state` is its file's name, "" if the model did not change."""
+
+    run: RunId
+    receipt: Receipt
+    state: str = ""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The run's model became a version."""
+
+    run: RunId
+    version: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The run is over."""
+
+    run: RunId
+    state: RunState
+    detail: str
+
+
+Entry = Submitted | RoundOpened | RoundCommitted | Registered | Ended
+_KINDS = {kind.__name__: kind for kind in (Submitted, RoundOpened, RoundCommitted, Registered, Ended)}
+
+
+@dataclass
+class History:
+    """All that the journal says of one run."""
+
+    submitted: Submitted
+    plan: Plan
+    receipts: list[Receipt] = field(default_factory=list)
+    opened: Opened | None = None
+    state: str = ""
+    version: int = 0
+    ended: Ended | None = None
+
+    def note(self, entry: Entry) -> None:
+        """Take in the next entry about this run."""
+        match entry:
+            case RoundOpened(_, opened):
+                self.opened = opened
+            case RoundCommitted(_, receipt, state):
+                self.receipts.append(receipt)
+                self.opened = None
+                self.state = state or self.state
+            case Registered(_, version):
+                self.version = version
+            case Ended():
+                self.ended = entry
+            case Submitted():
+                raise Corrupt(f"run {entry.run} was submitted twice")
+
+
+class Journal:
+    """The journal of one coordinator folder; opening it replays every run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._states = folder / "states"
+        self._log = durable.Log(folder / "journal.jsonl")
+        self.torn = self._log.torn
+        self.runs: dict[RunId, History] = {}
+        for record in self._log.records:
+            self._note(_parse(self._log.path, record))
+
+    def append(self, entry: Entry) -> None:
+        """Write `entry`; when this returns it is on the disk."""
+        kind = type(entry).__name__
+        self._log.append({"kind": kind, "entry": to_record(entry)})
+        self._note(entry)
+
+    def commit(self, run: RunId, receipt: Receipt, state: ServerState | None) -> None:
+        """Write a round's end, its state file first; older states of the run go."""
+        name = f"{run}.{receipt.round}.safetensors" if state else ""
+        if state:
+            parts = {"": state.params, **state.slots}
+            durable.replace(self._states / name, b"".join(encode(parts)))
+        before = self.runs[run].state
+        self.append(RoundCommitted(run, receipt, name))
+        if name and before not in ("", name):
+            (self._states / before).unlink(missing_ok=True)
+
+    def state(self, run: RunId) -> ServerState | None:
+        """Return the run's last committed state, None before the first; raises `Corrupt`."""
+        history = self.runs[run]
+        if not history.state:
+            return None
+        path = self._states / history.state
+        try:
+            parts = decode(path.read_bytes())
+        except OSError as error:
+            raise Corrupt(f"{path}: {error.strerror}; restore the folder from a backup") from error
+        models = [r.model for r in history.receipts if r.kind == "train" and r.model]
+        params = parts.pop("")
+        if params.digest() != models[-1]:
+            raise Corrupt(f"{path} is not the state that the journal names; restore a backup")
+        return ServerState(params, parts, step=len(models))
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._log.close()
+
+    def _note(self, entry: Entry) -> None:
+        if isinstance(entry, Submitted):
+            self.runs[entry.run] = History(entry, Plan.from_json(entry.plan))
+        else:
+            self.runs[entry.run].note(entry)
+
+
+def _parse(path: Path, record: Mapping[str, object]) -> Entry:
+    kind = _KINDS.get(str(record.get("kind")))
+    if kind is None:
+        raise Corrupt(f"{path}: a record of kind {record.get('kind')!r}; is it from a newer fedml?")
+    entry: Entry = from_record(kind, record.get("entry"), str(path))
+    return entry

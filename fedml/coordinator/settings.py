@@ -1,0 +1,53 @@
+"""What a coordinator is: its addresses and its registry, in `coordinator.toml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+from fedml import settings
+from fedml.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A coordinator's settings; 0 as a port takes a free one.
+
+    `host` is the name by which sites and operators reach it, and is in its certificate; `bind`
+    is the address it listens on. `registry` is an MLflow tracking URI; "" keeps a SQLite file
+    in the folder. `grace` is how many seconds a site may be away before its task counts as lost.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    host: str = "localhost"
+    bind: str = "127.0.0.1"
+    port: int = 8443
+    enrolment_port: int = 8444
+    registry: str = ""
+    heartbeat: float = 5.0
+    grace: float = 5.0
+    blob_limit_mb: int = 4096
+
+    def __post_init__(self) -> None:
+        for port in (self.port, self.enrolment_port):
+            if not 0 <= port < 65536:
+                raise ConfigError(f"port {port}: must be 0 to 65535")
+        if self.port == self.enrolment_port != 0:
+            raise ConfigError(f"port and enrolment_port are both {self.port}: they must differ")
+        if min(self.heartbeat, self.grace) <= 0 or self.blob_limit_mb < 1:
+            raise ConfigError(
+                f"heartbeat {self.heartbeat}, grace {self.grace}, blob_limit_mb "
+                f"{self.blob_limit_mb}: each must be above 0"
+            )
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read `coordinator.toml`; raises `ConfigError` with every wrong key."""
+    return settings.read(
+        Settings,
+        folder / "coordinator.toml",
+        absent=f"{folder} is no coordinator folder yet: run 'fedml coordinator init {folder}'",
+    )
