@@ -10,6 +10,8 @@ from fedml.protocol.messages import Scores
 from fedml.protocol.tasks import Brief, Report, Update
 from fedml.strategies import Aggregate, Reducer
 
+_HUGE = 1e300  # a sum of totals below this cannot overflow
+
 
 class Answers(Protocol):
     """What has come in so far, of one kind."""
@@ -35,7 +37,7 @@ class Updates:
         if answer.slots.keys() != self._reports:
             got, wanted = sorted(answer.slots), sorted(self._reports)
             raise MalformedUpdate(f"it has slots {got}, rule {brief.rule} reports {wanted}")
-        if not (math.isfinite(answer.weight) and answer.weight > 0):
+        if not 0 < answer.weight < math.inf:
             raise MalformedUpdate(f"weight {answer.weight}: must be finite and above 0")
         for part in (answer.delta, *answer.slots.values()):
             brief.params.check_like(part)
@@ -59,7 +61,7 @@ class Reports:
         if not isinstance(answer, Report):
             raise MalformedMessage("it is an update, not a report")
         for name, value in {"count": answer.count, **answer.totals}.items():
-            if not math.isfinite(value):
+            if not abs(value) < _HUGE:
                 raise MalformedMessage(f"its {name} is {value}")
         for name, total in answer.totals.items():
             self._terms.setdefault(name, []).append((total, answer.count))

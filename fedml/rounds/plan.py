@@ -172,7 +172,7 @@ def _cohort(cohort: Cohort) -> Iterator[str]:
     if 0 < size < quorum:
         yield f"cohort.quorum {quorum} is above cohort.size {size}: lower one or raise the other"
     if sites and quorum > len(sites):
-        yield f"cohort.quorum {quorum} is above the {len(sites)} sites listed: lower it or add sites"
+        yield f"cohort.quorum {quorum} is above the {len(sites)} sites listed: lower it, add sites"
     if sites and size > len(sites):
         yield f"cohort.size {size} is above the {len(sites)} sites listed: lower it or add sites"
     if twice := sorted(site for site, n in Counter(sites).items() if n > 1):

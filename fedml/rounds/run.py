@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fedml.errors import ConfigError
 from fedml.params import Params
-from fedml.protocol.messages import RunId, Scores, SiteId
+from fedml.protocol.messages import RunId, Scores
 from fedml.protocol.operations import Receipt, RunState
 from fedml.protocol.tasks import Brief
 from fedml.rounds import round as rounds
@@ -58,7 +58,7 @@ class Run:
         self.receipts = list(receipts)
         self._reopen = reopen
         self._statuses: tuple[SiteStatus, ...] = ()
-        self._barred: dict[rounds.Kind, dict[SiteId, str]] = {"train": {}, "evaluate": {}}
+        self._barred: dict[rounds.Kind, dict[str, str]] = {"train": {}, "evaluate": {}}
         self._round: rounds.Round | None = None
         self._opened: Opened | None = None
         self._commit: Commit | None = None
@@ -191,8 +191,8 @@ class Run:
     def _hopeless(self, kind: rounds.Kind, pool: Selection) -> str:
         """Say why waiting is useless: too few sites are left that have not refused for good."""
         barred, quorum = self._barred[kind], self.plan.cohort.quorum
-        listed = self.plan.cohort.sites or (*pool.asked, *pool.left_out)
-        left = set(listed) - barred.keys()
+        listed: set[str] = {*self.plan.cohort.sites} or {*pool.asked, *pool.left_out}
+        left = listed - barred.keys()
         if not barred or len(left) >= quorum:
             return ""
         why = "; ".join(f"{site}: {reason}" for site, reason in sorted(barred.items()))

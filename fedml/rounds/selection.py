@@ -59,7 +59,7 @@ def draw(plan: Plan, number: int, pool: Selection) -> Selection:
     drawn = set(sorted(pool.asked, key=lot)[:size])
     reason = f"not drawn: {size} of {len(pool.asked)} sites are asked in a round"
     spared = {site: reason for site in pool.asked if site not in drawn}
-    left_out = dict(sorted({**pool.left_out, **spared}.items()))
+    left_out = dict(sorted([*pool.left_out.items(), *spared.items()]))
     return Selection(tuple(sorted(drawn)), left_out)
 
 

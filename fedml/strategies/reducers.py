@@ -21,6 +21,8 @@ from fedml.strategies.base import Aggregate
 GRID = 2.0**32  # steps per unit; a power of two, so scaling by it is exact
 _CHUNK = 2**20  # elements widened at a time: 8 MB of scratch, whatever the model
 _INT64 = 2**63
+_LEAST, _MOST = 2.0**-8, 1e15  # of all weights together, so the grid stays fine; of each weight
+_HUGE = 1e300  # of a metric times its weight: a sum of these cannot overflow
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class WeightedMean:
 
     Integer buffers are never averaged into floats: their aggregate is the elementwise maximum,
     so a batch counter advances as far as the site that counted furthest. Metrics are weighted
-    means over the updates that have them; a value that is not finite is left out.
+    means over the updates that have them; values that are not finite, or absurd, are left out.
     """
 
     @property
@@ -50,8 +52,8 @@ class _RunningMean:
 
     def add(self, update: Update) -> None:
         weight = update.weight
-        if not (math.isfinite(weight) and weight > 0):
-            raise MalformedUpdate(f"weight {weight}: must be finite and above 0")
+        if not 0 < weight <= _MOST:
+            raise MalformedUpdate(f"weight {weight}: must be above 0 and at most {_MOST:g}")
         parts = {"": update.delta, **update.slots}
         if self._parts and parts.keys() != self._parts.keys():
             names = sorted(parts.keys() ^ self._parts.keys())
@@ -63,13 +65,18 @@ class _RunningMean:
         self._parts = sums
         self._weights.append(weight)
         for name, value in update.metrics.items():
-            if math.isfinite(value):
+            if abs(value * weight) < _HUGE:
                 self._metrics.setdefault(name, []).append((value, weight))
 
     def result(self) -> Aggregate:
         if not self._weights:
             raise MalformedUpdate("no update to average")
         weight = math.fsum(self._weights)
+        if weight < _LEAST:
+            raise MalformedUpdate(
+                f"the weights add up to {weight:g}, too little for a sum in steps of 2^-32; "
+                f"use weights that add up to {_LEAST:g} or more, such as row counts"
+            )
         means = {name: part.mean(weight) for name, part in self._parts.items()}
         delta = means.pop("")
         metrics = {name: _mean(pairs) for name, pairs in sorted(self._metrics.items())}
