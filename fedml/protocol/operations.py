@@ -27,7 +27,8 @@ class Receipt:
     """A round's fate: who was asked, who counted, who did not and why, and what came of it.
 
     `left_out` are sites that were not asked, with the reason; `model` is the digest of the
-    parameters after the round, "" if it failed; times are seconds since the epoch.
+    parameters after the round, "" if it failed; times are seconds since the epoch. An evaluation
+    leaves a receipt of its own, with `scores` and the digest of what was scored.
     """
 
     run: RunId
@@ -42,6 +43,7 @@ class Receipt:
     model: str = ""
     opened: float = 0.0
     closed: float = 0.0
+    kind: Literal["train", "evaluate"] = "train"
 
 
 @dataclass(frozen=True)

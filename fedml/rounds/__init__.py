@@ -1,0 +1,59 @@
+"""A run's life with no network and no clock: events in, commands out."""
+
+from fedml.rounds.hosting import (
+    Candidate,
+    Command,
+    Commit,
+    Committed,
+    End,
+    Event,
+    ForgetTask,
+    Opened,
+    SitesChanged,
+    StopAsked,
+    Tick,
+)
+from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan
+from fedml.rounds.round import (
+    CancelTask,
+    Opening,
+    ReportArrived,
+    Round,
+    SendTask,
+    SiteLost,
+    UpdateArrived,
+    WakeAt,
+)
+from fedml.rounds.run import Run
+from fedml.rounds.selection import Selection, SiteStatus, draw, eligible
+
+__all__ = [
+    "CancelTask",
+    "Candidate",
+    "Cohort",
+    "Command",
+    "Commit",
+    "Committed",
+    "End",
+    "Evaluation",
+    "Event",
+    "ForgetTask",
+    "Gate",
+    "Opened",
+    "Opening",
+    "Plan",
+    "ReportArrived",
+    "Round",
+    "Run",
+    "Selection",
+    "SendTask",
+    "SiteLost",
+    "SiteStatus",
+    "SitesChanged",
+    "StopAsked",
+    "Tick",
+    "UpdateArrived",
+    "WakeAt",
+    "draw",
+    "eligible",
+]

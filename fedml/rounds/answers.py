@@ -1,0 +1,78 @@
+"""What a round does with answers: check each against the brief, then take it into the total."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from fedml.errors import MalformedMessage, MalformedUpdate
+from fedml.protocol.messages import Scores
+from fedml.protocol.tasks import Brief, Report, Update
+from fedml.strategies import Aggregate, Reducer
+
+_HUGE = 1e300  # a sum of totals below this cannot overflow
+
+
+class Answers(Protocol):
+    """What has come in so far, of one kind."""
+
+    def add(self, answer: Update | Report, brief: Brief) -> None:
+        """Check and take in one answer, or raise `MalformedMessage` and stay as it was."""
+
+    def result(self) -> Aggregate | Scores:
+        """Return what all answers come to; raises `MalformedMessage` if that is nothing."""
+
+
+class Updates:
+    """Checks updates against the brief and streams them into a reduction."""
+
+    def __init__(self, reducer: Reducer, reports: frozenset[str]) -> None:
+        """Reduce with `reducer`; each update must have the slots `reports`."""
+        self._reduction, self._reports = reducer.start(), reports
+
+    def add(self, answer: Update | Report, brief: Brief) -> None:
+        """Refuse an update that has other slots, another layout, or is not finite."""
+        if not isinstance(answer, Update):
+            raise MalformedUpdate("it is a report, not an update")
+        if answer.slots.keys() != self._reports:
+            got, wanted = sorted(answer.slots), sorted(self._reports)
+            raise MalformedUpdate(f"it has slots {got}, rule {brief.rule} reports {wanted}")
+        if not 0 < answer.weight < math.inf:
+            raise MalformedUpdate(f"weight {answer.weight}: must be finite and above 0")
+        for part in (answer.delta, *answer.slots.values()):
+            brief.params.check_like(part)
+            if not math.isfinite(norm := part.norm()):
+                raise MalformedUpdate(f"its norm is {norm}: training diverged")
+        self._reduction.add(answer)
+
+    def result(self) -> Aggregate:
+        """Return the cohort's updates as one."""
+        return self._reduction.result()
+
+
+class Reports:
+    """Adds up scores; a mean is a sum of totals over the sum of their counts."""
+
+    def __init__(self) -> None:
+        self._terms: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, answer: Update | Report, brief: Brief) -> None:
+        """Refuse a report with a total or count that is not finite."""
+        if not isinstance(answer, Report):
+            raise MalformedMessage("it is an update, not a report")
+        for name, value in {"count": answer.count, **answer.totals}.items():
+            if not abs(value) < _HUGE:
+                raise MalformedMessage(f"its {name} is {value}")
+        for name, total in answer.totals.items():
+            self._terms.setdefault(name, []).append((total, answer.count))
+
+    def result(self) -> Scores:
+        """Return each metric's mean over the rows of the sites that report it."""
+        scores = {}
+        for name, terms in sorted(self._terms.items()):
+            count = math.fsum(count for _, count in terms)
+            if count > 0:  # under privacy counts are noised, and may vanish
+                scores[name] = math.fsum(total for total, _ in terms) / count
+        if not scores:
+            raise MalformedMessage("the sites' counts add up to no rows")
+        return scores

@@ -1,0 +1,211 @@
+"""A run's plan: everything that was decided before it starts, as one value.
+
+A plan that contradicts itself cannot be built: `Contradiction` lists every conflict at once, each
+with the way out. Its canonical JSON is what operators send, journals keep and lineage records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from fedml.durable import dump_json
+from fedml.errors import ConfigError, Contradiction
+from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
+from fedml.protocol.records import Reader, from_record, to_record
+from fedml.strategies import Strategy, build, describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Who is asked in a round, how many must answer, and within how many seconds.
+
+    No `sites` means all that can take part; `size` 0 asks all of those, else so many are drawn.
+    """
+
+    quorum: int
+    deadline: float
+    sites: tuple[SiteId, ...] = ()
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When held-out rows score the model: after each `every` rounds (0: never), and at the end."""
+
+    every: int = 0
+    at_end: bool = True
+
+    def is_due(self, number: int, *, last: bool) -> bool:
+        """True if the model after round `number` is to be scored; `last` if no round follows."""
+        return (self.at_end and last) or (self.every > 0 and number % self.every == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a score must reach before the model may become a candidate for release."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
+        if not bounds or not all(math.isfinite(bound) for bound in bounds):
+            raise ConfigError(f"gate on {self.metric!r}: set at_least or at_most to a number")
+
+    def objection(self, scores: Scores) -> str:
+        """Return why `scores` do not pass, or "" if they do."""
+        if self.metric not in scores:
+            return f"gate {self.metric}: not measured, there are {sorted(scores)}"
+        value = scores[self.metric]
+        if self.at_least is not None and not value >= self.at_least:
+            return f"gate {self.metric}: {value:.4g} is below {self.at_least:g}"
+        if self.at_most is not None and not value <= self.at_most:
+            return f"gate {self.metric}: {value:.4g} is above {self.at_most:g}"
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run: what is trained, by whom, how, under which guarantee, and when it is good enough.
+
+    `dataset` is the name the sites know it by; `parent` a version of `model` to go on from, 0
+    for a fresh start. A round is tried `attempts` times; `patience` is how many seconds the run
+    waits for enough sites. `seed` fixes cohorts, batch order and dropout, never privacy noise.
+    """
+
+    model: str
+    recipe: RecipeId
+    dataset: str
+    strategy: Strategy
+    training: Training
+    cohort: Cohort
+    rounds: int
+    privacy: Privacy = field(default_factory=Privacy)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    gates: tuple[Gate, ...] = ()
+    seed: int = 0
+    parent: int = 0
+    attempts: int = 3
+    patience: float = 600.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gates", tuple(self.gates))
+        object.__setattr__(self, "parent", self.parent or 0)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `Contradiction` with every reason why this plan cannot run."""
+        reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
+        reasons += _scoring(self)
+        if reasons:
+            raise Contradiction(reasons)
+
+    def to_json(self) -> str:
+        """Return canonical JSON: equal plans have equal text, and every default is written."""
+        record = cast(dict[str, object], to_record(self))
+        return dump_json({**record, "strategy": describe(self.strategy)}).decode()
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Plan:
+        """Return the plan that `to_json` wrote; raises one `ConfigError` with all its problems."""
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"plan: not JSON ({error})") from error
+        readers: dict[object, Reader] = {
+            Strategy: lambda raw: build(cast(Mapping[str, object], raw))
+        }
+        return from_record(Plan, raw, "plan", readers)
+
+    def digest(self) -> str:
+        """SHA-256 of `to_json()`, in hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def task_seed(self, number: int, site: SiteId) -> int:
+        """Return the seed of a site's batch order in a round; the same for every attempt."""
+        text = f"{self.seed}.{number}.{site}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def _names(plan: Plan) -> Iterator[str]:
+    for what, name in (("model", plan.model), ("dataset", plan.dataset)):
+        try:
+            check_name(what, name)
+        except ConfigError as error:
+            yield str(error)
+    try:
+        describe(plan.strategy)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _counts(plan: Plan) -> Iterator[str]:
+    for what, value in (("rounds", plan.rounds), ("attempts", plan.attempts)):
+        if value < 1:
+            yield f"{what} {value}: set it to 1 or more"
+    if plan.parent < 0:
+        yield f"parent {plan.parent}: give a version of {plan.model}, or 0 for a fresh start"
+    if not 0 <= plan.seed < 2**63:
+        yield f"seed {plan.seed}: use 0 to 2^63 - 1"
+    if not 0 <= plan.patience < math.inf:
+        yield f"patience {plan.patience}: give the seconds to wait for sites, 0 or more"
+
+
+def _cohort(cohort: Cohort) -> Iterator[str]:
+    sites, size, quorum = cohort.sites, cohort.size, cohort.quorum
+    if quorum < 1:
+        yield f"cohort.quorum {quorum}: at least one site must answer"
+    if not 0 < cohort.deadline < math.inf:
+        yield f"cohort.deadline {cohort.deadline}: give the seconds a round may take"
+    if size < 0:
+        yield f"cohort.size {size}: use 0 for all sites, or a number of them"
+    if 0 < size < quorum:
+        yield f"cohort.quorum {quorum} is above cohort.size {size}: lower one or raise the other"
+    if sites and quorum > len(sites):
+        yield f"cohort.quorum {quorum} is above the {len(sites)} sites listed: lower it, add sites"
+    if sites and size > len(sites):
+        yield f"cohort.size {size} is above the {len(sites)} sites listed: lower it or add sites"
+    if twice := sorted(site for site, n in Counter(sites).items() if n > 1):
+        yield f"cohort.sites lists {', '.join(twice)} more than once: list each site once"
+
+
+def _privacy(plan: Plan) -> Iterator[str]:
+    if plan.privacy.mode != "record":
+        return
+    if plan.privacy.rounds != plan.rounds:
+        yield (
+            f"privacy.rounds {plan.privacy.rounds} is not rounds {plan.rounds}: "
+            "noise is set for exactly the rounds that run, make them equal"
+        )
+    if plan.training.epochs:
+        yield (
+            f"training.epochs {plan.training.epochs} with record privacy: the number of passes "
+            "depends on private rows, set training.steps instead"
+        )
+    if _evaluates(plan) and plan.privacy.evaluation_epsilon == 0:
+        yield (
+            "evaluation with record privacy and privacy.evaluation_epsilon 0: scores are made of "
+            "private rows, set evaluation_epsilon above 0 or evaluation.at_end=false and every=0"
+        )
+
+
+def _scoring(plan: Plan) -> Iterator[str]:
+    if plan.evaluation.every < 0:
+        yield f"evaluation.every {plan.evaluation.every}: use 0 for never, or a number of rounds"
+    if plan.gates and not plan.evaluation.at_end:
+        metrics = ", ".join(sorted({gate.metric for gate in plan.gates}))
+        yield f"gates on {metrics} without a last evaluation: set evaluation.at_end=true"
+
+
+def _evaluates(plan: Plan) -> bool:
+    return plan.evaluation.at_end or plan.evaluation.every > 0

@@ -1,0 +1,322 @@
+"""A run as a state machine: rounds, retries, evaluations and gates, from a plan to a candidate.
+
+    waiting -> round open -> committing -> waiting -> ... -> over
+
+What comes next follows from the plan, the last committed state and the receipts alone, so a
+restart is a replay: `Run.resume` with those three goes on where the journal ends. Time enters as
+`now`, in seconds since the epoch, and ends up in receipts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedml.errors import ConfigError
+from fedml.params import Params
+from fedml.protocol.messages import RunId, Scores
+from fedml.protocol.operations import Receipt, RunState
+from fedml.protocol.tasks import Brief
+from fedml.rounds import round as rounds
+from fedml.rounds.hosting import (
+    Candidate,
+    Command,
+    Commit,
+    Committed,
+    End,
+    Event,
+    ForgetTask,
+    Opened,
+    SitesChanged,
+    StopAsked,
+    Tick,
+)
+from fedml.rounds.plan import Plan
+from fedml.rounds.selection import Selection, SiteStatus, draw, eligible
+from fedml.strategies import RULES, Aggregate, ServerState
+
+
+class Run:
+    """Carries a plan through its rounds; its host feeds events and carries out commands in order.
+
+    A failed round is tried again up to `plan.attempts` times. If sites have refused for good and
+    too few are left, the run stops early, and still offers what it has if the gates pass.
+    """
+
+    def __init__(
+        self,
+        id: RunId,
+        plan: Plan,
+        state: ServerState,
+        receipts: Sequence[Receipt] = (),
+        reopen: Opened | None = None,
+    ) -> None:
+        """Prefer `begin` and `resume`, which say what they are for."""
+        rule = plan.strategy.brief(state).rule
+        if rule not in RULES:
+            raise ConfigError(f"rule {rule!r} is not installed; there are {', '.join(RULES)}")
+        self.id, self.plan, self.state = id, plan, state
+        self.receipts = list(receipts)
+        self._reopen = reopen
+        self._statuses: tuple[SiteStatus, ...] = ()
+        self._barred: dict[rounds.Kind, dict[str, str]] = {"train": {}, "evaluate": {}}
+        self._round: rounds.Round | None = None
+        self._opened: Opened | None = None
+        self._commit: Commit | None = None
+        self._waits, self._patience, self._need = 0, "", ""
+        self._refused = ""  # why no further round can be: too many sites refused for good
+        self._unscored = 0  # the round whose evaluation was given up
+        self._ending: End | None = None  # how to end once what is open is committed
+        self._end: End | None = None
+
+    @classmethod
+    def begin(cls, id: RunId, plan: Plan, params: Params) -> Run:
+        """Return a fresh run that starts from `params`."""
+        return cls(id, plan, plan.strategy.start(params))
+
+    @classmethod
+    def resume(
+        cls,
+        id: RunId,
+        plan: Plan,
+        state: ServerState,
+        receipts: Sequence[Receipt],
+        reopen: Opened | None = None,
+    ) -> Run:
+        """Return the run that committed `receipts` and `state`, with its last open round if any.
+
+        That round is opened again with the same sites and task ids, so sites send the bytes
+        they kept; its deadline starts anew.
+        """
+        return cls(id, plan, state, receipts, reopen)
+
+    @property
+    def status(self) -> tuple[RunState, str]:
+        """Where the run stands, and one line about it for a person."""
+        if self._end:
+            return self._end.state, self._end.detail
+        if self._round is None:
+            return ("waiting", self._need) if self._patience else ("running", "committing a round")
+        opening = self._round.opening
+        where = f"round {opening.number} of {self.plan.rounds}, attempt {opening.attempt}"
+        state: RunState = "running" if opening.kind == "train" else "evaluating"
+        return state, f"{where}: {self._round.progress}"
+
+    @property
+    def done(self) -> int:
+        """How many rounds are committed."""
+        return sum(1 for receipt in self._of("train") if receipt.model)
+
+    def scores(self, number: int) -> Scores:
+        """Return the scores of the model after round `number`; empty if it was not scored."""
+        found = [r.scores for r in self._of("evaluate", number) if r.scores]
+        return found[0] if found else {}
+
+    def open(self, now: float) -> list[Command]:
+        """Start, or go on after a restart."""
+        reopen, self._reopen = self._reopen, None
+        if reopen is not None:
+            opening = reopen.opening
+            next_ = (opening.kind, opening.number)
+            if next_ == self._next() and opening.attempt == self._attempt(*next_):
+                return self._play(reopen)
+        return self._go_on(now)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event in; return what the host must do now. After the end, nothing."""
+        match event:
+            case _ if self._end:
+                return []
+            case SitesChanged(statuses):
+                self._statuses = statuses
+                return self._go_on(now)
+            case Tick(token):
+                return self._tick(token, now)
+            case StopAsked(reason):
+                self._ending = End("stopped", f"{reason}; {self.done} rounds are committed")
+                ended = self._round.abandon(f"the run was stopped: {reason}") if self._round else []
+                return self._carry(ended, now) if ended else self._go_on(now)
+            case Committed():
+                return self._committed(now)
+            case rounds.UpdateArrived() | rounds.ReportArrived() | rounds.SiteLost():
+                return self._carry(self._round.handle(event), now) if self._round else []
+
+    # what comes next
+
+    def _of(self, kind: rounds.Kind, number: int = 0) -> list[Receipt]:
+        return [r for r in self.receipts if r.kind == kind and number in (0, r.round)]
+
+    def _attempt(self, kind: rounds.Kind, number: int) -> int:
+        return 1 + len(self._of(kind, number))
+
+    def _next(self) -> tuple[rounds.Kind, int] | None:
+        done = self.done
+        last = done == self.plan.rounds or bool(self._refused)
+        scored = (
+            self.scores(done)
+            or self._unscored == done
+            or self._attempt("evaluate", done) > self.plan.attempts
+        )
+        if done and not scored and self.plan.evaluation.is_due(done, last=last):
+            return "evaluate", done
+        return None if last else ("train", done + 1)
+
+    def _go_on(self, now: float) -> list[Command]:
+        """Do the next thing if nothing is under way."""
+        if self._round or self._commit:
+            return []
+        if self._ending:
+            return self._finish(self._ending)
+        if (step := self._next()) is None:
+            return self._conclude()
+        kind, number = step
+        if kind == "train" and self._attempt(kind, number) > self.plan.attempts:
+            missing = self._of(kind, number)[-1].missing
+            why = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
+            tries = f"round {number} failed {self.plan.attempts} times, the last time"
+            return self._finish(End("failed", f"{tries} without {why or 'a usable total'}"))
+        pool = eligible(self.plan, self._statuses, self._barred[kind])
+        if hopeless := self._hopeless(kind, pool):
+            self._give_up(kind, number, hopeless)
+            return self._go_on(now)
+        if len(pool.asked) < self.plan.cohort.quorum:
+            return self._wait(pool)
+        chosen = draw(self.plan, number, pool) if kind == "train" else pool
+        cohort = self.plan.cohort
+        opening = rounds.Opening(
+            self.id, number, self._attempt(kind, number), chosen.asked,
+            cohort.quorum, cohort.deadline, kind,
+        )  # fmt: skip
+        return self._play(Opened(opening, chosen.left_out, now))
+
+    def _hopeless(self, kind: rounds.Kind, pool: Selection) -> str:
+        """Say why waiting is useless: too few sites are left that have not refused for good."""
+        barred, quorum = self._barred[kind], self.plan.cohort.quorum
+        listed: set[str] = {*self.plan.cohort.sites} or {*pool.asked, *pool.left_out}
+        left = listed - barred.keys()
+        if not barred or len(left) >= quorum:
+            return ""
+        why = "; ".join(f"{site}: {reason}" for site, reason in sorted(barred.items()))
+        return f"{len(barred)} sites refused for good and a quorum is {quorum} ({why})"
+
+    def _give_up(self, kind: rounds.Kind, number: int, reason: str) -> None:
+        if kind == "evaluate":
+            self._unscored = number
+        else:
+            self._refused = reason
+
+    def _wait(self, pool: Selection) -> list[Command]:
+        why = "; ".join(f"{site}: {reason}" for site, reason in pool.left_out.items())
+        ready, quorum = len(pool.asked), self.plan.cohort.quorum
+        self._need = f"{quorum} sites are needed, {ready} are ready" + (f" ({why})" if why else "")
+        if self._patience:
+            return []
+        self._waits += 1
+        self._patience = f"patience.{self._waits}"
+        return [rounds.WakeAt(self.plan.patience, self._patience)]
+
+    def _tick(self, token: str, now: float) -> list[Command]:
+        if self._round and token == self._round.opening.token:
+            return self._carry(self._round.handle(rounds.DeadlinePassed()), now)
+        if not self._patience or token != self._patience:
+            return []
+        self._patience = ""
+        step = self._next()
+        if step and step[0] == "evaluate":
+            self._unscored = step[1]
+            return self._go_on(now)
+        waited = f"waited {self.plan.patience:g} s: {self._need}"
+        return self._finish(End("failed", waited))
+
+    # one round, from its opening to its commit
+
+    def _play(self, opened: Opened) -> list[Command]:
+        opening = opened.opening
+        if opening.kind == "train":
+            brief = self.plan.strategy.brief(self.state)
+        else:
+            brief = Brief(self.state.params)
+        reducer, reports = self.plan.strategy.reducer, RULES[brief.rule].reports
+        self._round, self._opened = rounds.Round(opening, reducer, reports), opened
+        self._patience = ""
+        return [opened, *self._carry(self._round.open(brief), opened.at)]
+
+    def _carry(self, commands: list[rounds.Command], now: float) -> list[Command]:
+        carried: list[Command] = []
+        for command in commands:
+            match command:
+                case rounds.Close(total, account):
+                    carried.append(self._close(total, account, now))
+                case rounds.Fail(_, account):
+                    carried.append(self._settle(account, now, None))
+                case _:
+                    carried.append(command)
+        return carried
+
+    def _close(self, total: Aggregate | Scores, account: rounds.Account, now: float) -> Commit:
+        if not isinstance(total, Aggregate):
+            return self._settle(account, now, None, scores=total)
+        state = self.plan.strategy.advance(self.state, total)
+        if not state.params.is_finite():  # the same updates would lead there again
+            number = self.done + 1
+            detail = (
+                f"the model diverged in round {number}: lower strategy.server_lr or training.lr"
+            )
+            self._ending = End("failed", detail)
+            return self._settle(account, now, None)
+        return self._settle(account, now, state, metrics=total.metrics)
+
+    def _settle(
+        self,
+        account: rounds.Account,
+        now: float,
+        state: ServerState | None,
+        *,
+        metrics: Scores | None = None,
+        scores: Scores | None = None,
+    ) -> Commit:
+        """Write the receipt of the round that just ended; nothing goes on until it is durable."""
+        assert self._opened is not None, "a round that was never opened"
+        opened, opening = self._opened, self._opened.opening
+        self._barred[opening.kind].update({site: account.missing[site] for site in account.final})
+        outcome = self.state if scores else state
+        receipt = Receipt(
+            run=self.id, round=opening.number, attempt=opening.attempt, kind=opening.kind,
+            asked=account.asked, counted=account.counted, missing=account.missing,
+            left_out=opened.left_out, metrics=metrics or {}, scores=scores or {},
+            model=outcome.params.digest() if outcome else "", opened=opened.at, closed=now,
+        )  # fmt: skip
+        self._round, self._commit = None, Commit(receipt, state)
+        return self._commit
+
+    def _committed(self, now: float) -> list[Command]:
+        if self._commit is None:
+            return []
+        assert self._opened is not None, "a commit without a round"
+        opening, commit = self._opened.opening, self._commit
+        self._commit = None
+        self.receipts.append(commit.receipt)
+        self.state = commit.state or self.state
+        forget = [ForgetTask(opening.task_id(site), site) for site in opening.asked]
+        return [*forget, *self._go_on(now)]
+
+    # the end
+
+    def _conclude(self) -> list[Command]:
+        done, scores = self.done, self.scores(self.done)
+        early = f"ended after round {done} of {self.plan.rounds}: {self._refused}"
+        if not done:
+            return self._finish(End("stopped", early))
+        objections = [o for gate in self.plan.gates if (o := gate.objection(scores))]
+        if objections:
+            detail = "no candidate: " + "; ".join(
+                [*objections, early] if self._refused else objections
+            )
+            return self._finish(End("stopped" if self._refused else "failed", detail))
+        detail = f"candidate {early}" if self._refused else f"candidate after {done} rounds"
+        candidate = Candidate(self.state.params, scores, tuple(self.receipts), detail)
+        end = End("stopped" if self._refused else "done", detail)
+        return [candidate, *self._finish(end)]
+
+    def _finish(self, end: End) -> list[Command]:
+        self._end, self._patience = end, ""
+        return [end]

@@ -1,0 +1,80 @@
+"""Who is asked in a round, and for every other site why not. The same inputs, the same cohort."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fedml.protocol.messages import DatasetCard, RecipeId, SiteId
+from fedml.rounds.plan import Plan
+
+Reasons = Mapping[str, str]  # by site
+
+
+@dataclass(frozen=True)
+class SiteStatus:
+    """What the host knows of a site right now."""
+
+    site: SiteId
+    connected: bool
+    recipes: tuple[RecipeId, ...] = ()
+    datasets: tuple[DatasetCard, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The sites to ask, sorted, and why each other known or listed site is left out."""
+
+    asked: tuple[SiteId, ...]
+    left_out: Reasons
+
+
+def eligible(plan: Plan, statuses: Iterable[SiteStatus], barred: Reasons) -> Selection:
+    """Return all sites that could take part now; `barred` sites have refused for good."""
+    known = {status.site: status for status in statuses}
+    asked: list[SiteId] = []
+    left_out: dict[str, str] = {}
+    for site in sorted(known.keys() | set(plan.cohort.sites)):
+        objection = barred.get(site) or _objection(plan, site, known.get(site))
+        if objection:
+            left_out[site] = objection
+        else:
+            asked.append(site)
+    return Selection(tuple(asked), left_out)
+
+
+def draw(plan: Plan, number: int, pool: Selection) -> Selection:
+    """Return the cohort of round `number`: `pool`, or `cohort.size` of it drawn by `plan.seed`.
+
+    Each site's lot depends on seed, round and its own name only, so a newcomer moves no others.
+    """
+    size = plan.cohort.size
+    if size == 0 or len(pool.asked) <= size:
+        return pool
+
+    def lot(site: SiteId) -> bytes:
+        return hashlib.sha256(f"cohort.{plan.seed}.{number}.{site}".encode()).digest()
+
+    drawn = set(sorted(pool.asked, key=lot)[:size])
+    reason = f"not drawn: {size} of {len(pool.asked)} sites are asked in a round"
+    spared = {site: reason for site in pool.asked if site not in drawn}
+    left_out = dict(sorted([*pool.left_out.items(), *spared.items()]))
+    return Selection(tuple(sorted(drawn)), left_out)
+
+
+def _objection(plan: Plan, site: SiteId, status: SiteStatus | None) -> str:
+    if plan.cohort.sites and site not in plan.cohort.sites:
+        return "not among the plan's sites"
+    if status is None:
+        return "never seen"
+    if not status.connected:
+        return "not connected"
+    if plan.recipe not in status.recipes:
+        others = [r.digest[:12] for r in status.recipes if r.name == plan.recipe.name]
+        has = f"has {', '.join(others)}" if others else "does not have that recipe"
+        return f"{has}, the run needs {plan.recipe.name} {plan.recipe.digest[:12]}"
+    rows = [card.rows for card in status.datasets if card.name == plan.dataset]
+    if not rows:
+        return f"has no dataset named {plan.dataset}"
+    return "" if rows[0] > 0 else f"declares no rows in {plan.dataset}"

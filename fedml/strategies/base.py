@@ -1,0 +1,122 @@
+"""The two halves of a federated algorithm, and the values that pass between them.
+
+A `Strategy` is the server half, a `LocalRule` the site half. Both are pure: no IO, no clock, no
+global random state. All server state is `ServerState`, so every algorithm checkpoints alike.
+A strategy is a frozen dataclass whose fields are its settings, checked at birth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedml.errors import ConfigError
+from fedml.params import Params
+from fedml.protocol.messages import Scores
+from fedml.protocol.tasks import Brief, Slots, Update
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The global model after `step` rounds, with the algorithm's own slots."""
+
+    params: Params
+    slots: Slots = field(default_factory=dict)
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A cohort's updates as one: the mean delta, slots and metrics, their weight and count."""
+
+    delta: Params
+    slots: Slots
+    weight: float
+    count: int
+    metrics: Scores = field(default_factory=dict)
+
+
+class Reduction(Protocol):
+    """A running reduction; it lives for one round."""
+
+    def add(self, update: Update) -> None:
+        """Take one update in, or raise `MalformedUpdate` and stay as it was."""
+
+    def result(self) -> Aggregate:
+        """Return the aggregate of everything added, the same whatever the order.
+
+        At least one update is required. Raises `MalformedUpdate` if the updates, each sound by
+        itself, have no aggregate.
+        """
+
+
+class Reducer(Protocol):
+    """A way to make one aggregate of many updates."""
+
+    @property
+    def linear(self) -> bool:
+        """True if the sum is all it needs, so secure aggregation may hide single updates."""
+
+    def start(self) -> Reduction:
+        """Begin a round's reduction."""
+
+
+class Strategy(Protocol):
+    """Server half of an algorithm. Implement these to add your own."""
+
+    @property
+    def reducer(self) -> Reducer:
+        """How updates become one aggregate."""
+
+    def start(self, params: Params) -> ServerState:
+        """Return the state before the first round."""
+
+    def brief(self, state: ServerState) -> Brief:
+        """Return what this round's sites need to know."""
+
+    def advance(self, state: ServerState, total: Aggregate) -> ServerState:
+        """Return the state after a round; the old one stays as it was."""
+
+
+class LocalRule(Protocol):
+    """Site half of an algorithm: bends local gradients and reports what the server half needs."""
+
+    @property
+    def reports(self) -> frozenset[str]:
+        """Names of the slots that `finish` reports; an update with others is refused."""
+
+    def gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
+        """Return the gradient to step along, given the plain one at `params`."""
+
+    def finish(
+        self, brief: Brief, memory: Slots, delta: Params, path: Mapping[str, float]
+    ) -> tuple[Slots, Slots]:
+        """Return (slots to report, memory to keep); `path` has `lr` and `steps` taken."""
+
+
+class Plain:
+    """Local SGD as it is."""
+
+    reports: frozenset[str] = frozenset()
+
+    def gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
+        """Return `grads` unchanged."""
+        return grads
+
+    def finish(
+        self, brief: Brief, memory: Slots, delta: Params, path: Mapping[str, float]
+    ) -> tuple[Slots, Slots]:
+        """Report and keep nothing."""
+        return {}, {}
+
+
+def check_setting(
+    what: str, value: float, *, least: float = 0.0, below: float = math.inf, open_: bool = False
+) -> None:
+    """Raise `ConfigError` unless `least` <= `value` < `below`; `open_` leaves `least` out."""
+    if (least < value if open_ else least <= value) and value < below:
+        return
+    start = f"above {least:g}" if open_ else f"{least:g} or more"
+    raise ConfigError(f"{what} {value}: must be {start} and below {below:g}")

@@ -1,0 +1,148 @@
+"""Reducers: the weighted mean, streamed, with the same bits whatever the order of arrival.
+
+Floating point addition depends on order; addition of integers does not. So each weight * value
+is computed in float64, rounded to a multiple of 2^-32 and summed in int64. The sum holds about
++-2e9 in units of weight * value; beyond that the update, or the round, is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedml.errors import MalformedUpdate
+from fedml.params import Layout, Params
+from fedml.protocol.tasks import Update
+from fedml.strategies.base import Aggregate
+
+GRID = 2.0**32  # steps per unit; a power of two, so scaling by it is exact
+_CHUNK = 2**20  # elements widened at a time: 8 MB of scratch, whatever the model
+_INT64 = 2**63
+_LEAST, _MOST = 2.0**-8, 1e15  # of all weights together, so the grid stays fine; of each weight
+_HUGE = 1e300  # of a metric times its weight: a sum of these cannot overflow
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """Mean of deltas and slots weighted by `Update.weight`, in memory of two float32 models.
+
+    Integer buffers are never averaged into floats: their aggregate is the elementwise maximum,
+    so a batch counter advances as far as the site that counted furthest. Metrics are weighted
+    means over the updates that have them; values that are not finite, or absurd, are left out.
+    """
+
+    @property
+    def linear(self) -> bool:
+        """True: sums are all it needs."""
+        return True
+
+    def start(self) -> _RunningMean:
+        """Begin with an empty sum."""
+        return _RunningMean()
+
+
+class _RunningMean:
+    def __init__(self) -> None:
+        self._parts: dict[str, _Sum] = {}
+        self._weights: list[float] = []
+        self._metrics: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, update: Update) -> None:
+        weight = update.weight
+        if not 0 < weight <= _MOST:
+            raise MalformedUpdate(f"weight {weight}: must be above 0 and at most {_MOST:g}")
+        parts = {"": update.delta, **update.slots}
+        if self._parts and parts.keys() != self._parts.keys():
+            names = sorted(parts.keys() ^ self._parts.keys())
+            raise MalformedUpdate(f"slots {names} are reported by some sites and not by others")
+        sums = self._parts or {name: _Sum(part.layout) for name, part in parts.items()}
+        peaks = {name: sums[name].measure(part, weight) for name, part in parts.items()}
+        for name, part in parts.items():  # nothing can fail from here on
+            sums[name].add(part, weight, peaks[name])
+        self._parts = sums
+        self._weights.append(weight)
+        for name, value in update.metrics.items():
+            if abs(value * weight) < _HUGE:
+                self._metrics.setdefault(name, []).append((value, weight))
+
+    def result(self) -> Aggregate:
+        if not self._weights:
+            raise MalformedUpdate("no update to average")
+        weight = math.fsum(self._weights)
+        if weight < _LEAST:
+            raise MalformedUpdate(
+                f"the weights add up to {weight:g}, too little for a sum in steps of 2^-32; "
+                f"use weights that add up to {_LEAST:g} or more, such as row counts"
+            )
+        means = {name: part.mean(weight) for name, part in self._parts.items()}
+        delta = means.pop("")
+        metrics = {name: _mean(pairs) for name, pairs in sorted(self._metrics.items())}
+        return Aggregate(delta, means, weight, len(self._weights), metrics)
+
+
+def _mean(pairs: list[tuple[float, float]]) -> float:
+    return math.fsum(v * w for v, w in pairs) / math.fsum(w for _, w in pairs)
+
+
+class _Sum:
+    """A fixed-point sum of weighted `Params`, with the running maximum of their integers."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._sums: dict[torch.dtype, Tensor] = {}
+        for dtype, size in layout.sizes.items():
+            if dtype.is_floating_point:
+                self._sums[dtype] = torch.zeros(size, dtype=torch.int64)
+        self._most: dict[torch.dtype, Tensor] = {}
+        self._reach = 0  # sum of all peaks, in grid steps: no element's sum can be beyond it
+
+    def measure(self, part: Params, weight: float) -> int:
+        """Return the largest |weight * value| in grid steps; raises if int64 cannot hold it."""
+        if part.layout != self.layout:
+            raise MalformedUpdate("its layout differs from the first update's")
+        peak = 0.0
+        for dtype in self._sums:
+            buffer = part.buffers[dtype]
+            if buffer.numel():
+                low, high = buffer.aminmax()
+                largest = max(abs(float(low)), abs(float(high)))
+                peak = math.nan if math.isnan(largest) else max(peak, largest)
+        scaled = peak * weight * GRID
+        if not scaled < _INT64:
+            raise MalformedUpdate(
+                f"values up to {peak:g} at weight {weight:g} do not fit the sum, which holds "
+                f"{_INT64 / GRID:.3g}; lower the learning rate or the weights"
+            )
+        return round(scaled)
+
+    def add(self, part: Params, weight: float, peak: int) -> None:
+        self._reach += peak
+        for dtype, sums in self._sums.items():
+            values = part.buffers[dtype]
+            for start in range(0, len(values), _CHUNK):
+                # copy=True: a float64 buffer must not be scaled in place
+                piece = values[start : start + _CHUNK].to("cpu", torch.float64, copy=True)
+                piece.mul_(weight).mul_(GRID).round_()
+                sums[start : start + _CHUNK].add_(piece.to(torch.int64))
+        for dtype, values in part.buffers.items():
+            if not dtype.is_floating_point:
+                most = self._most.get(dtype)
+                self._most[dtype] = values if most is None else torch.maximum(most, values)
+
+    def mean(self, weight: float) -> Params:
+        if self._reach >= _INT64:
+            raise MalformedUpdate(
+                f"the updates add up to {self._reach / GRID:.3g}, the sum holds "
+                f"{_INT64 / GRID:.3g}; lower the learning rate or the weights"
+            )
+        buffers = dict(self._most)
+        for dtype, sums in self._sums.items():
+            mean = torch.empty(len(sums), dtype=dtype)
+            for start in range(0, len(sums), _CHUNK):
+                piece = sums[start : start + _CHUNK].to(torch.float64)
+                mean[start : start + _CHUNK] = piece.div_(GRID).div_(weight)
+            buffers[dtype] = mean
+        return Params.over(self.layout, buffers)
