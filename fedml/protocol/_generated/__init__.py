@@ -1,0 +1,1 @@
+"""Code made from fedml.proto by `python -m fedml.protocol.generate`; never edited by hand."""
