@@ -95,9 +95,8 @@ class Log:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.torn = path, b""
-        self.records: list[Record] = []
         data = path.read_bytes() if path.exists() else b""
-        whole = self._replay(data)
+        self.records, whole = _replay(path, data)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         if whole < len(data):
             self.torn = data[whole:]
@@ -105,19 +104,6 @@ class Log:
             os.fsync(self._descriptor)
         if not data:
             sync_folder(path.parent)
-
-    def _replay(self, data: bytes) -> int:
-        end, total = 0, len(data)
-        while end < total:
-            stop = data.find(b"\n", end)
-            record = None if stop < 0 else _parse(data[end:stop])
-            if record is None:
-                if 0 <= stop < total - 1:
-                    raise Corrupt(f"{self.path}: damaged at byte {end}; restore it from a backup")
-                break
-            self.records.append(record)
-            end = stop + 1
-        return end
 
     def append(self, record: Record) -> None:
         """Add `record`; when this returns it is on the disk. Raises `ConfigError` if it cannot be.
@@ -144,6 +130,32 @@ class Log:
     def close(self) -> None:
         """Let go of the file; the log is not to be used again."""
         os.close(self._descriptor)
+
+
+def read_log(path: Path) -> list[Record]:
+    """Return the whole records of a log that another process may be writing; changes nothing.
+
+    Raises `ConfigError` if there is no such file, `Corrupt` on damage before the last line.
+    """
+    try:
+        return _replay(path, path.read_bytes())[0]
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; is the folder right?") from error
+
+
+def _replay(path: Path, data: bytes) -> tuple[list[Record], int]:
+    records: list[Record] = []
+    end, total = 0, len(data)
+    while end < total:
+        stop = data.find(b"\n", end)
+        record = None if stop < 0 else _parse(data[end:stop])
+        if record is None:
+            if 0 <= stop < total - 1:
+                raise Corrupt(f"{path}: damaged at byte {end}; restore it from a backup")
+            break
+        records.append(record)
+        end = stop + 1
+    return records, end
 
 
 def _parse(line: bytes) -> Record | None:

@@ -1,0 +1,96 @@
+"""Scores of a model over a site's held-out rows, noised under privacy, and their means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from fedml.errors import ConfigError, TaskFailed
+from fedml.learning.descent import bind
+from fedml.learning.recipe import Recipe, Rows
+from fedml.privacy.accounting import evaluation_event
+from fedml.privacy.mechanisms import noisy_totals
+from fedml.privacy.noise import SecureNoise
+from fedml.protocol.messages import Privacy
+from fedml.protocol.tasks import Report, Task
+
+_CHUNK = 4096  # rows at once
+
+
+def evaluate(
+    recipe: Recipe, task: Task, rows: Rows, privacy: Privacy, device: str = "cpu"
+) -> Report:
+    """Return each score's total over `rows` and their count, for the task's parameters.
+
+    With privacy mode "record" the report is one `evaluation_event`: totals and count share
+    its epsilon, see `noisy_totals`, and may be fractional or negative. Raises `Refused` if
+    `privacy.evaluation_epsilon` is 0 then, and `ConfigError` for a score outside [0, 1].
+    """
+    private = privacy.mode == "record"
+    event = evaluation_event(privacy) if private else None
+    model = recipe.build().to(device).eval()
+    bind(model, task.brief.params.to(device))
+    try:
+        scores = _scores(recipe, model, rows, device, alone=private)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise TaskFailed(f"task {task.id}: {(str(error).splitlines() or [''])[0]}") from error
+    if event is not None:
+        totals, count = noisy_totals(scores, len(rows), event.epsilon, SecureNoise())
+    else:
+        totals, count = _totals(scores, len(rows)), float(len(rows))
+    return Report(task.id, task.round, task.site, totals, count)
+
+
+def mean_scores(reports: Sequence[Report]) -> Mapping[str, float]:
+    """Return each score's mean over all the rows of all the reports that have it.
+
+    The order of reports does not matter. Noise may push a mean out of [0, 1], or the count
+    below 1; both are brought back, which is free after the noise.
+    """
+    names = sorted({name for report in reports for name in report.totals})
+    means = {}
+    for name in names:
+        having = [report for report in reports if name in report.totals]
+        total = math.fsum(report.totals[name] for report in having)
+        count = math.fsum(report.count for report in having)
+        means[name] = min(1.0, max(0.0, total / max(count, 1.0)))
+    return means
+
+
+def _scores(
+    recipe: Recipe, model: nn.Module, rows: Rows, device: str, *, alone: bool
+) -> dict[str, Tensor]:
+    """Return each score's values, a row's from that row `alone` if it must be so."""
+
+    def of_one(output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {n: v.reshape(()) for n, v in recipe.score(output[None], target[None]).items()}
+
+    parts: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for start in range(0, max(len(rows), 1), _CHUNK):
+            x, y = (part[start : start + _CHUNK].to(device) for part in (rows.x, rows.y))
+            if alone and len(x):
+                scored: Mapping[str, Tensor] = vmap(of_one)(model(x), y)
+            else:
+                scored = recipe.score(model(x), y)
+            for name, values in scored.items():
+                parts.setdefault(name, []).append(values.double().cpu().reshape(-1))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _totals(scores: Mapping[str, Tensor], rows: int) -> dict[str, float]:
+    for name, values in scores.items():
+        if len(values) != rows:
+            raise ConfigError(f"score {name!r}: {len(values)} values for {rows} rows")
+        wrong = ~((values >= 0) & (values <= 1))
+        if bool(wrong.any()):
+            first = int(wrong.nonzero()[0])
+            raise ConfigError(
+                f"score {name!r} of row {first} is {float(values[first])}: a score lies in [0, 1]; "
+                "did training diverge?"
+            )
+    return {name: float(values.sum()) for name, values in scores.items()}

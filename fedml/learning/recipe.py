@@ -1,0 +1,177 @@
+"""Recipes: what is learnt, written once and installed at every site, never sent.
+
+A recipe is found by name: among ours, among installed packages (entry points of the group
+`fedml.recipes`), or in an operator's own file, registered as `name=/path/file.py:Class`. Both
+ends compare the SHA-256 of its source, which is read without importing it; what that file
+imports in turn is not part of the digest.
+
+No torch here at run time: the site's daemon lists recipes and never loads one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+from fedml.errors import ConfigError, Refused
+from fedml.protocol.messages import RecipeId
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BUILT_IN: Mapping[str, str] = {
+    "breast_cancer": "fedml.recipes.breast_cancer:BreastCancer",
+    "heart_disease": "fedml.recipes.heart_disease:HeartDisease",
+}
+_NONE: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A site's rows: inputs `x` [n, ...] and targets `y` [n, ...], without NaN or infinity."""
+
+    x: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        if self.x.ndim < 1 or self.y.ndim < 1 or len(self.x) != len(self.y):
+            raise ConfigError(
+                f"inputs {list(self.x.shape)} and targets {list(self.y.shape)}: "
+                "both need one entry a row"
+            )
+        for name, values in (("inputs", self.x), ("targets", self.y)):
+            if values.is_floating_point() and not bool(values.isfinite().all()):
+                bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()
+                raise ConfigError(f"{name}: row {int(bad[0])} has NaN or infinity; mend the data")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, indices: Sequence[int] | Tensor) -> Rows:
+        """Return the rows at `indices`, in that order."""
+        return Rows(self.x[indices], self.y[indices])
+
+
+class Recipe(Protocol):
+    """What a user writes: a model, its loss, its scores, and how a site's file is read."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the model's outputs, in their order."""
+
+    def build(self) -> nn.Module:
+        """Return a fresh model of raw rows: scaling, by public constants, is its first layer.
+
+        Its initial values are the same each time, or drawn from torch's global generator.
+        """
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+
+    def score(self, output: Tensor, target: Tensor) -> Mapping[str, Tensor]:
+        """Return each score by name, one value of [0, 1] a row."""
+
+    def read(self, path: Path) -> Rows:
+        """Return the rows of a site's data file; raises `ConfigError` with path and line."""
+
+    def example(self, rows: int) -> Tensor:
+        """Return synthetic, public input rows, the same each time: never real data."""
+
+
+def installed(extra: Mapping[str, str] = _NONE) -> tuple[RecipeId, ...]:
+    """Return every recipe of this machine, by name; `extra` maps names to `file.py:Class`."""
+    return tuple(identify(name, extra) for name in sorted(_catalogue(extra)))
+
+
+def identify(name: str, extra: Mapping[str, str] = _NONE) -> RecipeId:
+    """Return the recipe's name with the SHA-256 of its source file, which is not imported."""
+    place, _ = _locate(name, extra)
+    return RecipeId(name, hashlib.sha256(_source(name, place)).hexdigest())
+
+
+def load(wanted: RecipeId, extra: Mapping[str, str] = _NONE) -> Recipe:
+    """Return the recipe `wanted`; raises `Refused` unless its very source is installed here."""
+    place, target = _locate(wanted.name, extra)
+    source = _source(wanted.name, place)
+    digest = hashlib.sha256(source).hexdigest()
+    if digest != wanted.digest:
+        raise Refused(
+            f"recipe {wanted.name}: {place} is {digest[:12]}, the run wants "
+            f"{wanted.digest[:12]}; install the version the run was made with"
+        )
+    home, _, attribute = target.rpartition(":")
+    try:
+        own = wanted.name in extra
+        module = _execute(place, source, digest) if own else importlib.import_module(home)
+        recipe: Recipe = getattr(module, attribute)()
+    except (ImportError, AttributeError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"recipe {wanted.name} ({target}) does not load: {error}") from error
+    return recipe
+
+
+def _catalogue(extra: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `module:Class` or `file.py:Class` by recipe name."""
+    found = dict(BUILT_IN)
+    others = [(entry.name, entry.value) for entry in entry_points(group="fedml.recipes")]
+    for name, target in (*others, *extra.items()):
+        if found.get(name, target) != target:
+            raise ConfigError(f"recipe {name!r} is both {found[name]} and {target}; rename one")
+        found[name] = target
+    return found
+
+
+def _locate(name: str, extra: Mapping[str, str]) -> tuple[Path, str]:
+    catalogue = _catalogue(extra)
+    if name not in catalogue:
+        raise Refused(f"no recipe {name!r} here; there are {', '.join(sorted(catalogue))}")
+    target = catalogue[name]
+    home, colon, attribute = target.rpartition(":")
+    if not (colon and home and attribute.isidentifier()):
+        raise ConfigError(f"recipe {name!r} is {target!r}; write /path/file.py:Class")
+    return (Path(home) if name in extra else _module_file(name, home)), target
+
+
+def _module_file(name: str, module: str) -> Path:
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)  # of the top alone: this imports nothing
+    if spec is None:
+        raise ConfigError(f"recipe {name!r}: there is no module {top}; install its package")
+    if not rest:
+        return Path(spec.origin or top)
+    for folder in spec.submodule_search_locations or ():
+        stem = Path(folder, *rest)
+        for place in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+            if place.is_file():
+                return place
+    raise ConfigError(f"recipe {name!r}: module {module} has no source file; reinstall its package")
+
+
+def _source(name: str, place: Path) -> bytes:
+    try:
+        return place.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"recipe {name!r}: {place}: {error.strerror}") from error
+
+
+def _execute(place: Path, source: bytes, digest: str) -> ModuleType:
+    """Run an operator's file, from the very bytes whose digest was compared."""
+    name = f"fedml_recipe_{digest[:16]}"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.__file__ = str(place)
+        code = compile(source, str(place), "exec")
+        sys.modules[name] = module  # dataclasses look their module up
+        try:
+            exec(code, module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

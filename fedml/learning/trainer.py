@@ -1,0 +1,176 @@
+"""The one local training loop: from a task and a site's rows to an update."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedml.errors import ConfigError, TaskFailed
+from fedml.learning.descent import Descent, find_rule
+from fedml.learning.private import PrivateGradient
+from fedml.learning.recipe import Recipe, Rows
+from fedml.params import Params
+from fedml.privacy.accounting import training_event
+from fedml.protocol.messages import Privacy, Training
+from fedml.protocol.tasks import Brief, Slots, Task, Update
+
+
+def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice]:
+    """Yield the row indices of each step of plain training, the same for the same seed.
+
+    Each pass over the rows is shuffled anew; its last batch may be short. A batch of all rows
+    is a slice, in the rows' own order.
+    """
+    size = training.batch_size or rows
+    passes = range(training.epochs) if training.epochs else itertools.count()
+    steps = training.steps or math.inf
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    for _ in passes:
+        if size >= rows:
+            parts: tuple[Tensor | slice, ...] = (slice(None),)
+        else:
+            parts = torch.randperm(rows, generator=generator).split(size)
+        for part in parts:
+            if done >= steps:
+                return
+            done += 1
+            yield part
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains a recipe as `training` says, under `privacy`, on `device`.
+
+    With privacy mode "record", one call is one `training_event`: it must be charged before the
+    update leaves, and called again it is another release.
+    """
+
+    recipe: Recipe
+    training: Training
+    privacy: Privacy
+    device: str = "cpu"
+
+    def train(
+        self,
+        task: Task,
+        rows: Rows,
+        memory: Slots,
+        *,
+        seed: int,
+        public_rows: int | None = None,
+    ) -> tuple[Update, Slots]:
+        """Return the update, and the memory to hand in at this site's next task.
+
+        On a CPU, plain training gives the same bytes for the same inputs; `seed` orders batches
+        and drops out, and never touches privacy noise. Under privacy the update weighs
+        `public_rows` and its metrics hold no number made from rows. Raises `Refused` for a rule
+        this site lacks, `ConfigError` for a recipe unfit for the mode, `TaskFailed` if the work
+        breaks or diverges.
+        """
+        rule = find_rule(task.brief.rule)
+        device = torch.device(self.device)
+        memory = {name: slot.to(device) for name, slot in memory.items()}
+        brief = _on(task.brief, device)
+        with _seeded(seed, device), _failures_named(task):
+            model = self.recipe.build().to(device).train()
+            x, y = rows.x.to(device), rows.y.to(device)
+            descent = Descent(model, brief, memory, self.training)
+            if self.privacy.mode == "record":
+                delta, weight, metrics = self._privately(descent, brief, Rows(x, y), public_rows)
+            else:
+                delta, weight, metrics = self._plainly(descent, brief, Rows(x, y), seed)
+        path = {"lr": self.training.lr, "steps": float(descent.steps)}
+        slots, kept = rule.finish(brief, memory, delta, path)
+        update = Update(
+            task.id,
+            task.round,
+            task.site,
+            delta.to("cpu"),
+            weight,
+            {name: slot.to("cpu") for name, slot in slots.items()},
+            metrics,
+        )
+        return update, {name: slot.to("cpu") for name, slot in kept.items()}
+
+    def _plainly(
+        self, descent: Descent, brief: Brief, rows: Rows, seed: int
+    ) -> tuple[Params, float, dict[str, float]]:
+        if len(rows) == 0:
+            raise ConfigError("there are no rows to train on; check the site's data file")
+        losses: list[Tensor] = []
+        for batch in batches(len(rows), self.training, seed):
+            loss = self.recipe.loss(descent.model(rows.x[batch]), rows.y[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            descent.step()
+        delta = descent.moved() - brief.params
+        path = torch.stack(losses)
+        if not (delta.is_finite() and bool(path.isfinite().all())):
+            bad = (~path.isfinite()).nonzero()
+            raise _diverged(int(bad[0]) + 1 if len(bad) else descent.steps, descent.steps)
+        return delta, float(len(rows)), {"loss": float(path.double().mean())}
+
+    def _privately(
+        self, descent: Descent, brief: Brief, rows: Rows, public_rows: int | None
+    ) -> tuple[Params, float, dict[str, float]]:
+        if public_rows is None:
+            raise ConfigError("public_rows is missing: under privacy a site declares its row count")
+        event = training_event(self.training, self.privacy, public_rows)
+        gradient = PrivateGradient(
+            self.recipe,
+            descent,
+            rows,
+            event=event,
+            clip=self.privacy.clip,
+            public_rows=public_rows,
+        )
+        for _ in range(event.steps):
+            gradient.fill()
+            descent.step()
+        delta = descent.moved() - brief.params
+        if not delta.is_finite():
+            raise _diverged(descent.steps, descent.steps)
+        metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
+        return delta, float(public_rows), metrics
+
+
+def _diverged(step: int, steps: int) -> TaskFailed:
+    return TaskFailed(
+        f"training left the finite numbers at step {step} of {steps}; "
+        "lower training.lr or check the scaling of the inputs"
+    )
+
+
+def _on(brief: Brief, device: torch.device) -> Brief:
+    slots = {name: slot.to(device) for name, slot in brief.slots.items()}
+    return Brief(brief.params.to(device), brief.rule, brief.settings, slots)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's generators (weights, dropout) within, and leave the caller's alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _failures_named(task: Task) -> Iterator[None]:
+    """Turn what torch raises into `TaskFailed`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TaskFailed(
+            f"task {task.id}: out of memory; lower training.batch_size or use a larger device"
+        ) from error
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+        line = str(error).strip().splitlines()
+        raise TaskFailed(f"task {task.id}: {line[0] if line else type(error).__name__}") from error
