@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from fedml import durable
 from fedml.errors import ConfigError
+from fedml.records import from_record
 
 T = TypeVar("T")
 
@@ -20,7 +19,7 @@ def read(kind: type[T], path: Path, *, absent: str) -> T:
     """Return the `kind` that `path` describes; types are strict, unknown keys are refused.
 
     Raises `ConfigError` naming the file, each bad key and its value, or `absent` (the way out)
-    if there is no such file. Give `kind` a `__pydantic_config__` that forbids extra keys.
+    if there is no such file.
     """
     try:
         raw = tomllib.loads(path.read_text())
@@ -29,15 +28,9 @@ def read(kind: type[T], path: Path, *, absent: str) -> T:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(raw, default=str), strict=True)
+        return from_record(kind, raw, path.stem, {Path: lambda text: Path(str(text))})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except ValidationError as error:
-        lines = []
-        for details in error.errors(include_url=False):
-            where = ".".join(str(part) for part in details["loc"])
-            lines.append(f"{where} = {details['input']!r:.60}: {details['msg']}")
-        raise ConfigError(f"{path}: {'; '.join(lines)}") from error
 
 
 def write(value: Any, path: Path) -> None:  # noqa: ANN401 - any flat dataclass

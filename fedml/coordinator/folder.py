@@ -1,10 +1,10 @@
 """A coordinator's folder: everything it owns, made once by `init` and opened by `run`.
 
-    coordinator.toml   settings            journal.jsonl  states/   runs
-    ca/                the authority       blobs/                   what is on its way
-    enrolment/         tokens, revoked     releases/                the signed repository
-    operator/          the first profile   registry/                MLflow, unless elsewhere
-    audit.jsonl        who did what        press/                   bundles in the making
+coordinator.toml   settings            journal.jsonl  states/   runs
+ca/                the authority       blobs/                   what is on its way
+enrolment/         tokens, revoked     releases/                the signed repository
+operator/          the first profile   registry/                MLflow, unless elsewhere
+audit.jsonl        who did what        press/                   bundles in the making
 """
 
 from __future__ import annotations

@@ -31,8 +31,7 @@ from fedml.protocol.messages import (
 )
 from fedml.protocol.operations import Receipt, RunInfo
 from fedml.protocol.tasks import Brief, Report, Task, Update
-from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
-from fedml.rounds.run import (
+from fedml.rounds.hosting import (
     Candidate,
     Command,
     Commit,
@@ -41,11 +40,12 @@ from fedml.rounds.run import (
     Event,
     ForgetTask,
     Opened,
-    Run,
     SitesChanged,
     StopAsked,
     Tick,
 )
+from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
+from fedml.rounds.run import Run
 from fedml.transport.chunks import BlobStore
 
 _log = structlog.get_logger()

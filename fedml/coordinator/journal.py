@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from fedml import durable
 from fedml.errors import Corrupt
@@ -17,8 +18,8 @@ from fedml.params import decode, encode
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt, RunState
 from fedml.records import from_record, to_record
+from fedml.rounds.hosting import Opened
 from fedml.rounds.plan import Plan
-from fedml.rounds.run import Opened
 from fedml.strategies import ServerState
 
 
@@ -67,7 +68,9 @@ class Ended:
 
 
 Entry = Submitted | RoundOpened | RoundCommitted | Registered | Ended
-_KINDS = {kind.__name__: kind for kind in (Submitted, RoundOpened, RoundCommitted, Registered, Ended)}
+_KINDS = {
+    kind.__name__: kind for kind in (Submitted, RoundOpened, RoundCommitted, Registered, Ended)
+}
 
 
 @dataclass
@@ -158,5 +161,4 @@ def _parse(path: Path, record: Mapping[str, object]) -> Entry:
     kind = _KINDS.get(str(record.get("kind")))
     if kind is None:
         raise Corrupt(f"{path}: a record of kind {record.get('kind')!r}; is it from a newer fedml?")
-    entry: Entry = from_record(kind, record.get("entry"), str(path))
-    return entry
+    return cast(Entry, from_record(kind, record.get("entry"), str(path)))

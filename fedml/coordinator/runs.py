@@ -28,8 +28,9 @@ from fedml.protocol.operations import Receipt, RunDetail, RunInfo
 from fedml.records import to_record
 from fedml.releases.manifest import WEIGHTS, Lineage, Manifest
 from fedml.releases.registry import Registry, Story
+from fedml.rounds.hosting import Candidate
 from fedml.rounds.plan import Plan
-from fedml.rounds.run import Candidate, Run
+from fedml.rounds.run import Run
 from fedml.transport.chunks import BlobStore
 
 T = TypeVar("T")
@@ -243,7 +244,7 @@ class Runs:
             (work / "draft").rename(work / "bundle")
         story = Story(candidate.receipts, _flat(to_record(plan)))
         staged = await self._archive.do(lambda: registry.stage(work / "bundle", story))
-        shutil.rmtree(work)
+        await asyncio.to_thread(shutil.rmtree, work)
         return staged.version
 
     def _facts(self, run: Run, candidate: Candidate, version: int) -> Manifest:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict
-
 from fedml import settings
 from fedml.errors import ConfigError
 
@@ -19,8 +17,6 @@ class Settings:
     is the address it listens on. `registry` is an MLflow tracking URI; "" keeps a SQLite file
     in the folder. `grace` is how many seconds a site may be away before its task counts as lost.
     """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     host: str = "localhost"
     bind: str = "127.0.0.1"

@@ -10,17 +10,7 @@ scikit-learn's own coding).
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Mapping
-from pathlib import Path
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
-from fedml.errors import ConfigError
-from fedml.learning.recipe import Rows
 
 # Least and largest value of each feature: the "Summary Statistics" that scikit-learn prints in
 # the dataset's DESCR. These are public constants; no mean, deviation or range of a site's rows

@@ -25,7 +25,9 @@ def dirichlet_label_skew(
     if not (math.isfinite(alpha) and alpha > 0):
         raise ConfigError(f"alpha {alpha}: must be above 0; try 0.5")
     if not 1 <= sites <= len(codes):
-        raise ConfigError(f"{len(codes)} rows cannot go to {sites} sites; lower the number of sites")
+        raise ConfigError(
+            f"{len(codes)} rows cannot go to {sites} sites; lower the number of sites"
+        )
     random = np.random.default_rng(seed)
     heaps = [list(random.permutation(np.flatnonzero(codes == code))) for code in range(len(values))]
     prior = np.bincount(codes) / len(codes)

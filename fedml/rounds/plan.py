@@ -17,7 +17,7 @@ from typing import cast
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
-from fedml.protocol.records import Reader, from_record, to_record
+from fedml.records import Reader, from_record, to_record
 from fedml.strategies import Strategy, build, describe
 
 

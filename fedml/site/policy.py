@@ -10,13 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from fedml import settings
 from fedml.errors import ConfigError
 from fedml.protocol.messages import check_digest, check_name
-
-_STRICT = ConfigDict(extra="forbid")
 
 TEMPLATE = """\
 # What this site allows. What is not allowed here is refused, whatever the coordinator asks.
@@ -47,8 +43,6 @@ threads = 1             # CPU threads for training
 class AllowedRecipe:
     """A recipe this site may run: the digest of its source, and its file unless it is built in."""
 
-    __pydantic_config__ = _STRICT
-
     digest: str
     file: str = ""
 
@@ -63,8 +57,6 @@ class Dataset:
     `rows` is public: it fixes sampling rate, denominator and weight, so that the private count
     shows nowhere. Each row lies in `train` or in `held_out`, never in both.
     """
-
-    __pydantic_config__ = _STRICT
 
     train: Path
     rows: int
@@ -86,8 +78,6 @@ class Dataset:
 @dataclass(frozen=True)
 class Policy:
     """Everything the operator allows; see `TEMPLATE` for the words."""
-
-    __pydantic_config__ = _STRICT
 
     minimum_cohort: int = 2
     device: str = "cpu"

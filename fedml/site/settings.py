@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict
-
 from fedml import settings
 from fedml.errors import ConfigError
 from fedml.protocol.messages import check_name
@@ -15,8 +13,6 @@ from fedml.protocol.messages import check_name
 @dataclass(frozen=True)
 class Settings:
     """A site's own settings. Ports are those of its inference endpoint; 0 takes a free one."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
     coordinator: str  # host:port

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from fedml.errors import ConfigError
-from fedml.protocol.records import Reader, from_record, to_record
+from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import LocalRule, Plain, Reducer, Strategy
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM

@@ -124,7 +124,7 @@ def test_training_without_a_record_guarantee_or_by_epochs_has_no_event() -> None
 def test_an_evaluation_costs_what_the_run_sets_aside_for_it() -> None:
     asked = Privacy("record", 3.0, DELTA, evaluation_epsilon=0.25)
     assert accounting.evaluation_event(asked) == Pure(0.25, 1)
-    with pytest.raises(Refused, match="set privacy.evaluation_epsilon"):
+    with pytest.raises(Refused, match=r"set privacy\.evaluation_epsilon"):
         accounting.evaluation_event(ASKED)
 
 

@@ -10,7 +10,7 @@ import pytest
 from fedml.errors import ConfigError
 from fedml.protocol.messages import Privacy, RunId, SiteId
 from fedml.protocol.operations import Counted, Receipt
-from fedml.protocol.records import from_record, to_record
+from fedml.records import from_record, to_record
 
 
 @dataclass(frozen=True)
