@@ -18,6 +18,7 @@ from fedml.identity.enrolment import Registrar
 from fedml.protocol.messages import Blob, Hello, RunId, SiteEvent, SiteId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import Admission, JoinRequest
+from fedml.releases.registry import Registry
 from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Send
 
@@ -119,17 +120,16 @@ class Operations:
 
     async def list_models(self, by: Identity) -> Sequence[ModelVersion]:
         """Return all versions of all models."""
-        return await self.archive.do(self.archive.registry.list)
+        return await self.archive.do(lambda registry: registry.list())
 
     async def show_model(self, by: Identity, model: str, version: int) -> ModelVersion:
         """Return one version with its manifest."""
-        return await self.archive.do(lambda: self.archive.registry.get(model, version))
+        return await self.archive.do(lambda registry: registry.get(model, version))
 
     async def release(self, by: Identity, model: str, version: int) -> ModelVersion:
         """Sign a version and point the model's channel at it; the sites hear of it at once."""
 
-        def publish() -> ModelVersion:
-            registry = self.archive.registry
+        def publish(registry: Registry) -> ModelVersion:
             row = registry.get(model, version)
             if row.state == "withdrawn":
                 raise ConfigError(f"{model}/{version} was withdrawn; release another version")
@@ -144,9 +144,9 @@ class Operations:
     async def rollback(self, by: Identity, model: str) -> ModelVersion:
         """Make the version live that was live before."""
 
-        def go_back() -> ModelVersion:
+        def go_back(registry: Registry) -> ModelVersion:
             channel = self.folder.releases.rollback(model)
-            return self.archive.registry.promote(model, channel.version)
+            return registry.promote(model, channel.version)
 
         back = await self.archive.do(go_back)
         self._note(by, f"rollback {model} to {back.version}")

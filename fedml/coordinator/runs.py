@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,21 +36,26 @@ T = TypeVar("T")
 _log = structlog.get_logger()
 
 
-@dataclass
 class Archive:
-    """The registry and the release repository behind one thread: one writer, never the loop's."""
+    """The registry and the release repository behind one thread: one writer, never the loop's.
 
-    registry: Registry
-    _thread: ThreadPoolExecutor
+    `open_registry` takes seconds; it is called in that thread, with the first piece of work.
+    """
 
-    @staticmethod
-    def of(registry: Registry) -> Archive:
-        """Make an archive with a thread of its own."""
-        return Archive(registry, ThreadPoolExecutor(1, "archive"))
+    def __init__(self, open_registry: Callable[[], Registry]) -> None:
+        self._open, self._registry = open_registry, None
+        self._thread = ThreadPoolExecutor(1, "archive")
 
-    async def do(self, work: Callable[[], T]) -> T:
-        """Run blocking `work` in the archive's thread; calls go one after another."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    _registry: Registry | None
+
+    async def do(self, work: Callable[[Registry], T]) -> T:
+        """Run blocking `work` on the registry; calls go one after another."""
+
+        def act() -> T:
+            self._registry = self._registry or self._open()
+            return work(self._registry)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, act)
 
 
 class Runs:
@@ -101,7 +105,7 @@ class Runs:
                 f"coordinator has {here.digest[:12]}; install the same version at both"
             )
         if plan.parent:
-            await self._archive.do(lambda: self._archive.registry.get(plan.model, plan.parent))
+            await self._archive.do(lambda registry: registry.get(plan.model, plan.parent))
         id = RunId(f"{plan.model}-{1 + len(self._journal.runs)}")
         entry = Submitted(id, plan.to_json(), by, time.time())
         await asyncio.to_thread(self._journal.append, entry)
@@ -192,8 +196,7 @@ class Runs:
 
     async def _first_params(self, id: RunId, plan: Plan) -> Params:
         if plan.parent:
-            registry = self._archive.registry
-            bundle = await self._archive.do(lambda: registry.bundle(plan.model, plan.parent))
+            bundle = await self._archive.do(lambda r: r.bundle(plan.model, plan.parent))
             return decode((bundle / WEIGHTS).read_bytes())[""]
         path = self._folder.path / "press" / f"{id}.first.safetensors"
         if not path.exists():
@@ -233,17 +236,17 @@ class Runs:
     async def _register(self, run: Run, candidate: Candidate) -> int:
         """Make a bundle of the candidate and stage it; after a crash the same bundle is staged."""
         work = self._folder.path / "press" / run.id
-        registry, plan = self._archive.registry, run.plan
+        plan = run.plan
         if not (work / "bundle" / "manifest.json").exists():
             shutil.rmtree(work, ignore_errors=True)
-            version = await self._archive.do(lambda: registry.next_version(plan.model))
+            version = await self._archive.do(lambda r: r.next_version(plan.model))
             facts = self._facts(run, candidate, version)
             weights = work / "weights.safetensors"
             durable.replace(weights, b"".join(encode({"": candidate.params})))
             await press.bundle(plan.recipe, weights, facts, work / "draft")
             (work / "draft").rename(work / "bundle")
         story = Story(candidate.receipts, _flat(to_record(plan)))
-        staged = await self._archive.do(lambda: registry.stage(work / "bundle", story))
+        staged = await self._archive.do(lambda r: r.stage(work / "bundle", story))
         await asyncio.to_thread(shutil.rmtree, work)
         return staged.version
 

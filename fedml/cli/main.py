@@ -1,0 +1,114 @@
+"""The `fedml` command. Every import that takes time happens inside the command that needs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedml import __version__
+from fedml.cli import coordinator, model, run, site
+from fedml.cli.console import guarded
+
+app = typer.Typer(
+    name="fedml",
+    help="Federated learning that hospitals and banks can run: train, release, serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(coordinator.app, name="coordinator")
+app.add_typer(site.app, name="site")
+app.add_typer(run.app, name="run")
+app.add_typer(model.app, name="model")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Federated learning that hospitals and banks can run: train, release, serve."""
+    if verbose:
+        os.environ["FEDML_VERBOSE"] = "1"
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)
+def simulate(ctx: typer.Context) -> None:
+    """Simulate a federation on this machine, composed by Hydra.
+
+    Example: fedml simulate strategy=fedprox strategy.mu=0.1 privacy=record privacy.epsilon=3
+    """
+    from fedml.cli.compose import simulate as play
+
+    play(ctx.args)
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(help="'breast_cancer' (shipped) or 'heart'.")] = "breast_cancer",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the four hospitals' files, for heart.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where everything goes; it is emptied.")] = Path(
+        "build/demo"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Show the whole product: four hospitals train, release, serve, crash and go on.
+
+    Example: fedml demo --data heart --data-dir ../data/heart_disease_uci
+    """
+    from fedml.cli.demo import play
+
+    play(data, data_dir, folder, as_json=as_json)
+
+
+@app.command()
+def predict(
+    rows: Annotated[Path, typer.Argument(help="CSV file with one row a line, header allowed.")],
+    model_name: Annotated[str, typer.Option("--model", help="The model's name.")],
+    url: Annotated[str, typer.Option(help="A site's endpoint.")] = "http://127.0.0.1:8400",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
+) -> None:
+    """Ask a site's endpoint for predictions.
+
+    Example: fedml predict new_patients.csv --model breast_cancer --url http://127.0.0.1:8400
+    """
+    from fedml.cli.predict import ask
+
+    ask(rows, model_name, url, as_json=as_json)
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A site's folder.")],
+    rest_port: Annotated[int, typer.Option(help="REST port; 0 takes a free one.")] = 8400,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 takes a free one.")] = 8401,
+) -> None:
+    """Serve what lies on a site's shelf, and nothing else: no coordinator, no training.
+
+    Example: fedml serve ./site --rest-port 8400 --grpc-port 8401
+    """
+    from fedml.cli.site import serve_only
+
+    serve_only(folder, rest_port, grpc_port)
+
+
+def main() -> None:
+    """Run the command line."""
+    guarded(lambda: app(standalone_mode=False) or None)

@@ -1,0 +1,85 @@
+"""The coordinator program: opens its folder, its doors, and goes on where it left off."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from fedml import durable
+from fedml.coordinator.desks import Enrolment, Federation, Operations
+from fedml.coordinator.folder import Folder
+from fedml.coordinator.runs import Archive, Runs
+from fedml.identity.enrolment import Registrar
+from fedml.transport.chunks import BlobStore
+from fedml.transport.desks import Desks
+from fedml.transport.server import Server, ServerTls, serve
+
+_RENEWAL = 3600.0  # seconds between looks at the release metadata's expiry
+_log = structlog.get_logger()
+
+
+async def run(path: Path, ready: Callable[[Server], None] = lambda _: None) -> None:
+    """Serve the coordinator in `path` until cancelled; `ready` is called once its ports are open.
+
+    Raises `ConfigError` if the folder is none, is in use, or a port is taken, and `Corrupt` if
+    something in it is damaged.
+    """
+    with durable.lock(path, "a coordinator"):
+        folder = Folder.open(path)
+        blobs = BlobStore(path / "blobs", folder.settings.blob_limit_mb * 2**20)
+        blobs.sweep(())  # what was on its way is sent again
+        archive = Archive(folder.registry)
+        runs = Runs(folder, archive, blobs)
+        desks = _desks(folder, runs, archive, blobs)
+        settings = folder.settings
+        listening = serve(
+            desks,
+            folder.access,
+            _tls(folder),
+            address=f"{settings.bind}:{settings.port}",
+            enrolment_address=f"{settings.bind}:{settings.enrolment_port}",
+        )
+        async with listening as server:
+            runs.resume()
+            upkeep = asyncio.create_task(_keep_fresh(folder, archive))
+            _log.info("coordinator ready", port=server.port, enrolment_port=server.enrolment_port)
+            ready(server)
+            try:
+                await upkeep  # for ever
+            finally:
+                upkeep.cancel()
+                await runs.stop()
+
+
+def _desks(folder: Folder, runs: Runs, archive: Archive, blobs: BlobStore) -> Desks:
+    settings = folder.settings
+    registrar = Registrar(
+        folder.authority,
+        folder.invitations,
+        folder.revocations,
+        f"{settings.host}:{settings.enrolment_port}",
+        f"{settings.host}:{settings.port}",
+    )
+    released = BlobStore(folder.releases.folder / "blobs", blobs.limit_bytes)
+    return Desks(
+        Federation(folder, runs, blobs, released),
+        Enrolment(folder, registrar),
+        Operations(folder, runs, archive, registrar),
+    )
+
+
+def _tls(folder: Folder) -> ServerTls:
+    """Issue a server certificate for this start; the authority is what sites trust."""
+    hosts = list(dict.fromkeys((folder.settings.host, "localhost", "127.0.0.1")))
+    certificate, key = folder.authority.issue_server(hosts, time.time())
+    return ServerTls(certificate, key, folder.authority.certificate)
+
+
+async def _keep_fresh(folder: Folder, archive: Archive) -> None:
+    while True:
+        await archive.do(lambda _: folder.releases.refresh())
+        await asyncio.sleep(_RENEWAL)
