@@ -156,6 +156,7 @@ class _Stream:
         except FedmlError as error:
             self._reason = error
         finally:
+            self._reason = self._reason or Unreachable("the link was closed")
             self._ready.set()
 
     async def _arriving(self) -> AsyncIterator[SiteEvent]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -73,19 +73,16 @@ class _Line:
     async def ask(self, method: str, request: object, kind: type[T]) -> T:
         """Make a call with one answer."""
         call = self._channel.unary_unary(_path(method), bytes, bytes)
-        try:
+        with _errors_of(self.address):
             return codec.decode(kind, await call(codec.encode(request), timeout=ANSWER))
-        except grpc.RpcError as error:
-            raise error_of(self.address, error) from error
 
     async def stream(self, method: str, request: object, kind: type[T]) -> AsyncGenerator[T]:
         """Make a call with many answers; leaving the loop hangs up."""
         call = self._channel.unary_stream(_path(method), bytes, bytes)(codec.encode(request))
         try:
-            async for data in call:
-                yield codec.decode(kind, data)
-        except grpc.RpcError as error:
-            raise error_of(self.address, error) from error
+            with _errors_of(self.address):
+                async for data in call:
+                    yield codec.decode(kind, data)
         finally:
             call.cancel()
 
@@ -101,9 +98,8 @@ class _Line:
         """Make a call that sends many parts and gets one answer."""
         call = self._channel.stream_unary(_path(method), bytes, bytes)(parts)
         try:
-            return codec.decode(kind, await call)
-        except grpc.RpcError as error:
-            raise error_of(self.address, error) from error
+            with _errors_of(self.address):
+                return codec.decode(kind, await call)
         finally:
             call.cancel()
 
@@ -114,6 +110,22 @@ class _Line:
     async def close(self) -> None:
         """Hang up, with all calls."""
         await self._channel.close(None)
+
+
+@contextmanager
+def _errors_of(address: str) -> Iterator[None]:
+    """Turn what gRPC raises into our errors; its own cancellations too, but never a caller's."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_of(address, error) from error
+    except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+        raise Unreachable(f"coordinator at {address}: the connection is closed") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unreachable(f"coordinator at {address}: the connection was closed") from error
 
 
 def _path(method: str) -> str:
@@ -202,26 +214,17 @@ class GrpcLink:
 
     async def _write(self, stream: _Stream, event: SiteEvent) -> None:
         data = codec.encode_event(event)
-        try:
+        with _errors_of(self._credentials.address):
             async with self._sending:  # gRPC takes one write at a time
                 await stream.write(data)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            raise await self._why(stream, error) from error
 
     async def _read(self, stream: _Stream) -> Command:
-        try:
-            data = await stream.read()
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            raise await self._why(stream, error) from error
-        if not isinstance(data, bytes):
-            raise Unreachable(f"coordinator at {self._credentials.address}: the stream ended")
-        return codec.decode_command(data)
-
-    async def _why(self, stream: _Stream, error: Exception) -> Exception:
         address = self._credentials.address
-        if isinstance(error, grpc.RpcError):
-            return error_of(address, error)
-        return Unreachable(f"coordinator at {address}: the stream is down")
+        with _errors_of(address):
+            data = await stream.read()
+        if not isinstance(data, bytes):
+            raise Unreachable(f"coordinator at {address}: the stream ended")
+        return codec.decode_command(data)
 
 
 async def _parts(blob: Blob, source: BlobStore, offset: int) -> AsyncGenerator[bytes]:
