@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -105,15 +106,20 @@ commands = st.one_of(
     st.builds(ReleaseNotice, names),
     st.just(Beat()),
 )
-some = {"max_size": 3}
+
+
+def several(items: st.SearchStrategy[object]) -> st.SearchStrategy[tuple[object, ...]]:
+    return st.lists(items, max_size=3).map(tuple)
+
+
 events = st.one_of(
     st.builds(
         Hello,
         texts,
         texts,
-        st.lists(recipes, **some).map(tuple),
-        st.lists(cards, **some).map(tuple),
-        st.lists(servings, **some).map(tuple),
+        several(recipes),
+        several(cards),
+        several(servings),
     ),
     st.builds(Accepted, tasks),
     st.builds(Declined, tasks, texts),
@@ -175,8 +181,8 @@ singles = st.one_of(
         finite,
         texts,
         texts,
-        st.lists(cards, **some).map(tuple),
-        st.lists(servings, **some).map(tuple),
+        several(cards),
+        several(servings),
     ),
     st.builds(operations.Invitation, texts, names, roles, finite),
     st.builds(requests.JoinRequest, texts, texts, st.binary(max_size=50)),
@@ -259,7 +265,7 @@ def test_an_upload_part_survives_the_trip(part: requests.UploadPart) -> None:
 
 def decoders() -> list[Callable[[bytes], object]]:
     unions = [codec.decode_command, codec.decode_event, codec.decode_part]
-    return unions + [lambda data, kind=kind: codec.decode(kind, data) for kind in KINDS]
+    return [*unions, *(partial(codec.decode, kind) for kind in KINDS)]
 
 
 @given(st.binary(max_size=400))

@@ -1,0 +1,232 @@
+"""Blobs on disk, named by their SHA-256: written whole or in resumable pieces, never half.
+
+A name stands for verified, fsynced bytes, or for nothing. What has arrived of an unfinished blob
+lies beside it as a `.part` and survives a restart. All calls block; callers on an event loop use
+a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from weakref import WeakValueDictionary
+
+from fedml.durable import sync_folder
+from fedml.errors import ConfigError, Refused, Unreachable, Untrusted
+from fedml.protocol.codec import MAX_CHUNK
+from fedml.protocol.messages import Blob, check_digest, check_name
+
+
+class BlobStore:
+    """A folder of blobs, each of at most `limit_bytes`."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+        self._intakes: WeakValueDictionary[Path, Intake] = WeakValueDictionary()
+        with _disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, digest: str) -> bool:
+        """True if the blob is here, whole and verified."""
+        return self._place(digest).is_file()
+
+    def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
+        """Return those of `blobs` that are not here, in their order."""
+        return [blob for blob in blobs if not self.has(blob.digest)]
+
+    def path(self, digest: str) -> Path:
+        """Return the blob's file, not to be written to; raises `Refused` if it is not here."""
+        place = self._place(digest)
+        if not place.is_file():
+            raise Refused(f"blob {digest[:12]} is not here; it was deleted or never arrived")
+        return place
+
+    def size(self, digest: str) -> int:
+        """Return the blob's length in bytes; raises `Refused` if it is not here."""
+        return self.path(digest).stat().st_size
+
+    def open(self, digest: str) -> BinaryIO:
+        """Open the blob for reading; raises `Refused` if it is not here."""
+        return self.path(digest).open("rb")
+
+    def put_bytes(self, *pieces: bytes | memoryview) -> Blob:
+        """Store `pieces` as one blob, for instance what `params.encode` returns."""
+        return self._put(pieces)
+
+    def put_file(self, path: Path) -> Blob:
+        """Store a copy of the file at `path`."""
+        with _disk(path), path.open("rb") as file:
+            return self._put(iter(lambda: file.read(MAX_CHUNK), b""))
+
+    def delete(self, digest: str) -> None:
+        """Forget the blob and what has arrived of it; it need not be here."""
+        with _disk(self.folder):
+            self._place(digest).unlink(missing_ok=True)
+            for part in self.folder.glob(f"{digest}.*.part"):
+                part.unlink(missing_ok=True)
+            sync_folder(self.folder)
+
+    def sweep(self, keep: Collection[str]) -> int:
+        """Delete all but the digests in `keep` and their parts; return the bytes set free.
+
+        Call it at start, while nothing else uses the store.
+        """
+        freed = 0
+        with _disk(self.folder):
+            for path in self.folder.iterdir():
+                if path.name.startswith(".") or path.name.partition(".")[0] not in keep:
+                    freed += path.stat().st_size
+                    path.unlink()
+            sync_folder(self.folder)
+        return freed
+
+    def held(self, blob: Blob, owner: str = "") -> int:
+        """Return how many bytes of `blob` are here, so how far `owner` has come with it."""
+        if self.has(blob.digest):
+            return blob.size
+        part = self._part(blob, owner)
+        size = part.stat().st_size if part.is_file() else 0
+        return size if size <= blob.size else 0
+
+    def receive(self, blob: Blob, owner: str = "") -> Intake:
+        """Begin or resume taking `blob` in; each `owner`'s pieces are kept apart.
+
+        A newer intake of the same blob and owner ends the older one. Raises `Refused` if the
+        blob is over the limit, `Untrusted` if it is here with another size.
+        """
+        if blob.size > self.limit_bytes:
+            raise Refused(
+                f"blob {blob.digest[:12]} has {blob.size} bytes, limit {self.limit_bytes}"
+            )
+        if self.has(blob.digest) and self.size(blob.digest) != blob.size:
+            raise Untrusted(
+                f"blob {blob.digest[:12]} has {self.size(blob.digest)} bytes, not {blob.size}"
+            )
+        part = self._part(blob, owner)
+        if older := self._intakes.get(part):
+            older.close()
+        intake = Intake(blob, part, self._place(blob.digest))
+        self._intakes[part] = intake
+        return intake
+
+    def _place(self, digest: str) -> Path:
+        return self.folder / check_digest("blob", digest)
+
+    def _part(self, blob: Blob, owner: str) -> Path:
+        name = check_name("owner", owner) if owner else ""
+        return self.folder / f"{blob.digest}.{name}.part"
+
+    def _put(self, pieces: Iterable[bytes | memoryview]) -> Blob:
+        draft = self.folder / f".{secrets.token_hex(8)}.draft"
+        total, size = hashlib.sha256(), 0
+        try:
+            with _disk(draft), draft.open("xb") as file:
+                for piece in pieces:
+                    size += len(piece)
+                    if size > self.limit_bytes:
+                        raise Refused(f"a blob of {size} bytes and more, limit {self.limit_bytes}")
+                    total.update(piece)
+                    file.write(piece)
+                _settle(file, draft, self._place(total.hexdigest()))
+        finally:
+            draft.unlink(missing_ok=True)
+        return Blob(total.hexdigest(), size)
+
+
+class Intake:
+    """A blob on its way in. `offset` is where the next byte goes; `close` keeps what has come."""
+
+    def __init__(self, blob: Blob, part: Path, place: Path) -> None:
+        self.blob, self._part, self._place = blob, part, place
+        self._lock = threading.Lock()
+        self._total = hashlib.sha256()
+        self._file: BinaryIO | None = None
+        self.offset = blob.size
+        if place.is_file():
+            return
+        with _disk(part):
+            self._file = part.open("a+b")
+            self.offset = self._resume(self._file)
+
+    def _resume(self, file: BinaryIO) -> int:
+        if file.seek(0, os.SEEK_END) > self.blob.size:
+            file.truncate(0)
+        file.seek(0)
+        while piece := file.read(MAX_CHUNK):
+            self._total.update(piece)
+        return file.tell()
+
+    def write(self, data: bytes) -> None:
+        """Add the next bytes; raises `Untrusted` if they are more than were announced."""
+        with self._lock:
+            if self.offset + len(data) > self.blob.size:
+                self._drop()
+                raise Untrusted(f"blob {self.blob.digest[:12]}: more than {self.blob.size} bytes")
+            with _disk(self._part):
+                file = self._open()
+                file.write(data)
+                file.flush()  # so that what came survives us, and `held` sees it
+            self._total.update(data)
+            self.offset += len(data)
+
+    def finish(self) -> None:
+        """Verify and keep the blob; raises `Untrusted`, and drops all, if the digest is wrong.
+
+        Raises `Unreachable` if bytes are missing still; what has come is kept.
+        """
+        with self._lock:
+            if self._place.is_file():
+                self._drop()
+                return
+            file = self._open()
+            if self.offset < self.blob.size:
+                raise Unreachable(
+                    f"blob {self.blob.digest[:12]}: {self.offset} of {self.blob.size} bytes came"
+                )
+            if self._total.hexdigest() != self.blob.digest:
+                self._drop()
+                raise Untrusted(f"blob {self.blob.digest[:12]}: the digest is wrong; dropped")
+            with _disk(self._part):
+                _settle(file, self._part, self._place)
+                file.close()
+            self._file = None
+
+    def close(self) -> None:
+        """Stop here; a later intake goes on from what has come."""
+        with self._lock:
+            if self._file is not None:
+                with _disk(self._part):
+                    self._file.close()
+                self._file = None
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            raise Unreachable(f"blob {self.blob.digest[:12]}: a newer transfer took over")
+        return self._file
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._part.unlink(missing_ok=True)
+
+
+def _settle(file: BinaryIO, draft: Path, place: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    draft.replace(place)
+    sync_folder(place.parent)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; free space, or mend the rights") from error

@@ -1,0 +1,100 @@
+"""What a coordinator puts behind its doors. Desks speak our dataclasses and raise our errors.
+
+Who calls was authenticated and allowed before a desk is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedml.identity.certificates import Identity
+from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent
+from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
+from fedml.protocol.requests import Admission, JoinRequest
+from fedml.transport.chunks import BlobStore
+
+Send = Callable[[Command], None]
+
+
+class FederationDesk(Protocol):
+    """Sites speak here."""
+
+    async def attend(
+        self, site: Identity, hello: Hello, events: AsyncIterator[SiteEvent], send: Send
+    ) -> None:
+        """Serve one stream from its `hello` until `events` end; the first send is `Welcome`.
+
+        `send` queues a command and never waits; on a stream that is down it does nothing. To
+        refuse, raise. A newer stream of the same site cancels this call, and starts when it is
+        over; so do a revoked or expired certificate and a site too slow to read.
+        """
+
+    async def outgoing(self, site: Identity, digest: str) -> BlobStore:
+        """Return the store to send a blob from; raise `Refused` if it is none of the site's."""
+
+    async def incoming(self, site: Identity, blob: Blob) -> BlobStore:
+        """Return the store to keep a blob in; raise `Refused` if the site was not asked for it."""
+
+    async def file(self, site: Identity, name: str) -> bytes:
+        """Return a small named file; raise `ConfigError` if there is none."""
+
+
+class EnrolmentDesk(Protocol):
+    """Newcomers speak here, and those whose certificate grows old."""
+
+    async def join(self, request: JoinRequest) -> Admission:
+        """Admit the holder of a token."""
+
+    async def renew(self, who: Identity, csr: bytes) -> Admission:
+        """Issue a fresh certificate for the same name and role."""
+
+
+class OperationsDesk(Protocol):
+    """Operators and viewers speak here; `by` is who asks, for the audit log."""
+
+    async def submit(self, by: Identity, plan: str) -> RunInfo:
+        """Queue a run of `plan`, canonical JSON; raise `Contradiction` with all its faults."""
+
+    async def list_runs(self, by: Identity) -> Sequence[RunInfo]:
+        """Return all runs, oldest first."""
+
+    async def show_run(self, by: Identity, run: RunId) -> RunDetail:
+        """Return a run with all its receipts."""
+
+    def watch_run(self, by: Identity, run: RunId) -> AsyncGenerator[RunInfo]:
+        """Yield the run now and at each change, until it ends."""
+
+    async def stop_run(self, by: Identity, run: RunId) -> RunInfo:
+        """Stop a run; what was committed stays."""
+
+    async def list_models(self, by: Identity) -> Sequence[ModelVersion]:
+        """Return all versions of all models."""
+
+    async def show_model(self, by: Identity, model: str, version: int) -> ModelVersion:
+        """Return one version."""
+
+    async def release(self, by: Identity, model: str, version: int) -> ModelVersion:
+        """Make a version live."""
+
+    async def rollback(self, by: Identity, model: str) -> ModelVersion:
+        """Make the version live that was live before."""
+
+    async def list_sites(self, by: Identity) -> Sequence[SiteInfo]:
+        """Return all sites that were ever admitted."""
+
+    async def invite(self, by: Identity, name: str, role: Role, ttl: float) -> Invitation:
+        """Mint a join token."""
+
+    async def revoke(self, by: Identity, name: str) -> None:
+        """Refuse every certificate and token that `name` was given so far."""
+
+
+@dataclass(frozen=True)
+class Desks:
+    """What one coordinator puts behind its doors."""
+
+    federation: FederationDesk
+    operations: OperationsDesk
+    enrolment: EnrolmentDesk

@@ -1,0 +1,177 @@
+"""The coordinator's side of the Federation service, whatever carries it.
+
+It asks the desk, keeps one stream a site, and bounds what a peer can make us hold. gRPC and the
+in-process link both stand in front of it, so tests without a network meet the same rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+from fedml.errors import (
+    FedmlError,
+    MalformedMessage,
+    PermissionDenied,
+    Refused,
+    Unreachable,
+)
+from fedml.identity.access import Access
+from fedml.identity.certificates import Identity
+from fedml.protocol.codec import MAX_CHUNK
+from fedml.protocol.messages import Blob, Command, Hello, SiteEvent
+from fedml.protocol.requests import (
+    Chunk,
+    DownloadRequest,
+    FetchRequest,
+    Stored,
+    UploadPart,
+    UploadStart,
+)
+from fedml.transport.desks import FederationDesk
+from fedml.transport.flow import PATIENCE, catch, pour, soon
+
+BACKLOG = 1000  # commands that may wait for a site; more, and it is too slow to be there
+Write = Callable[[Command], Awaitable[None]]
+
+
+class Reception:
+    """Stands before a `FederationDesk`; each call is for a caller who was let in."""
+
+    def __init__(self, desk: FederationDesk, access: Access) -> None:
+        self._desk, self._access = desk, access
+        self._streams: dict[str, _Stream] = {}
+
+    async def connect(self, who: Identity, events: AsyncIterator[SiteEvent], write: Write) -> None:
+        """Serve one stream to its end; raises why it ended unless the site hung up."""
+        hello = await soon(events, PATIENCE)
+        if not isinstance(hello, Hello):
+            raise MalformedMessage(f"{who}: a stream starts with Hello")
+        stream = _Stream(write)
+        older = self._streams.get(who.name)
+        self._streams[who.name] = stream
+        try:
+            if older is not None:
+                older.end(Refused(f"another connection of {who} took over; run one daemon a site"))
+                await older.over.wait()
+            await stream.run(who.expires - time.time(), self._attend(who, hello, events, stream))
+        finally:
+            stream.over.set()
+            if self._streams.get(who.name) is stream:
+                del self._streams[who.name]
+
+    async def _attend(
+        self, who: Identity, hello: Hello, events: AsyncIterator[SiteEvent], stream: _Stream
+    ) -> None:
+        async with aclosing(self._checked(who, events)) as checked:
+            await self._desk.attend(who, hello, checked, stream.send)
+
+    async def _checked(
+        self, who: Identity, events: AsyncIterator[SiteEvent]
+    ) -> AsyncGenerator[SiteEvent]:
+        async for event in events:  # each event: a stream may outlive its certificate's good name
+            self._access.check(who, "Federation/Connect", time.time())
+            if isinstance(event, Hello):
+                raise MalformedMessage(f"{who}: a second Hello on one stream")
+            yield event
+
+    async def download(self, who: Identity, request: DownloadRequest) -> AsyncGenerator[Chunk]:
+        """Yield a blob's chunks, if it is for this site."""
+        store = await self._desk.outgoing(who, request.digest)
+        async with aclosing(pour(store, request.digest, request.offset)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def offset(self, who: Identity, blob: Blob) -> Stored:
+        """Say how much of `blob` this site has handed in."""
+        store = await self._desk.incoming(who, blob)
+        return Stored(await asyncio.to_thread(store.held, blob, who.name))
+
+    async def upload(self, who: Identity, parts: AsyncIterator[UploadPart]) -> Stored:
+        """Take in a blob that this site was asked for."""
+        start = await soon(parts, PATIENCE)
+        if not isinstance(start, UploadStart):
+            raise MalformedMessage(f"{who}: an upload starts with UploadStart")
+        blob = start.blob
+        store = await self._desk.incoming(who, blob)
+        intake = await asyncio.to_thread(store.receive, blob, who.name)
+        if start.offset != intake.offset:
+            intake.close()
+            raise Unreachable(
+                f"blob {blob.digest[:12]}: the next byte is {intake.offset}, not {start.offset}"
+            )
+        async with aclosing(_chunks(who, parts)) as chunks:
+            await catch(chunks, intake)
+        return Stored(blob.size)
+
+    async def fetch(self, who: Identity, request: FetchRequest) -> AsyncGenerator[Chunk]:
+        """Yield the chunks of a named file."""
+        data = await self._desk.file(who, request.name)
+        for start in range(0, len(data), MAX_CHUNK):
+            yield Chunk(data[start : start + MAX_CHUNK])
+
+    async def close(self) -> None:
+        """End all streams; their sites find the coordinator unreachable."""
+        streams = list(self._streams.values())
+        for stream in streams:
+            stream.end(Unreachable("the coordinator is going down"))
+        for stream in streams:
+            await stream.over.wait()
+
+
+class _Stream:
+    """One site's open stream: commands queue here, and anyone may end it with a reason."""
+
+    def __init__(self, write: Write) -> None:
+        self.over = asyncio.Event()
+        self._write = write
+        self._queue: asyncio.Queue[Command | None] = asyncio.Queue()
+        self._reason: FedmlError | None = None
+        self._bound: asyncio.Timeout | None = None
+
+    def send(self, command: Command) -> None:
+        """Queue a command; too many of them end the stream."""
+        if self._queue.qsize() >= BACKLOG:
+            self.end(Unreachable(f"{BACKLOG} commands wait; the site reads too slowly"))
+        elif self._reason is None and not self.over.is_set():
+            self._queue.put_nowait(command)
+
+    def end(self, reason: FedmlError) -> None:
+        """Make `run` raise `reason`, now or when it starts; the first reason stands."""
+        if self._reason is None:
+            self._reason = reason
+            if self._bound is not None and not self._bound.expired():
+                self._bound.reschedule(asyncio.get_running_loop().time())
+
+    async def run(self, seconds: float, work: Awaitable[None]) -> None:
+        """Do `work`, writing what is sent meanwhile, for at most `seconds`."""
+        try:
+            async with asyncio.timeout(seconds) as self._bound, asyncio.TaskGroup() as group:
+                if self._reason is not None:
+                    self.end(self._reason)
+                    self._bound.reschedule(0)
+                group.create_task(self._write_all())
+                await work
+                self._queue.put_nowait(None)
+        except TimeoutError as error:
+            raise self._reason or PermissionDenied("the certificate expired; renew it") from error
+        except BaseExceptionGroup as group_error:
+            raise _first(group_error) from group_error
+
+    async def _write_all(self) -> None:
+        while (command := await self._queue.get()) is not None:
+            await self._write(command)
+
+
+async def _chunks(who: Identity, parts: AsyncIterator[UploadPart]) -> AsyncGenerator[Chunk]:
+    async for part in parts:
+        if not isinstance(part, Chunk):
+            raise MalformedMessage(f"{who}: a second UploadStart in one upload")
+        yield part
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,338 @@
+"""The doors to a coordinator over gRPC: a site's link, an operator's client, and joining."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from fedml import durable
+from fedml.errors import Unreachable, Untrusted
+from fedml.identity.certificates import (
+    Credentials,
+    Identity,
+    csr_for,
+    identity_of,
+    new_key_and_csr,
+)
+from fedml.identity.enrolment import Token
+from fedml.protocol import codec
+from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent
+from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
+from fedml.protocol.requests import (
+    Admission,
+    Chunk,
+    Done,
+    DownloadRequest,
+    FetchRequest,
+    InviteRequest,
+    JoinRequest,
+    ListRequest,
+    ModelRequest,
+    RenewRequest,
+    RevokeRequest,
+    RollbackRequest,
+    RunRequest,
+    Stored,
+    SubmitRequest,
+    UploadStart,
+)
+from fedml.transport.chunks import BlobStore
+from fedml.transport.flow import PATIENCE, catch, pour, soon
+from fedml.transport.link import Link
+from fedml.transport.terms import CLIENT_OPTIONS, error_of
+
+T = TypeVar("T")
+ANSWER = 30.0  # seconds to wait for a single answer
+
+_Stream = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class _Line:
+    """A channel to one address that speaks our dataclasses and raises our errors."""
+
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials) -> None:
+        self.address = address
+        self._channel = grpc.aio.secure_channel(address, credentials, options=CLIENT_OPTIONS)
+
+    @classmethod
+    def of(cls, credentials: Credentials) -> _Line:
+        """Dial with a client certificate; raises `PermissionDenied` if it has expired."""
+        identity_of(credentials.certificate, time.time())
+        return cls(
+            credentials.address,
+            grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate),
+        )
+
+    async def ask(self, method: str, request: object, kind: type[T]) -> T:
+        """Make a call with one answer."""
+        call = self._channel.unary_unary(_path(method), bytes, bytes)
+        with _errors_of(self.address):
+            return codec.decode(kind, await call(codec.encode(request), timeout=ANSWER))
+
+    async def stream(self, method: str, request: object, kind: type[T]) -> AsyncGenerator[T]:
+        """Make a call with many answers; leaving the loop hangs up."""
+        call = self._channel.unary_stream(_path(method), bytes, bytes)(codec.encode(request))
+        try:
+            with _errors_of(self.address):
+                async for data in call:
+                    yield codec.decode(kind, data)
+        finally:
+            call.cancel()
+
+    async def gather(self, method: str, request: object, kind: type[T]) -> list[T]:
+        """Make a call with many answers and return them all."""
+        answers: list[T] = []
+        async with aclosing(self.stream(method, request, kind)) as stream:
+            while (answer := await soon(stream, ANSWER)) is not None:
+                answers.append(answer)
+        return answers
+
+    async def hand_in(self, method: str, parts: AsyncIterator[bytes], kind: type[T]) -> T:
+        """Make a call that sends many parts and gets one answer."""
+        call = self._channel.stream_unary(_path(method), bytes, bytes)(parts)
+        try:
+            with _errors_of(self.address):
+                return codec.decode(kind, await call)
+        finally:
+            call.cancel()
+
+    def converse(self, method: str) -> _Stream:
+        """Open a call that sends and receives; the caller maps its errors."""
+        return self._channel.stream_stream(_path(method), bytes, bytes)(None)
+
+    async def close(self) -> None:
+        """Hang up, with all calls."""
+        await self._channel.close(None)
+
+
+@contextmanager
+def _errors_of(address: str) -> Iterator[None]:
+    """Turn what gRPC raises into our errors; its own cancellations too, but never a caller's."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_of(address, error) from error
+    except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+        raise Unreachable(f"coordinator at {address}: the connection is closed") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unreachable(f"coordinator at {address}: the connection was closed") from error
+
+
+def _path(method: str) -> str:
+    return f"/fedml.v1.{method}"
+
+
+class GrpcLink:
+    """A site's `Link` over one mutual-TLS connection."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+        self._line: _Line | None = None
+        self._stream: _Stream | None = None
+        self._first: Command | None = None
+        self._sending = asyncio.Lock()
+
+    async def connect(self, hello: Hello) -> None:
+        """See `Link`."""
+        await self.close()
+        stream = self._open().converse("Federation/Connect")
+        self._stream = stream
+        try:
+            async with asyncio.timeout(ANSWER):
+                await self._write(stream, hello)
+                self._first = await self._read(stream)
+        except TimeoutError as error:
+            raise Unreachable(f"no welcome within {ANSWER:.0f} s") from error
+
+    async def receive(self) -> Command:
+        """See `Link`."""
+        if self._first is not None:
+            command, self._first = self._first, None
+            return command
+        return await self._read(self._opened())
+
+    async def send(self, event: SiteEvent) -> None:
+        """See `Link`."""
+        await self._write(self._opened(), event)
+
+    async def download(self, blob: Blob, into: BlobStore) -> None:
+        """See `Link`."""
+        intake = await asyncio.to_thread(into.receive, blob)
+        if intake.offset == blob.size and into.has(blob.digest):
+            return
+        request = DownloadRequest(blob.digest, intake.offset)
+        async with aclosing(self._open().stream("Federation/Download", request, Chunk)) as chunks:
+            await catch(chunks, intake)
+
+    async def upload(self, blob: Blob, source: BlobStore) -> None:
+        """See `Link`."""
+        line = self._open()
+        held = (await line.ask("Federation/Offset", blob, Stored)).size
+        async with aclosing(_parts(blob, source, held)) as parts:
+            await line.hand_in("Federation/Upload", parts, Stored)
+
+    async def fetch(self, name: str, limit: int) -> bytes:
+        """See `Link`."""
+        data = bytearray()
+        stream = self._open().stream("Federation/Fetch", FetchRequest(name), Chunk)
+        async with aclosing(stream) as chunks:
+            while (chunk := await soon(chunks, PATIENCE)) is not None:
+                data += chunk.data
+                if len(data) > limit:
+                    raise Untrusted(f"file {name!r} is longer than {limit} bytes")
+        return bytes(data)
+
+    async def renew(self, csr: bytes) -> Admission:
+        """See `Link`."""
+        return await self._open().ask("Federation/Renew", RenewRequest(csr), Admission)
+
+    async def close(self) -> None:
+        """See `Link`."""
+        line, self._line, self._stream, self._first = self._line, None, None, None
+        if line is not None:
+            await line.close()
+
+    def _open(self) -> _Line:
+        if self._line is None:
+            self._line = _Line.of(self._credentials)
+        return self._line
+
+    def _opened(self) -> _Stream:
+        if self._stream is None:
+            raise Unreachable("the stream is not open; connect first")
+        return self._stream
+
+    async def _write(self, stream: _Stream, event: SiteEvent) -> None:
+        data = codec.encode_event(event)
+        with _errors_of(self._credentials.address):
+            async with self._sending:  # gRPC takes one write at a time
+                await stream.write(data)
+
+    async def _read(self, stream: _Stream) -> Command:
+        address = self._credentials.address
+        with _errors_of(address):
+            data = await stream.read()
+        if not isinstance(data, bytes):
+            raise Unreachable(f"coordinator at {address}: the stream ended")
+        return codec.decode_command(data)
+
+
+async def _parts(blob: Blob, source: BlobStore, offset: int) -> AsyncGenerator[bytes]:
+    yield codec.encode_part(UploadStart(blob, offset))
+    async with aclosing(pour(source, blob.digest, offset)) as chunks:
+        async for chunk in chunks:
+            yield codec.encode_part(chunk)
+
+
+class OperationsClient:
+    """An operator's `Operations` over mutual TLS."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._line = _Line.of(credentials)
+
+    async def submit(self, plan: str) -> RunInfo:
+        """See `Operations`."""
+        return await self._line.ask("Operations/Submit", SubmitRequest(plan), RunInfo)
+
+    async def list_runs(self) -> Sequence[RunInfo]:
+        """See `Operations`."""
+        return await self._line.gather("Operations/ListRuns", ListRequest(), RunInfo)
+
+    async def show_run(self, run: RunId) -> RunDetail:
+        """See `Operations`."""
+        pages = await self._line.gather("Operations/ShowRun", RunRequest(run), RunDetail)
+        if not pages:
+            raise Untrusted(f"run {run}: the coordinator answered nothing")
+        return replace(pages[0], receipts=tuple(r for page in pages for r in page.receipts))
+
+    def watch_run(self, run: RunId) -> AsyncGenerator[RunInfo]:
+        """See `Operations`."""
+        return self._line.stream("Operations/WatchRun", RunRequest(run), RunInfo)
+
+    async def stop_run(self, run: RunId) -> RunInfo:
+        """See `Operations`."""
+        return await self._line.ask("Operations/StopRun", RunRequest(run), RunInfo)
+
+    async def list_models(self) -> Sequence[ModelVersion]:
+        """See `Operations`."""
+        return await self._line.gather("Operations/ListModels", ListRequest(), ModelVersion)
+
+    async def show_model(self, model: str, version: int) -> ModelVersion:
+        """See `Operations`."""
+        request = ModelRequest(model, version)
+        return await self._line.ask("Operations/ShowModel", request, ModelVersion)
+
+    async def release(self, model: str, version: int) -> ModelVersion:
+        """See `Operations`."""
+        request = ModelRequest(model, version)
+        return await self._line.ask("Operations/Release", request, ModelVersion)
+
+    async def rollback(self, model: str) -> ModelVersion:
+        """See `Operations`."""
+        return await self._line.ask("Operations/Rollback", RollbackRequest(model), ModelVersion)
+
+    async def list_sites(self) -> Sequence[SiteInfo]:
+        """See `Operations`."""
+        return await self._line.gather("Operations/ListSites", ListRequest(), SiteInfo)
+
+    async def invite(self, name: str, role: Role, ttl: float) -> Invitation:
+        """See `Operations`."""
+        return await self._line.ask("Operations/Invite", InviteRequest(name, role, ttl), Invitation)
+
+    async def revoke(self, name: str) -> None:
+        """See `Operations`."""
+        await self._line.ask("Operations/Revoke", RevokeRequest(name), Done)
+
+    async def close(self) -> None:
+        """See `Operations`."""
+        await self._line.close()
+
+
+async def join(text: str, folder: Path) -> Identity:
+    """Spend a join token: make a key, have it certified, keep both in `folder`; return who we are.
+
+    The first handshake already trusts only the authority in the token. The key is on the disk
+    before the token is spent, so after a crash the same call goes on. Raises `ConfigError` on a
+    token that does not read, `Untrusted` if another coordinator answers, `PermissionDenied` if
+    the token was used by another, expired or is unknown.
+    """
+    token = Token.parse(text)
+    pending = folder / "joining.key"
+    if not pending.exists():
+        durable.replace(pending, new_key_and_csr("joining")[0], mode=0o600)
+    key = pending.read_bytes()
+    line = _Line(token.address, grpc.ssl_channel_credentials(token.ca))
+    try:
+        request = JoinRequest(token.id, token.secret, csr_for(key, "joining"))
+        admission = await line.ask("Enrolment/Join", request, Admission)
+    except Untrusted as error:
+        raise Untrusted(f"the token is for another coordinator: {error}") from error
+    finally:
+        await line.close()
+    identity = identity_of(admission.certificate, time.time())
+    Credentials(admission.address, token.ca, admission.certificate, key).save(folder)
+    pending.unlink()
+    return identity
+
+
+async def renew(link: Link, folder: Path) -> Identity:
+    """Have a new key certified over `link`, and keep it in `folder` instead of the old one.
+
+    Connections that are open go on; a link made from `Credentials.load(folder)` uses the new one.
+    """
+    old = Credentials.load(folder)
+    key, csr = new_key_and_csr("renewing")
+    admission = await link.renew(csr)
+    identity = identity_of(admission.certificate, time.time())
+    replace(old, certificate=admission.certificate, key=key).save(folder)
+    return identity

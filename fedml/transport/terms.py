@@ -1,0 +1,90 @@
+"""What both ends of a gRPC connection agree on: sizes, keepalive, and how errors travel.
+
+One table maps our errors to status codes and back. An error arrives as the class of the table's
+row it left by, so the caller still knows whether to retry, to mend a setting or to alarm.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+from fedml.errors import (
+    ConfigError,
+    FedmlError,
+    PermissionDenied,
+    Refused,
+    Unreachable,
+    Untrusted,
+)
+from fedml.protocol.codec import MAX_MESSAGE
+
+Options = list[tuple[str, int]]
+
+_SIZES: Options = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+]
+_KEEPALIVE: Options = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+CLIENT_OPTIONS: Options = [
+    *_SIZES,
+    *_KEEPALIVE,
+    # A link decides itself when to try again; the channel shall not sit out a long pause.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+]
+SERVER_OPTIONS: Options = [
+    *_SIZES,
+    *_KEEPALIVE,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a shared port
+    ("grpc.max_concurrent_streams", 64),
+]
+
+_TABLE: tuple[tuple[type[FedmlError], grpc.StatusCode], ...] = (  # first match wins
+    (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
+    (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (Unreachable, grpc.StatusCode.UNAVAILABLE),
+    (Untrusted, grpc.StatusCode.DATA_LOSS),
+    (Refused, grpc.StatusCode.FAILED_PRECONDITION),
+    (FedmlError, grpc.StatusCode.FAILED_PRECONDITION),
+)
+_FOREIGN: dict[grpc.StatusCode, type[FedmlError]] = {  # codes that gRPC itself gives
+    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
+    grpc.StatusCode.UNIMPLEMENTED: ConfigError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Refused,
+}
+_BACK = {code: kind for kind, code in reversed(_TABLE)} | {
+    grpc.StatusCode.FAILED_PRECONDITION: Refused
+}
+
+
+def status_of(error: FedmlError) -> tuple[grpc.StatusCode, str]:
+    """Return the status code and the text by which `error` travels."""
+    code = next(code for kind, code in _TABLE if isinstance(error, kind))
+    return code, str(error)[:2000]
+
+
+def error_of(address: str, error: grpc.RpcError) -> FedmlError:
+    """Return the error that a failed call to `address` stands for.
+
+    Codes of no row (cancelled, timed out, a peer that broke off) mean the call may be repeated.
+    """
+    assert isinstance(error, grpc.aio.AioRpcError)
+    code, text = error.code(), error.details() or error.code().name
+    if "CERTIFICATE_VERIFY_FAILED" in text or "Hostname Verification" in text:
+        return Untrusted(
+            f"{address} showed a certificate that our authority did not give to that name; "
+            "check the address"
+        )
+    kind = _FOREIGN.get(code) or _BACK.get(code, Unreachable)
+    if kind is Unreachable:
+        return Unreachable(f"coordinator at {address}: {text}")
+    return kind(text)
