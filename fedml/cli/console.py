@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import TypeVar
@@ -38,8 +38,8 @@ def fail(message: str) -> None:
 
 
 def show(
-    items: Sequence[object],
-    columns: Sequence[tuple[str, Callable[[T], object]]],
+    items: Sequence[T],
+    columns: Mapping[str, Callable[[T], object]],
     *,
     as_json: bool,
     empty: str = "nothing yet",
@@ -56,10 +56,10 @@ def show(
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, _ in columns:
+    for title in columns:
         table.add_column(title)
     for item in items:
-        table.add_row(*(str(read(item)) for _, read in columns))  # type: ignore[arg-type]
+        table.add_row(*(str(read(item)) for read in columns.values()))
     Console().print(table)
 
 

@@ -7,7 +7,7 @@ goes into the audit log, refusals too.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from fedml.coordinator.folder import Folder
@@ -107,7 +107,7 @@ class Operations:
         """Return a run with all its receipts."""
         return self.runs.detail(run)
 
-    async def watch_run(self, by: Identity, run: RunId) -> AsyncIterator[RunInfo]:
+    async def watch_run(self, by: Identity, run: RunId) -> AsyncGenerator[RunInfo, None]:
         """Yield the run now and at each change, until it ends."""
         async for info in self.runs.watch(run):
             yield info

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -134,7 +134,7 @@ class Runs:
             self._hosts[id].stop(reason)
         return self.info(id)
 
-    async def watch(self, id: RunId) -> AsyncIterator[RunInfo]:
+    async def watch(self, id: RunId) -> AsyncGenerator[RunInfo, None]:
         """Yield the run now and whenever it changed, until it is over."""
         self._history(id)
         bell = asyncio.Event()

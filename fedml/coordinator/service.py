@@ -66,9 +66,9 @@ def _desks(folder: Folder, runs: Runs, archive: Archive, blobs: BlobStore) -> De
     )
     released = BlobStore(folder.releases.folder / "blobs", blobs.limit_bytes)
     return Desks(
-        Federation(folder, runs, blobs, released),
-        Enrolment(folder, registrar),
-        Operations(folder, runs, archive, registrar),
+        federation=Federation(folder, runs, blobs, released),
+        operations=Operations(folder, runs, archive, registrar),
+        enrolment=Enrolment(folder, registrar),
     )
 
 

@@ -50,6 +50,7 @@ from fedml.site.settings import Settings
 from fedml.transport.chunks import BlobStore
 from fedml.transport.link import Link
 
+_LARGEST_BLOB = 64 * 2**30  # bytes
 _log = structlog.get_logger()
 _FIRST_RETRY, _LAST_RETRY = 0.2, 30.0  # seconds; doubled in between, then jittered
 
@@ -78,7 +79,8 @@ class Daemon:
         self._name, self._policy, self._link, self._endpoint = settings.name, policy, link, endpoint
         self._folder = folder
         self._memory = Memory(folder)
-        self._blobs = BlobStore(folder / "blobs")
+        self._blobs = BlobStore(folder / "blobs", _LARGEST_BLOB)
+        self._blobs.sweep(())  # what a task needs lies in its own folder
         self._foreman = Foreman(policy)
         self._installed: tuple[RecipeId, ...] = installed(policy.recipe_files)
         self._ledgers = _open_ledgers(folder, policy)

@@ -110,10 +110,12 @@ class Cancel(_message.Message):
     def __init__(self, task: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Forget(_message.Message):
-    __slots__ = ("task",)
+    __slots__ = ("task", "counted")
     TASK_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
     task: str
-    def __init__(self, task: _Optional[str] = ...) -> None: ...
+    counted: bool
+    def __init__(self, task: _Optional[str] = ..., counted: _Optional[bool] = ...) -> None: ...
 
 class ReleaseNotice(_message.Message):
     __slots__ = ("model",)
@@ -166,18 +168,20 @@ class Serving(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "device", "recipes", "datasets", "serving")
+    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     RECIPES_FIELD_NUMBER: _ClassVar[int]
     DATASETS_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     recipes: _containers.RepeatedCompositeFieldContainer[RecipeId]
     datasets: _containers.RepeatedCompositeFieldContainer[DatasetCard]
     serving: _containers.RepeatedCompositeFieldContainer[Serving]
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ...) -> None: ...
+    kept: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("task",)
@@ -274,7 +278,7 @@ class Counted(_message.Message):
     def __init__(self, site: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., epsilon: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("run", "round", "attempt", "asked", "counted", "missing", "left_out", "metrics", "scores", "model", "opened", "closed")
+    __slots__ = ("run", "round", "attempt", "asked", "counted", "missing", "left_out", "metrics", "scores", "model", "opened", "closed", "kind")
     class MissingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -315,6 +319,7 @@ class Receipt(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     attempt: int
@@ -327,7 +332,8 @@ class Receipt(_message.Message):
     model: str
     opened: float
     closed: float
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., asked: _Optional[_Iterable[str]] = ..., counted: _Optional[_Iterable[_Union[Counted, _Mapping]]] = ..., missing: _Optional[_Mapping[str, str]] = ..., left_out: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., scores: _Optional[_Mapping[str, float]] = ..., model: _Optional[str] = ..., opened: _Optional[float] = ..., closed: _Optional[float] = ...) -> None: ...
+    kind: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., asked: _Optional[_Iterable[str]] = ..., counted: _Optional[_Iterable[_Union[Counted, _Mapping]]] = ..., missing: _Optional[_Mapping[str, str]] = ..., left_out: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., scores: _Optional[_Mapping[str, float]] = ..., model: _Optional[str] = ..., opened: _Optional[float] = ..., closed: _Optional[float] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class RunInfo(_message.Message):
     __slots__ = ("id", "model", "state", "round", "rounds", "submitted", "detail", "version", "scores")

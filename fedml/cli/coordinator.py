@@ -1,0 +1,126 @@
+"""`fedml coordinator`: make one, run it, let sites and operators in, shut them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedml.cli.profile import JsonOption, ProfileOption, call
+
+if TYPE_CHECKING:
+    from fedml.protocol.operations import Invitation, SiteInfo
+    from fedml.transport.link import Operations
+
+app = typer.Typer(help="Make a coordinator, run it, admit sites.", no_args_is_help=True)
+Dir = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
+
+
+@app.command()
+def init(
+    folder: Dir,
+    host: Annotated[str, typer.Option(help="The name sites dial; goes in the certificate.")] = (
+        "localhost"
+    ),
+    bind: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port for sites and operators.")] = 8443,
+    enrolment_port: Annotated[int, typer.Option(help="Port for newcomers.")] = 8444,
+    registry: Annotated[
+        str, typer.Option(help="MLflow tracking URI; default a SQLite file in the folder.")
+    ] = "",
+) -> None:
+    """Make a coordinator: authority, release keys, registry, and a first operator's profile.
+
+    Example: fedml coordinator init ./hub --host hub.example.org --bind 0.0.0.0
+    """
+    from fedml.cli.console import progress
+    from fedml.coordinator.folder import create
+    from fedml.coordinator.settings import Settings
+
+    settings = Settings(
+        host=host, bind=bind, port=port, enrolment_port=enrolment_port, registry=registry
+    )
+    with progress(f"making {folder}"):
+        create(folder, settings)
+    typer.echo(f"coordinator in {folder}; operator profile in {folder / 'operator'}")
+
+
+@app.command()
+def run(folder: Dir) -> None:
+    """Run a coordinator until it is stopped; started again, it goes on where it was.
+
+    Example: fedml coordinator run ./hub
+    """
+    from fedml.cli.program import serve_forever
+    from fedml.coordinator.service import run as service
+
+    serve_forever(lambda: service(folder))
+
+
+@app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="The newcomer's name, for ever in its certificate.")],
+    role: Annotated[str, typer.Option(help="site, operator or viewer.")] = "site",
+    hours: Annotated[float, typer.Option(help="How long the token lives.")] = 24.0,
+    profile: ProfileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a join token, good for one newcomer, once.
+
+    Example: fedml coordinator invite bern --hours 48
+    """
+    from fedml.cli.console import emit
+    from fedml.errors import ConfigError
+
+    if role not in ("site", "operator", "viewer"):
+        raise ConfigError(f"role {role!r}: use site, operator or viewer")
+
+    async def go(coordinator: Operations) -> Invitation:
+        return await coordinator.invite(name, role, hours * 3600)  # type: ignore[arg-type]
+
+    invitation = call(profile, go)
+    emit(invitation) if as_json else typer.echo(invitation.token)
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The site or operator to shut out.")],
+    profile: ProfileOption = None,
+) -> None:
+    """Refuse every certificate and token that a name was given so far.
+
+    Example: fedml coordinator revoke bern
+    """
+
+    async def go(coordinator: Operations) -> None:
+        await coordinator.revoke(name)
+
+    call(profile, go)
+    typer.echo(f"{name} is shut out; it may join again with a new token")
+
+
+@app.command()
+def sites(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
+    """List the sites: who is here, with which data, and what each one serves.
+
+    Example: fedml coordinator sites
+    """
+    from fedml.cli.console import show, when
+
+    async def go(coordinator: Operations) -> Sequence[SiteInfo]:
+        return await coordinator.list_sites()
+
+    show(
+        call(profile, go),
+        {
+            "site": lambda s: s.site,
+            "connected": lambda s: "yes" if s.connected else "no",
+            "seen": lambda s: when(s.seen),
+            "device": lambda s: s.device,
+            "data": lambda s: "  ".join(f"{d.name} {d.rows} rows" for d in s.datasets),
+            "serves": lambda s: "  ".join(f"{m.model}/{m.version} {m.state}" for m in s.serving),
+        },
+        as_json=as_json,
+    )

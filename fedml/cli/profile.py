@@ -1,0 +1,54 @@
+"""Who an operator is: a folder with a certificate and the coordinator's address."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from fedml.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedml.transport.link import Operations
+
+T = TypeVar("T")
+ProfileOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="FEDML_PROFILE",
+        help="Folder with your operator credentials; default ~/.config/fedml.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON, for scripts.")]
+
+
+def home() -> Path:
+    """Return the profile folder used when none is named."""
+    return Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "fedml"
+
+
+def call(profile: Path | None, work: Callable[[Operations], Awaitable[T]]) -> T:
+    """Do `work` with a connection as this profile; raises `ConfigError` if there is no profile."""
+    from fedml.identity.certificates import Credentials
+    from fedml.transport.rpc import OperationsClient
+
+    folder = profile or home()
+    if not (folder / "identity.json").exists():
+        raise ConfigError(
+            f"{folder} holds no operator credentials; name them with --profile or FEDML_PROFILE "
+            "(a coordinator's own are in its folder, under operator/)"
+        )
+    credentials = Credentials.load(folder)
+
+    async def go() -> T:
+        client = OperationsClient(credentials)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(go())
