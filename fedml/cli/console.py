@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+import click
 import typer
 
 from fedml.errors import FedmlError
@@ -17,21 +18,29 @@ T = TypeVar("T")
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
-def guarded(command: Callable[[], None]) -> None:
-    """Run a program's outermost call: our errors become one line and exit 1, Ctrl-C exit 130."""
+def guarded(command: Callable[[], object]) -> None:
+    """Run the outermost call of a command line: an error becomes one line and a status.
+
+    Ours exit 1, wrong usage 2, Ctrl-C 130. `command` returns an exit status or None.
+    """
     try:
-        command()
+        status = command()
     except FedmlError as error:
         fail(str(error))
-    except KeyboardInterrupt:
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except (KeyboardInterrupt, click.Abort):
         typer.secho("stopped", fg="yellow", err=True)
         raise SystemExit(_INTERRUPTED) from None
     except BrokenPipeError:  # `fedml ... | head`
         sys.stderr.close()
         raise SystemExit(1) from None
+    else:
+        raise SystemExit(status if isinstance(status, int) else 0)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print one line on standard error and exit with status 1."""
     typer.secho(f"error: {message}", fg="red", err=True)
     raise SystemExit(1)

@@ -60,7 +60,9 @@ def simulate(ctx: typer.Context) -> None:
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(help="'breast_cancer' (shipped) or 'heart'.")] = "breast_cancer",
+    data: Annotated[
+        str, typer.Option(help="'breast_cancer' (shipped) or 'heart'.")
+    ] = "breast_cancer",
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder with the four hospitals' files, for heart.")
     ] = None,
@@ -111,4 +113,4 @@ def serve(
 
 def main() -> None:
     """Run the command line."""
-    guarded(lambda: app(standalone_mode=False) or None)
+    guarded(lambda: app(standalone_mode=False))

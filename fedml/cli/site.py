@@ -1,0 +1,160 @@
+"""`fedml site`: join a federation, run the daemon, look at one's own policy and ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedml.cli.profile import JsonOption
+
+if TYPE_CHECKING:
+    from fedml.site.policy import Policy
+
+app = typer.Typer(help="Join, train under your own policy, serve.", no_args_is_help=True)
+Dir = Annotated[Path, typer.Argument(help="The site's folder.")]
+
+
+@app.command()
+def join(
+    token: Annotated[str, typer.Argument(help="What 'fedml coordinator invite' printed.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where the site's files go.")] = Path(
+        "site"
+    ),
+    rest_port: Annotated[int, typer.Option(help="REST port of the endpoint.")] = 8400,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port of the endpoint.")] = 8401,
+) -> None:
+    """Join a federation: make a key, get a certificate, write a policy that allows nothing yet.
+
+    Example: fedml site join fedml1.eyJ… --dir /var/lib/fedml
+    """
+    from fedml import durable
+    from fedml import settings as files
+    from fedml.cli.endpoint import ROOT, first_root
+    from fedml.identity.certificates import Credentials
+    from fedml.site.policy import TEMPLATE
+    from fedml.site.settings import Settings
+    from fedml.transport.rpc import join as enrol
+
+    async def go() -> str:
+        identity = await enrol(token, folder / "identity")
+        durable.replace(folder / ROOT, await first_root(folder))
+        return identity.name
+
+    name = asyncio.run(go())
+    address = Credentials.load(folder / "identity").address
+    settings = Settings(name=name, coordinator=address, rest_port=rest_port, grpc_port=grpc_port)
+    files.write(settings, folder / "site.toml")
+    if not (folder / "policy.toml").exists():
+        durable.replace(folder / "policy.toml", TEMPLATE.encode())
+    typer.echo(f"{name} has joined {address}; now say in {folder / 'policy.toml'} what it allows")
+
+
+@app.command()
+def run(folder: Dir) -> None:
+    """Run the site: obey the coordinator as far as the policy allows, serve what it released.
+
+    Example: fedml site run /var/lib/fedml
+    """
+    from fedml.cli.endpoint import run_site
+    from fedml.cli.program import serve_forever
+
+    serve_forever(lambda: run_site(folder))
+
+
+@app.command()
+def check(folder: Dir) -> None:
+    """Check settings, policy, data files and recipes, and say what the site would allow.
+
+    Example: fedml site check /var/lib/fedml
+    """
+    from fedml.learning.recipe import installed
+    from fedml.site.policy import read_policy
+    from fedml.site.settings import read_settings
+
+    settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
+    here = {recipe.name: recipe.digest for recipe in installed(policy.recipe_files)}
+    problems = [*_recipe_problems(policy, here), *_data_problems(policy)]
+    for problem in problems:
+        typer.secho(f"problem: {problem}", fg="red", err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{settings.name}: {len(policy.datasets)} datasets, {len(policy.recipes)} recipes")
+
+
+def _recipe_problems(policy: Policy, here: dict[str, str]) -> list[str]:
+    problems = []
+    for name, recipe in policy.recipes.items():
+        if name not in here:
+            problems.append(f"recipes.{name} is not installed; there are {', '.join(here)}")
+        elif here[name] != recipe.digest:
+            problems.append(
+                f"recipes.{name}.digest is {recipe.digest[:12]}…, installed is {here[name]}"
+            )
+    return problems
+
+
+def _data_problems(policy: Policy) -> list[str]:
+    return [
+        f"datasets.{name}: {path} does not exist"
+        for name, dataset in policy.datasets.items()
+        for path in (dataset.train, dataset.held_out)
+        if path is not None and not path.exists()
+    ]
+
+
+@app.command()
+def recipes(
+    folder: Annotated[Path | None, typer.Argument(help="The site's folder.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the installed recipes with the digests that a policy names.
+
+    Example: fedml site recipes
+    """
+    from fedml.cli.console import show
+    from fedml.learning.recipe import installed
+    from fedml.site.policy import read_policy
+
+    own = read_policy(folder / "policy.toml").recipe_files if folder else {}
+    show(
+        installed(own),
+        {"recipe": lambda r: r.name, "digest": lambda r: r.digest},
+        as_json=as_json,
+    )
+
+
+@app.command()
+def ledger(folder: Dir, as_json: JsonOption = False) -> None:
+    """Show what each dataset's rows have spent of their lifetime budget.
+
+    Example: fedml site ledger /var/lib/fedml
+    """
+    from fedml.cli.console import emit
+    from fedml.privacy.ledger import read, spent_by
+    from fedml.site.policy import read_policy
+
+    policy = read_policy(folder / "policy.toml")
+    for name, dataset in policy.datasets.items():
+        path = folder / "ledger" / f"{name}.jsonl"
+        entries = read(path) if path.exists() else ()
+        spent = spent_by(entries, dataset.delta)
+        if as_json:
+            record = {"dataset": name, "spent": spent, "limit": dataset.epsilon}
+            emit({**record, "delta": dataset.delta, "charges": len(entries)})
+        else:
+            typer.echo(
+                f"{name}: epsilon {spent:.3f} of {dataset.epsilon:g} spent at delta "
+                f"{dataset.delta:g}, in {len(entries)} entries"
+            )
+
+
+def serve_only(folder: Path, rest_port: int, grpc_port: int) -> None:
+    """Serve a site's shelf without a coordinator or any training."""
+    from fedml.cli.endpoint import SHELF
+    from fedml.cli.program import serve_forever
+    from fedml.serving import standalone
+
+    serve_forever(lambda: standalone(folder / SHELF, rest_port, grpc_port))
