@@ -72,10 +72,11 @@ def watch(run: Run, profile: ProfileOption = None, as_json: JsonOption = False) 
 async def _follow(coordinator: Operations, info: RunInfo) -> RunInfo:
     from fedml.cli.console import progress
 
+    last = info
     with progress(_line(info)) as say:
-        async for info in coordinator.watch_run(info.id):
-            say(_line(info))
-    return info
+        async for last in coordinator.watch_run(info.id):
+            say(_line(last))
+    return last
 
 
 def _line(info: RunInfo) -> str:

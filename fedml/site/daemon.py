@@ -178,10 +178,14 @@ class Daemon:
     async def _do(self, order: Assignment) -> Result:
         permit = decide(self._policy, order, self._installed)
         ledger = self._ledgers.get(order.dataset)
+        desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
         if ledger is not None and permit.event is not None:
             event = permit.event
-            await asyncio.to_thread(ledger.reserve, order.task, order.run, permit.part, event)
-        desk = self._memory.accept(order)
+            try:
+                await asyncio.to_thread(ledger.reserve, order.task, order.run, permit.part, event)
+            except Refused:
+                self._memory.forget(order.task, counted=False)
+                raise
         await self._tell(Accepted(order.task))
         try:
             if not desk.outcome.exists():  # else a crash came between work and charge
@@ -300,7 +304,7 @@ def _open_ledgers(folder: Path, policy: Policy) -> dict[str, Ledger]:
     return {
         name: Ledger(
             folder / "ledger" / f"{name}.jsonl",
-            name=f"policy datasets.{name}.epsilon = {dataset.epsilon}",
+            name=name,
             limit_epsilon=dataset.epsilon,
             delta=dataset.delta,
         )

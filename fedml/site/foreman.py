@@ -12,8 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +76,16 @@ class Foreman:
             await server.stdin.drain()
             child = int(json.loads(await server.stdout.readline())["pid"])
             ended = asyncio.ensure_future(server.stdout.readline())
-            async with self._killed_at_exit(child, ended):
+            try:
                 breach = await self._watch(child, ended)
-            return int(json.loads(await ended)["status"]), breach
+            finally:
+                if not ended.done():
+                    _kill(child)
+                status = int(json.loads(await ended)["status"])
         except (ValueError, KeyError, ConnectionError) as error:
             await self.stop()
             raise TaskFailed(f"the worker process ended ({error}); it will be restarted") from error
-        except asyncio.CancelledError:
-            await self.stop()  # its pipe may hold half an answer
-            raise
-
-    @asynccontextmanager
-    async def _killed_at_exit(
-        self, child: int, ended: asyncio.Future[bytes]
-    ) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            if not ended.done():
-                _kill(child)
+        return status, breach
 
     async def _watch(self, child: int, ended: asyncio.Future[bytes]) -> str:
         """Wait for the end, or until a limit is broken; return which."""

@@ -1,0 +1,84 @@
+"""The gate gives the site the last word: what the policy does not allow is refused, and why."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedml.errors import Refused
+from fedml.privacy.accounting import SampledGaussian
+from fedml.protocol.messages import Assignment, Blob, Privacy, RecipeId, RunId, TaskId, Training
+from fedml.site.gate import decide
+from fedml.site.policy import AllowedRecipe, Dataset, Policy
+
+RECIPE = RecipeId("cancer", "ab" * 32)
+OTHER = RecipeId("cancer", "cd" * 32)
+POLICY = Policy(
+    minimum_cohort=3,
+    recipes={"cancer": AllowedRecipe(RECIPE.digest), "stroke": AllowedRecipe("ef" * 32)},
+    datasets={
+        "records": Dataset(Path("train"), 100, ("cancer",), Path("held"), epsilon=3.0),
+        "open": Dataset(Path("train"), 100, ("cancer",), privacy="none"),
+    },
+)
+TASK = Assignment(
+    task=TaskId("run-1.1.1.bern"),
+    run=RunId("run-1"),
+    round=1,
+    kind="train",
+    recipe=RECIPE,
+    dataset="records",
+    model=Blob("00" * 32, 10),
+    training=Training(lr=1.0, steps=5),
+    privacy=Privacy("record", 3.0, 1e-5, rounds=10, evaluation_epsilon=0.5),
+    cohort=4,
+)
+
+
+def test_an_allowed_task_is_permitted_with_its_cost() -> None:
+    permit = decide(POLICY, TASK, [RECIPE])
+    assert (permit.rows, permit.part) == (Path("train"), "train")
+    assert isinstance(permit.event, SampledGaussian)
+    assert permit.event.steps == 5
+
+
+def test_an_evaluation_reads_and_charges_held_out_rows() -> None:
+    permit = decide(POLICY, replace(TASK, kind="evaluate"), [RECIPE])
+    assert (permit.rows, permit.part) == (Path("held"), "held-out")
+    assert permit.event is not None
+
+
+def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
+    task = replace(TASK, dataset="open", privacy=Privacy())
+    assert decide(POLICY, task, [RECIPE]).event is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cohort": 2}, "policy minimum_cohort = 3: this round asks only 2 sites"),
+        ({"recipe": RecipeId("unknown", "ab" * 32)}, "policy allows no recipe 'unknown'"),
+        ({"recipe": OTHER}, "policy recipes.cancer.digest = abababababab…: the task names cdcd"),
+        ({"dataset": "secret"}, "policy has no \\[datasets.secret\\]; it has records, open"),
+        ({"privacy": Privacy()}, "policy datasets.records.privacy = 'record'"),
+        (
+            {"privacy": replace(TASK.privacy, delta=1e-3)},
+            "policy datasets.records.delta = 1e-05: the task asks for 0.001",
+        ),
+        ({"kind": "evaluate", "dataset": "open"}, "policy datasets.open.held_out is not set"),
+    ],
+)
+def test_policy_widened_by_the_plan_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        decide(POLICY, replace(TASK, **change), [RECIPE])  # type: ignore[arg-type]
+
+
+def test_a_recipe_may_only_read_the_datasets_it_is_listed_for() -> None:
+    task = replace(TASK, recipe=RecipeId("stroke", "ef" * 32))
+    with pytest.raises(Refused, match="stroke may not read these rows"):
+        decide(POLICY, task, [RecipeId("stroke", "ef" * 32)])
+
+
+def test_a_recipe_that_is_allowed_but_not_installed_is_refused() -> None:
+    with pytest.raises(Refused, match="allowed but not installed"):
+        decide(POLICY, TASK, [OTHER])
