@@ -32,6 +32,12 @@ class Foreman:
         self._server: asyncio.subprocess.Process | None = None
         self._busy = asyncio.Lock()
 
+    @property
+    def process(self) -> int:
+        """The worker's process id, 0 while there is none."""
+        running = self._server is not None and self._server.returncode is None
+        return self._server.pid if self._server is not None and running else 0
+
     async def start(self) -> None:
         """Start the worker process ahead of the first task."""
         threads = str(self._policy.threads)
@@ -67,35 +73,37 @@ class Foreman:
 
     async def _fork(self, job: Mapping[str, Any]) -> tuple[int, str]:
         """Return the task's exit status, and which limit it broke, if any."""
-        if self._server is None or self._server.returncode is not None:
+        if not self.process:
             await self.start()
-        server = self._server
-        assert server is not None and server.stdin is not None and server.stdout is not None
+        assert self._server is not None
+        born: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        talk = asyncio.create_task(_converse(self._server, job, born))
         try:
-            server.stdin.write(json.dumps(job).encode() + b"\n")
-            await server.stdin.drain()
-            child = int(json.loads(await server.stdout.readline())["pid"])
-            ended = asyncio.ensure_future(server.stdout.readline())
-            try:
-                breach = await self._watch(child, ended)
-            finally:
-                if not ended.done():
-                    _kill(child)
-                status = int(json.loads(await ended)["status"])
+            breach = await self._watch(born, talk)
+        except asyncio.CancelledError:
+            breach = "cancelled"
+        if not talk.done():
+            await asyncio.wait([born, talk], return_when=asyncio.FIRST_COMPLETED)
+            if born.done():
+                _kill(born.result())
+            await asyncio.wait([talk])  # the pipe must not hold half an answer
+        if breach == "cancelled":
+            raise asyncio.CancelledError
+        try:
+            return talk.result(), breach
         except (ValueError, KeyError, ConnectionError) as error:
             await self.stop()
             raise TaskFailed(f"the worker process ended ({error}); it will be restarted") from error
-        return status, breach
 
-    async def _watch(self, child: int, ended: asyncio.Future[bytes]) -> str:
+    async def _watch(self, born: asyncio.Future[int], talk: asyncio.Task[int]) -> str:
         """Wait for the end, or until a limit is broken; return which."""
         loop = asyncio.get_running_loop()
         close = loop.time() + self._policy.task_seconds
         while True:
-            await asyncio.wait([ended], timeout=_WATCH)
-            if ended.done():
+            await asyncio.wait([talk], timeout=_WATCH)
+            if talk.done():
                 return ""
-            used = _resident(child) / 2**20
+            used = _resident(born.result()) / 2**20 if born.done() else 0.0
             if used > self._policy.task_memory_mb:
                 return (
                     f"the task took {used:.0f} MB, policy task_memory_mb = "
@@ -106,6 +114,17 @@ class Foreman:
                     f"the task ran longer than policy task_seconds = "
                     f"{self._policy.task_seconds:.0f}; raise it or give it less to do"
                 )
+
+
+async def _converse(
+    server: asyncio.subprocess.Process, job: Mapping[str, Any], born: asyncio.Future[int]
+) -> int:
+    """Hand over a job, tell the child's process id, return its exit status."""
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(job).encode() + b"\n")
+    await server.stdin.drain()
+    born.set_result(int(json.loads(await server.stdout.readline())["pid"]))
+    return int(json.loads(await server.stdout.readline())["status"])
 
 
 def _read_outcome(status: int, outcome: Path) -> Mapping[str, Any]:

@@ -73,8 +73,10 @@ def _check_recipe(policy: Policy, wanted: RecipeId, installed: Sequence[RecipeId
 def _terms(dataset: Dataset, assignment: Assignment) -> Permit:
     private = assignment.privacy.mode == "record"
     if assignment.kind == "train":
-        event = training_event(assignment.training, assignment.privacy, dataset.rows)
-        return Permit(dataset, dataset.train, "train", event if private else None)
+        event = None
+        if private:
+            event = training_event(assignment.training, assignment.privacy, dataset.rows)
+        return Permit(dataset, dataset.train, "train", event)
     if dataset.held_out is None:
         raise Refused(f"policy datasets.{assignment.dataset}.held_out is not set: nothing to score")
     charge = evaluation_event(assignment.privacy) if private else None

@@ -1,0 +1,171 @@
+"""The worker runs what the site allows, within its limits, and its end is never the daemon's."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedml import durable
+from fedml.errors import TaskFailed
+from fedml.learning.recipe import identify
+from fedml.params import Params, decode, encode
+from fedml.protocol import codec
+from fedml.protocol.messages import Privacy
+from fedml.site.foreman import Foreman
+from fedml.site.policy import Policy
+from tests.site.test_gate import TASK
+
+RECIPE = '''
+import os, signal, time
+from pathlib import Path
+import torch
+from fedml.learning.recipe import Rows
+
+class Odd:
+    """A recipe whose data file says how to misbehave."""
+    labels = ("no", "yes")
+
+    def build(self):
+        return torch.nn.Linear(2, 2)
+
+    def loss(self, output, target):
+        return torch.nn.functional.cross_entropy(output, target)
+
+    def score(self, output, target):
+        return {"accuracy": (output.argmax(1) == target).float()}
+
+    def read(self, path):
+        what = Path(path).read_text()
+        if what == "sleep":
+            time.sleep(600)
+        if what == "eat":
+            self.food = [torch.ones(2**20) for _ in range(4000)]
+            time.sleep(600)
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if what == "raise":
+            raise RuntimeError("no such ward\\nsecond line")
+        if what == "print":
+            print("noise on standard output", flush=True)
+        return Rows(torch.ones(8, 2), (torch.arange(8) % 3 == 0).long())
+
+    def example(self, rows):
+        return torch.zeros(rows, 2)
+'''
+
+
+@pytest.fixture
+async def foreman() -> AsyncIterator[Foreman]:
+    worker = Foreman(Policy(task_seconds=30.0, task_memory_mb=1500))
+    await worker.start()
+    yield worker
+    await worker.stop()
+
+
+def prepared(folder: Path, what: str) -> tuple[Mapping[str, object], Path]:
+    (folder / "recipe.py").write_text(RECIPE)
+    files = {"odd": f"{folder / 'recipe.py'}:Odd"}
+    order = replace(TASK, recipe=identify("odd", files), privacy=Privacy())
+    durable.replace(folder / "assignment", codec.encode(order))
+    model = Params({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
+    (folder / "model").write_bytes(b"".join(encode({"": model})))
+    (folder / "rows").write_text(what)
+    job = {
+        "folder": str(folder),
+        "site": "bern",
+        "model": str(folder / "model"),
+        "slots": str(folder / "no-slots"),
+        "rows": str(folder / "rows"),
+        "public_rows": 8,
+        "device": "cpu",
+        "threads": 1,
+        "recipe_files": files,
+    }
+    return job, folder / "outcome.json"
+
+
+async def test_a_task_leaves_its_update_on_the_disk(foreman: Foreman, tmp_path: Path) -> None:
+    job, outcome = prepared(tmp_path, "print")
+    said = await foreman.run(job, outcome)
+    assert said["weight"] == 8.0
+    update = decode((tmp_path / "update.safetensors").read_bytes())
+    assert update["delta"].norm() > 0
+
+
+async def test_the_worker_outlives_every_bad_task(foreman: Foreman, tmp_path: Path) -> None:
+    for number, (what, message) in enumerate(
+        [("die", "the worker crashed \\(SIGSEGV\\)"), ("raise", "^RuntimeError: no such ward$")]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        job, outcome = prepared(folder, what)
+        with pytest.raises(TaskFailed, match=message):
+            await foreman.run(job, outcome)
+    folder = tmp_path / "good"
+    folder.mkdir()
+    assert await foreman.run(*prepared(folder, "work"))
+
+
+async def test_a_task_over_its_memory_is_stopped(foreman: Foreman, tmp_path: Path) -> None:
+    with pytest.raises(TaskFailed, match="policy task_memory_mb = 1500; raise it or use smaller"):
+        await foreman.run(*prepared(tmp_path, "eat"))
+
+
+async def test_a_task_over_its_time_is_stopped(tmp_path: Path) -> None:
+    foreman = Foreman(Policy(task_seconds=0.3))
+    try:
+        with pytest.raises(TaskFailed, match="longer than policy task_seconds"):
+            await foreman.run(*prepared(tmp_path, "sleep"))
+    finally:
+        await foreman.stop()
+
+
+async def test_cancelling_kills_the_task_and_keeps_the_worker(
+    foreman: Foreman, tmp_path: Path
+) -> None:
+    slow, quick = tmp_path / "slow", tmp_path / "quick"
+    slow.mkdir()
+    quick.mkdir()
+    task = asyncio.create_task(foreman.run(*prepared(slow, "sleep")))
+    await asyncio.sleep(0)  # let it begin
+    before = foreman.process
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await foreman.run(*prepared(quick, "work"))
+    assert foreman.process == before
+
+
+async def test_the_worker_dies_with_the_daemon(tmp_path: Path) -> None:
+    code = (
+        "import asyncio, os, signal\n"
+        "from fedml.site.foreman import Foreman\n"
+        "from fedml.site.policy import Policy\n"
+        "async def main():\n"
+        "    foreman = Foreman(Policy())\n"
+        "    await foreman.start()\n"
+        "    print(foreman.process, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    daemon = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await daemon.communicate()
+    worker = int(output)
+    async with asyncio.timeout(10):
+        while _is_running(worker):  # noqa: ASYNC110 - not our child, nothing to wait on
+            await asyncio.sleep(0.02)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
