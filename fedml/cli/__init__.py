@@ -1,0 +1,1 @@
+"""Command lines: they build objects from settings and start programs."""
