@@ -67,12 +67,16 @@ class Reports:
             self._terms.setdefault(name, []).append((total, answer.count))
 
     def result(self) -> Scores:
-        """Return each metric's mean over the rows of the sites that report it."""
+        """Return each score's mean over the rows of the sites that report it.
+
+        Scores lie in [0, 1]; what privacy noise pushed out is brought back, which is free.
+        """
         scores = {}
         for name, terms in sorted(self._terms.items()):
             count = math.fsum(count for _, count in terms)
             if count > 0:  # under privacy counts are noised, and may vanish
-                scores[name] = math.fsum(total for total, _ in terms) / count
+                mean = math.fsum(total for total, _ in terms) / max(count, 1.0)
+                scores[name] = min(1.0, max(0.0, mean))
         if not scores:
             raise MalformedMessage("the sites' counts add up to no rows")
         return scores

@@ -65,6 +65,7 @@ class Run:
         self._waits, self._patience, self._need = 0, "", ""
         self._refused = ""  # why no further round can be: too many sites refused for good
         self._unscored = 0  # the round whose evaluation was given up
+        self._stopped = ""  # what the operator who stopped it said
         self._ending: End | None = None  # how to end once what is open is committed
         self._end: End | None = None
 
@@ -132,7 +133,7 @@ class Run:
             case Tick(token):
                 return self._tick(token, now)
             case StopAsked(reason):
-                self._ending = End("stopped", f"{reason}; {self.done} rounds are committed")
+                self._stopped = self._stopped or reason
                 ended = self._round.abandon(f"the run was stopped: {reason}") if self._round else []
                 return self._carry(ended, now) if ended else self._go_on(now)
             case Committed():
@@ -164,6 +165,9 @@ class Run:
         """Do the next thing if nothing is under way."""
         if self._round or self._commit:
             return []
+        if self._stopped:
+            detail = f"{self._stopped}; {self.done} rounds are committed"
+            return self._finish(End("stopped", detail))
         if self._ending:
             return self._finish(self._ending)
         if (step := self._next()) is None:

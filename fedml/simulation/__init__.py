@@ -1,0 +1,1 @@
+"""Whole federations in one program, on virtual time."""

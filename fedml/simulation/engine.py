@@ -1,0 +1,132 @@
+"""Hosts a `Run` on virtual time: the production state machine, with no network and no waiting.
+
+An answer arrives `delay` seconds after its task was sent, by the simulation's own clock; the
+clock jumps from event to event, so a deadline of an hour costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fedml.params import encode
+from fedml.protocol.messages import DatasetCard, SiteId
+from fedml.protocol.operations import Receipt
+from fedml.protocol.tasks import Report, Task, Update
+from fedml.rounds import (
+    CancelTask,
+    Candidate,
+    Command,
+    Commit,
+    Committed,
+    End,
+    Event,
+    ForgetTask,
+    Opened,
+    Plan,
+    ReportArrived,
+    Run,
+    SendTask,
+    SiteLost,
+    SitesChanged,
+    SiteStatus,
+    Tick,
+    UpdateArrived,
+    WakeAt,
+)
+from fedml.simulation.executors.base import Answer, Executor
+
+Delay = Callable[[Task], float]  # seconds between sending a task and its answer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: how it ended, its receipts, its model if there is one.
+
+    `seconds` is the virtual time it took.
+    """
+
+    end: End
+    receipts: tuple[Receipt, ...]
+    candidate: Candidate | None
+    seconds: float
+
+
+def statuses(plan: Plan, sites: Iterable[SiteId]) -> tuple[SiteStatus, ...]:
+    """Return `sites` as connected, with the plan's recipe and dataset."""
+    card = DatasetCard(plan.dataset, 1, "0" * 64)
+    return tuple(SiteStatus(site, True, (plan.recipe,), (card,)) for site in sites)
+
+
+@dataclass
+class Engine:
+    """Plays one run to its end; `watch` sees each receipt as it is committed."""
+
+    run: Run
+    executor: Executor
+    sites: Sequence[SiteStatus]
+    delay: Delay = lambda task: 0.0
+    watch: Callable[[Receipt], None] = lambda receipt: None
+    now: float = 0.0
+    _agenda: list[tuple[float, int, Event]] = field(default_factory=list)
+    _serial: itertools.count[int] = field(default_factory=itertools.count)
+    _end: End | None = None
+    _candidate: Candidate | None = None
+
+    def play(self) -> Outcome:
+        """Return the outcome; every run ends, for every round has a deadline."""
+        self._act(self.run.open(self.now))
+        self._act(self.run.handle(SitesChanged(tuple(self.sites)), self.now))
+        while self._end is None:
+            self.now, _, event = heapq.heappop(self._agenda)
+            self._act(self.run.handle(event, self.now))
+        return Outcome(self._end, tuple(self.run.receipts), self._candidate, self.now)
+
+    def _later(self, seconds: float, event: Event) -> None:
+        heapq.heappush(self._agenda, (self.now + seconds, next(self._serial), event))
+
+    def _act(self, commands: Iterable[Command]) -> None:
+        tasks: list[Task] = []
+        for command in commands:
+            match command:
+                case SendTask(task):
+                    tasks.append(task)
+                case WakeAt(seconds, token):
+                    self._later(seconds, Tick(token))
+                case Commit(receipt, _):
+                    self.watch(receipt)
+                    self._later(0.0, Committed())
+                case Candidate():
+                    self._candidate = command
+                case End():
+                    self._end = command
+                case Opened() | CancelTask() | ForgetTask():
+                    pass  # nothing here outlives a crash, and no work is under way
+        self._hand_out(tasks)
+
+    def _hand_out(self, tasks: Sequence[Task]) -> None:
+        delays = {task.id: self.delay(task) for task in tasks}
+        for answer in self.executor.run(tasks) if tasks else ():
+            event = _event(answer)
+            task = answer.task
+            seconds = delays[task] if task is not None else 0.0
+            if seconds > 0:
+                self._later(seconds, event)
+            else:  # counted as it comes, so that no cohort is ever held in memory
+                self._act(self.run.handle(event, self.now))
+
+
+def _event(answer: Answer) -> Event:
+    match answer:
+        case Update():
+            digest = hashlib.sha256()
+            for piece in encode({"delta": answer.delta, **answer.slots}):
+                digest.update(piece)
+            return UpdateArrived(answer, digest.hexdigest())
+        case Report():
+            return ReportArrived(answer)
+        case SiteLost():
+            return answer

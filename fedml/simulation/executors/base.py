@@ -1,0 +1,39 @@
+"""The door that every executor fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedml.learning.recipe import Recipe, Rows
+from fedml.protocol.messages import SiteId
+from fedml.protocol.tasks import Report, Task, Update
+from fedml.rounds import Plan, SiteLost
+
+Answer = Update | Report | SiteLost
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A simulated site's rows: those it trains on, and those it keeps to score models with."""
+
+    train: Rows
+    held_out: Rows
+
+
+class Executor(Protocol):
+    """Does the work of simulated sites somewhere: inline, vectorised, in processes, on Ray."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
+        """Yield one answer per task, in any order; what a site cannot do is a `SiteLost`.
+
+        Plain training and evaluation give the bytes that `Inline` gives.
+        """
+
+
+class MakeExecutor(Protocol):
+    """How a configuration names an executor: a class that is given the federation."""
+
+    def __call__(self, plan: Plan, recipe: Recipe, holdings: Mapping[SiteId, Holding]) -> Executor:
+        """Return an executor for these sites."""
