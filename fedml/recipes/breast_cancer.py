@@ -48,3 +48,92 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "worst_fractal_dimension": (0.055, 0.208),
 }
 FEATURES = tuple(RANGES)
+
+
+class BreastCancer:
+    """The recipe; scores `accuracy`. Output 1 is malignant."""
+
+    labels = ("benign", "malignant")
+
+    def build(self) -> nn.Module:
+        """Return scaling and one linear layer, which starts at zero."""
+        linear = nn.Linear(len(FEATURES), len(self.labels))
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return nn.Sequential(_Scale(), linear)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean cross entropy."""
+        return functional.cross_entropy(output, target)
+
+    def score(self, output: Tensor, target: Tensor) -> Mapping[str, Tensor]:
+        """Return `accuracy`: 1 where the likelier label is the right one."""
+        return {"accuracy": (output.argmax(1) == target).float()}
+
+    def read(self, path: Path) -> Rows:
+        """Return the rows of a CSV file, whatever the order of its columns."""
+        try:
+            with path.open(newline="") as file:
+                lines = csv.reader(file)
+                header = [name.strip() for name in next(lines, [])]
+                places, label, inverted = _columns(path, header)
+                table = [
+                    _parse(path, lines.line_num, line, [*places, label]) for line in lines if line
+                ]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(f"{path}: {error}; is this the CSV file of the dataset?") from error
+        if not table:
+            raise ConfigError(f"{path}: a header and no rows; give at least one")
+        values = torch.tensor(table, dtype=torch.float64)
+        y = values[:, -1].long()
+        return Rows(values[:, :-1].float(), 1 - y if inverted else y)
+
+    def example(self, rows: int) -> Tensor:
+        """Return rows drawn evenly from the public ranges."""
+        low, high = torch.tensor(list(RANGES.values())).T
+        generator = torch.Generator().manual_seed(0)
+        return low + (high - low) * torch.rand(rows, len(FEATURES), generator=generator)
+
+
+class _Scale(nn.Module):
+    """Brings each measure into [-1, 1]: by its public range, then a square root.
+
+    The root, a fixed monotone curve, thins out the long upper tails that all these sizes and
+    roughnesses have. Values outside the range are held at its ends.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        low, high = torch.tensor(list(RANGES.values())).T
+        self.register_buffer("low", low.clone(), persistent=False)  # constants do not travel
+        self.register_buffer("span", high - low, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share: Tensor = (x - self.low) / self.span
+        return share.clamp(0.0, 1.0).sqrt() * 2.0 - 1.0
+
+
+def _columns(path: Path, header: list[str]) -> tuple[list[int], int, bool]:
+    """Return the features' columns, the label's, and whether 0 means malignant there."""
+    missing = [name for name in FEATURES if name not in header]
+    if missing:
+        raise ConfigError(
+            f"{path}: no column {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}; the header must name all 30 features"
+        )
+    if ("malignant" in header) == ("target" in header):
+        raise ConfigError(f"{path}: needs one column 'malignant' or 'target', and not both")
+    label = "malignant" if "malignant" in header else "target"
+    return [header.index(name) for name in FEATURES], header.index(label), label == "target"
+
+
+def _parse(path: Path, number: int, line: list[str], places: list[int]) -> list[float]:
+    try:
+        values = [float(line[place]) for place in places]
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"{path}, line {number}: {error}; every cell is a number") from error
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"{path}, line {number}: NaN or infinity; leave the row out")
+    if values[-1] not in (0.0, 1.0):
+        raise ConfigError(f"{path}, line {number}: label {values[-1]:g}; it is 0 or 1")
+    return values
