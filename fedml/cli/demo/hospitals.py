@@ -1,0 +1,141 @@
+"""The demonstration's hospitals: who they are, what lies in each one's folder, what each allows."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedml.errors import ConfigError
+
+DELTA = 1e-5
+BUDGET = 3.6  # lifetime epsilon of a row: one run at 3, and a little of a second one
+_SPLIT_SEED, _ALPHA, _HELD_OUT = 3, 0.5, 0.25
+_BREAST_CANCER_SITES = ("bern", "kyoto", "oslo", "quito")
+_HEART_SITES = ("cleveland", "hungarian", "switzerland", "va")
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """One hospital: its name, how many rows it has of each kind, and its data files' ending."""
+
+    name: str
+    train: int
+    held_out: int
+    ending: str
+
+    def file(self, folder: Path, part: str) -> Path:
+        """Return where `part`, "train" or "held_out", lies below the hospital's own folder."""
+        return folder / "data" / f"{part}{self.ending}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dataset to demonstrate: its recipe, its hospitals, and the plan's settings for it."""
+
+    recipe: str
+    title: str
+    hospitals: tuple[Hospital, ...]
+    overrides: tuple[str, ...]
+
+
+def admit(data: str, data_dir: Path | None, folders: Path) -> Case:
+    """Deal the rows out into each hospital's own folder below `folders`, and return the case.
+
+    Raises `ConfigError` for an unknown dataset or a missing file.
+    """
+    if data == "breast_cancer":
+        return _breast_cancer(folders)
+    if data == "heart":
+        return _heart(data_dir, folders)
+    raise ConfigError(f"--data {data!r}: use 'breast_cancer' or 'heart'")
+
+
+def _breast_cancer(folders: Path) -> Case:
+    """scikit-learn's 569 records, dealt out with Dirichlet label skew by a fixed seed."""
+    import numpy as np
+    from sklearn.datasets import load_breast_cancer
+
+    from fedml.recipes.partition import dirichlet_label_skew
+
+    records = load_breast_cancer()
+    names = [str(name).replace(" ", "_") for name in records.feature_names]
+    random = np.random.default_rng(_SPLIT_SEED)
+    hospitals = []
+    dealt = dirichlet_label_skew(records.target, len(_BREAST_CANCER_SITES), _ALPHA, _SPLIT_SEED)
+    for site, rows in zip(_BREAST_CANCER_SITES, dealt, strict=True):
+        rows = random.permutation(rows)
+        held = round(len(rows) * _HELD_OUT)
+        hospital = Hospital(site, len(rows) - held, held, ".csv")
+        for part, some in (("held_out", rows[:held]), ("train", rows[held:])):
+            table = [[*map(float, records.data[row]), int(records.target[row])] for row in some]
+            _write(hospital.file(folders / site, part), [[*names, "target"], *table])
+        hospitals.append(hospital)
+    overrides = ("task=breast_cancer", "privacy=record", "training.lr=2.0", "privacy.clip=0.5")
+    return Case("breast_cancer", "Breast cancer, four hospitals", tuple(hospitals), overrides)
+
+
+def _heart(data_dir: Path | None, folders: Path) -> Case:
+    """The four real hospitals' files, rows with missing values left out, a third held out."""
+    import random
+
+    if data_dir is None:
+        raise ConfigError("--data heart needs --data-dir, the folder with processed.*.data")
+    hospitals = []
+    for site in _HEART_SITES:
+        path = data_dir / f"processed.{site}.data"
+        if not path.exists():
+            path = data_dir / "heart_disease_uci" / path.name
+        lines = _complete_lines(path)
+        random.Random(_SPLIT_SEED).shuffle(lines)
+        held = round(len(lines) * 0.34)
+        hospital = Hospital(site, len(lines) - held, held, ".data")
+        for part, some in (("held_out", lines[:held]), ("train", lines[held:])):
+            _write(hospital.file(folders / site, part), some)
+        hospitals.append(hospital)
+    overrides = ("task=heart_disease", "privacy=record", "training.lr=1.0", "privacy.clip=0.5")
+    return Case("heart_disease", "Heart disease, four real hospitals", tuple(hospitals), overrides)
+
+
+def _complete_lines(path: Path) -> list[list[str]]:
+    """Return the rows that miss nothing the recipe needs (it drops columns 10 to 12)."""
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}; name the folder with the four hospitals' files"
+        ) from error
+    return [row for row in rows if "?" not in (*row[:10], *row[13:])]
+
+
+def _write(path: Path, table: Sequence[Sequence[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(table)
+
+
+def write_policy(case: Case, hospital: Hospital, folder: Path) -> None:
+    """Write what this hospital allows: one recipe, its own rows, record privacy, a budget."""
+    from fedml import durable
+    from fedml.learning.recipe import identify
+
+    recipe = identify(case.recipe)
+    text = f"""\
+minimum_cohort = 3
+task_seconds = 120
+
+[recipes.{recipe.name}]
+digest = "{recipe.digest}"
+
+[datasets.{case.recipe}]
+train = "data/train{hospital.ending}"
+held_out = "data/held_out{hospital.ending}"
+rows = {hospital.train}
+recipes = ["{recipe.name}"]
+privacy = "record"
+epsilon = {BUDGET}
+delta = {DELTA}
+"""
+    durable.replace(folder / "policy.toml", text.encode())
