@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,24 @@ def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror}; free space or rights") from error
+
+
+def copy(source: Path, path: Path) -> None:
+    """Make `path` a copy of the file `source`, or leave it as it was; never all in memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        with source.open("rb") as origin, draft.open("wb") as file:
+            shutil.copyfileobj(origin, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ConfigError(
+            f"cannot copy {source} to {path}: {error.strerror}; free space or rights"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Finished models as signed, verifiable releases: built, registered, published, kept at a site."""
