@@ -79,14 +79,19 @@ def emit(value: object) -> None:
 
 
 @contextmanager
-def progress(text: str) -> Iterator[Callable[[str], None]]:
+def progress(text: str, *, lines: bool = True) -> Iterator[Callable[[str], None]]:
     """Show a spinner while something takes more than a moment; the caller may change its text.
 
-    On anything but a terminal it prints each new text as a line.
+    On anything but a terminal it prints each new text as a line, if `lines`.
     """
     if not sys.stderr.isatty():
-        typer.echo(text, err=True)
-        yield lambda new: typer.echo(new, err=True)
+
+        def say(new: str) -> None:
+            if lines:
+                typer.echo(new, err=True)
+
+        say(text)
+        yield say
         return
     from rich.console import Console
 

@@ -133,28 +133,28 @@ def ledger(folder: Dir, as_json: JsonOption = False) -> None:
     Example: fedml site ledger /var/lib/fedml
     """
     from fedml.cli.console import emit
-    from fedml.privacy.ledger import read, spent_by
+    from fedml.privacy.ledger import read, spent
     from fedml.site.policy import read_policy
 
     policy = read_policy(folder / "policy.toml")
     for name, dataset in policy.datasets.items():
         path = folder / "ledger" / f"{name}.jsonl"
         entries = read(path) if path.exists() else ()
-        spent = spent_by(entries, dataset.delta)
+        total = spent(entries, dataset.delta)
         if as_json:
-            record = {"dataset": name, "spent": spent, "limit": dataset.epsilon}
+            record = {"dataset": name, "spent": total, "limit": dataset.epsilon}
             emit({**record, "delta": dataset.delta, "charges": len(entries)})
         else:
             typer.echo(
-                f"{name}: epsilon {spent:.3f} of {dataset.epsilon:g} spent at delta "
+                f"{name}: epsilon {total:.3f} of {dataset.epsilon:g} spent at delta "
                 f"{dataset.delta:g}, in {len(entries)} entries"
             )
 
 
 def serve_only(folder: Path, rest_port: int, grpc_port: int) -> None:
     """Serve a site's shelf without a coordinator or any training."""
-    from fedml.cli.endpoint import SHELF
-    from fedml.cli.program import serve_forever
-    from fedml.serving import standalone
+    from fedml.serving.standalone import run as serve
+    from fedml.telemetry import configure_logging
 
-    serve_forever(lambda: standalone(folder / SHELF, rest_port, grpc_port))
+    configure_logging()
+    serve(folder / "shelf", rest_port, grpc_port)

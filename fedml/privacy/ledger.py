@@ -134,8 +134,8 @@ class Ledger:
     def spent(self, *, run: RunId | None = None) -> float:
         """Return the epsilon of what was charged, by `run` alone or by all of them together."""
         with self._mutex:
-            charged = [e for e in self._entries.values() if e.state == "charged"]
-        return _epsilon((e for e in charged if run is None or e.run == run), self.delta)
+            entries = [e for e in self._entries.values() if run is None or e.run == run]
+        return spent(entries, self.delta)
 
     def is_charged(self, task: TaskId) -> bool:
         """True if the task's result may leave, or has left."""
@@ -204,6 +204,11 @@ def read(path: Path) -> tuple[Entry, ...]:
     Raises `Corrupt` if the chain of records is broken.
     """
     return tuple(_replay(path, durable.read_log(path)))
+
+
+def spent(entries: Iterable[Entry], delta: float) -> float:
+    """Return the epsilon, at `delta`, of those `entries` that were charged."""
+    return _epsilon((entry for entry in entries if entry.state == "charged"), delta)
 
 
 def _epsilon(entries: Iterable[Entry], delta: float) -> float:

@@ -1,0 +1,136 @@
+"""A site as one program: its daemon, and beside it the endpoint that serves what was released.
+
+Daemon and serving do not know each other; here, on the roof, they are put together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from fedml.errors import ConfigError, FedmlError, Untrusted
+from fedml.identity.certificates import Credentials, identity_of
+from fedml.protocol.messages import Blob, Serving
+from fedml.releases.session import rehearse
+from fedml.releases.shelf import Shelf
+from fedml.releases.trust import Trust
+from fedml.serving.engine import Engine
+from fedml.serving.faces import Server
+from fedml.site.daemon import Daemon
+from fedml.site.policy import read_policy
+from fedml.site.settings import read_settings
+from fedml.transport.chunks import BlobStore
+from fedml.transport.link import Link
+from fedml.transport.rpc import GrpcLink, renew
+
+T = TypeVar("T")
+ROOT, SHELF, IDENTITY = Path("trust/root.json"), Path("shelf"), Path("identity")
+_FIRST_ROOT, _ROOT_LIMIT = "1.root.json", 2**20
+_LARGEST_FILE = 64 * 2**30  # bytes
+_RENEWAL_CHECK = 3600.0  # seconds
+_log = structlog.get_logger()
+
+
+class ReleaseEndpoint:
+    """Fetches a released bundle, makes sure of it, and lets the engine switch to it."""
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        self._folder, self._engine = folder, engine
+        self._shelf = Shelf(folder / SHELF)
+        self._files = BlobStore(folder / "trust" / "files", _LARGEST_FILE)
+        self._turn = asyncio.Lock()
+
+    def serving(self) -> tuple[Serving, ...]:
+        """Return what is served now."""
+        return self._engine.serving()
+
+    async def update(self, model: str, link: Link) -> Serving:
+        """Bring the current release of `model` into service; raises `Untrusted` if it is not good.
+
+        What was served before goes on being served, whatever happens here.
+        """
+        async with self._turn:
+            trust = self._trust(link, asyncio.get_running_loop())
+            await asyncio.to_thread(self._obtain, trust, model)
+            await self._engine.refresh()
+            self._files.sweep(())
+        for serving in self._engine.serving():
+            if serving.model == model:
+                return serving
+        raise Untrusted(f"{model}: was activated, and is not served; see the site's log")
+
+    def _obtain(self, trust: Trust, model: str) -> None:
+        trust.refresh()
+        manifest = self._shelf.add(trust.obtain(model))
+        self._shelf.activate(model, manifest.version, rehearse)
+
+    def _trust(self, link: Link, loop: asyncio.AbstractEventLoop) -> Trust:
+        """Return trust whose blocking calls, made in a thread, go over `link` in `loop`."""
+
+        def wait(work: Coroutine[Any, Any, T]) -> T:
+            return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+        def fetch(name: str, limit: int) -> bytes | None:
+            try:
+                return wait(link.fetch(name, limit))
+            except ConfigError:  # there is no such file
+                return None
+
+        def download(blob: Blob) -> Path:
+            wait(link.download(blob, self._files))
+            return self._files.path(blob.digest)
+
+        root = (self._folder / ROOT).read_bytes()
+        return Trust(self._folder / "trust", root, fetch, download)
+
+
+async def first_root(folder: Path) -> bytes:
+    """Return the release metadata that a site trusts from the day it joins."""
+    link = GrpcLink(Credentials.load(folder / IDENTITY))
+    try:
+        return await link.fetch(_FIRST_ROOT, _ROOT_LIMIT)
+    finally:
+        await link.close()
+
+
+async def run_site(folder: Path) -> None:
+    """Run a site's daemon and its endpoint until cancelled.
+
+    Raises `ConfigError` for anything wrong in the folder or a port that is taken, and
+    `PermissionDenied` if the coordinator shuts the site out.
+    """
+    settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
+    link = GrpcLink(Credentials.load(folder / IDENTITY))
+    engine = Engine(Shelf(folder / SHELF))
+    try:
+        await engine.refresh()
+        server = Server(engine, settings.rest_port, settings.grpc_port, settings.serve_host)
+        async with server:
+            _log.info("serving", rest_port=server.rest_port, grpc_port=server.grpc_port)
+            renewal = asyncio.create_task(_keep_certified(link, folder / IDENTITY))
+            try:
+                endpoint = ReleaseEndpoint(folder, engine)
+                await Daemon(folder, settings, policy, link, endpoint).run()
+            finally:
+                renewal.cancel()
+    finally:
+        await engine.close()
+
+
+async def _keep_certified(link: GrpcLink, folder: Path) -> None:
+    """Renew the certificate once two thirds of its life are over."""
+    while True:
+        identity = identity_of(Credentials.load(folder).certificate, time.time())
+        if time.time() > identity.issued + (identity.expires - identity.issued) * 2 / 3:
+            try:
+                await renew(link, folder)
+                link.use(Credentials.load(folder))
+                _log.info("certificate renewed")
+            except FedmlError as error:
+                _log.warning("certificate not renewed yet", reason=str(error))
+        await asyncio.sleep(_RENEWAL_CHECK)
