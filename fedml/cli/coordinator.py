@@ -36,7 +36,7 @@ def init(
     Example: fedml coordinator init ./hub --host hub.example.org --bind 0.0.0.0
     """
     from fedml.cli.console import progress
-    from fedml.coordinator.folder import create
+    from fedml.coordinator.folder import Folder, create
     from fedml.coordinator.settings import Settings
 
     settings = Settings(
@@ -44,6 +44,7 @@ def init(
     )
     with progress(f"making {folder}"):
         create(folder, settings)
+        Folder.open(folder).registry()  # makes its tables now, not at the first run's end
     typer.echo(f"coordinator in {folder}; operator profile in {folder / 'operator'}")
 
 

@@ -83,4 +83,3 @@ def create(path: Path, settings: Settings) -> None:
     )
     profile.save(path / "operator")
     files.write(settings, path / "coordinator.toml")
-    Folder.open(path).registry()

@@ -137,6 +137,11 @@ class Repository:
             raise ConfigError(f"no release file with digest {digest[:70]!r}")
         return path
 
+    def models(self) -> list[str]:
+        """Return the models that have a channel, sorted."""
+        names = (path.removeprefix("channels/") for path in self._targets.signed.targets)
+        return sorted(name.removesuffix(".json") for name in names if "/" not in name)
+
     def channel(self, model: str) -> Channel | None:
         """Return what the sites are told to serve of `model`, None before the first release."""
         path = f"channels/{model}.json"

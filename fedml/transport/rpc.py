@@ -142,6 +142,10 @@ class GrpcLink:
         self._first: Command | None = None
         self._sending = asyncio.Lock()
 
+    def use(self, credentials: Credentials) -> None:
+        """Dial with these from the next `connect` on, for instance after a renewal."""
+        self._credentials = credentials
+
     async def connect(self, hello: Hello) -> None:
         """See `Link`."""
         await self.close()

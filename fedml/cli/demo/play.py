@@ -194,10 +194,10 @@ class _Stage:
         from fedml.cli.console import progress, scores
 
         async def go(coordinator: Operations) -> RunDetail:
-            info = await coordinator.submit(plan.to_json())
-            async for info in coordinator.watch_run(info.id):
+            run = (await coordinator.submit(plan.to_json())).id
+            async for info in coordinator.watch_run(run):
                 say(_line(info) + scores(info.scores.items()))
-            return await coordinator.show_run(info.id)
+            return await coordinator.show_run(run)
 
         def _line(info: RunInfo) -> str:
             return f"{info.id}: {info.state}, round {info.round} of {info.rounds}  "
