@@ -65,6 +65,46 @@ def run(folder: Dir) -> None:
 
 
 @app.command()
+def allow(
+    folder: Dir,
+    dataset: Annotated[str, typer.Option(help="The name runs know the dataset by.")],
+    recipe: Annotated[str, typer.Option(help="The recipe that may read it.")],
+    train: Annotated[Path, typer.Option(help="File with the rows to train on.")],
+    rows: Annotated[int, typer.Option(help="Your public statement of how many there are.")],
+    epsilon: Annotated[float, typer.Option(help="Lifetime privacy budget of each row.")],
+    delta: Annotated[float, typer.Option(help="The delta of that budget.")] = 1e-5,
+    held_out: Annotated[
+        Path | None, typer.Option(help="File with other rows, to score models on.")
+    ] = None,
+) -> None:
+    """Add a dataset, and the installed recipe that may read it, to the site's policy.
+
+    Example: fedml site allow ./bern --dataset breast_cancer --recipe breast_cancer \
+    --train train.csv --held-out held.csv --rows 100 --epsilon 3
+    """
+    from fedml.learning.recipe import identify
+    from fedml.site.policy import AllowedRecipe, Dataset, extend, read_policy
+
+    path = folder / "policy.toml"
+    own = read_policy(path).recipe_files
+    extend(
+        path,
+        recipe,
+        AllowedRecipe(identify(recipe, own).digest),
+        dataset,
+        Dataset(
+            train.resolve(),
+            rows,
+            (recipe,),
+            held_out.resolve() if held_out else None,
+            epsilon=epsilon,
+            delta=delta,
+        ),
+    )
+    typer.echo(f"{path}: {recipe} may train on {dataset}, epsilon {epsilon:g} at delta {delta:g}")
+
+
+@app.command()
 def check(folder: Dir) -> None:
     """Check settings, policy, data files and recipes, and say what the site would allow.
 

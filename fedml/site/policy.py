@@ -5,12 +5,13 @@ What the file does not allow is refused. A fresh file allows nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from fedml import settings
+from fedml import durable, settings
 from fedml.errors import ConfigError
 from fedml.protocol.messages import check_digest, check_name
 
@@ -110,6 +111,53 @@ def read_policy(path: Path) -> Policy:
     """Read and check a policy; raises `ConfigError` naming the file, each bad key and its value."""
     policy = settings.read(Policy, path, absent="run 'fedml site join TOKEN' first")
     return _located(policy, path.parent)
+
+
+def extend(
+    path: Path, recipe_name: str, recipe: AllowedRecipe, name: str, dataset: Dataset
+) -> None:
+    """Add a dataset, and its recipe unless it is there, to the end of a policy file.
+
+    What the operator wrote stays as it is. Raises `ConfigError`, leaving the file alone, if the
+    dataset is there already, the recipe is there with another digest, or the result would be odd.
+    """
+    policy = read_policy(path)
+    if name in policy.datasets:
+        raise ConfigError(f"{path}: [datasets.{name}] is there already; edit it by hand")
+    sections = []
+    known = policy.recipes.get(recipe_name)
+    if known is None:
+        sections.append(_section("recipes", recipe_name, {"digest": recipe.digest}))
+    elif known.digest != recipe.digest:
+        raise ConfigError(
+            f"{path}: [recipes.{recipe_name}] allows {known.digest[:12]}…, installed is "
+            f"{recipe.digest[:12]}…; look at what changed, then edit it by hand"
+        )
+    values = {
+        "train": str(dataset.train),
+        "held_out": str(dataset.held_out) if dataset.held_out else None,
+        "rows": dataset.rows,
+        "recipes": list(dataset.recipes),
+        "privacy": dataset.privacy,
+        "epsilon": dataset.epsilon,
+        "delta": dataset.delta,
+    }
+    sections.append(_section("datasets", name, values))
+    text = path.read_text().rstrip("\n") + "\n\n" + "\n".join(sections)
+    draft = path.with_name("policy.toml.new")
+    durable.replace(draft, text.encode())
+    try:
+        read_policy(draft)
+        durable.replace(path, text.encode())
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _section(table: str, name: str, values: Mapping[str, object]) -> str:
+    check_name("name", name)
+    key = json.dumps(name)  # a JSON string is a TOML one, and names may hold dots
+    lines = (f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None)
+    return "\n".join([f"[{table}.{key}]", *lines]) + "\n"
 
 
 def _located(policy: Policy, folder: Path) -> Policy:

@@ -116,26 +116,15 @@ def _write(path: Path, table: Sequence[Sequence[object]]) -> None:
         csv.writer(file).writerows(table)
 
 
-def write_policy(case: Case, hospital: Hospital, folder: Path) -> None:
-    """Write what this hospital allows: one recipe, its own rows, record privacy, a budget."""
-    from fedml import durable
-    from fedml.learning.recipe import identify
-
-    recipe = identify(case.recipe)
-    text = f"""\
-minimum_cohort = 3
-task_seconds = 120
-
-[recipes.{recipe.name}]
-digest = "{recipe.digest}"
-
-[datasets.{case.recipe}]
-train = "data/train{hospital.ending}"
-held_out = "data/held_out{hospital.ending}"
-rows = {hospital.train}
-recipes = ["{recipe.name}"]
-privacy = "record"
-epsilon = {BUDGET}
-delta = {DELTA}
-"""
-    durable.replace(folder / "policy.toml", text.encode())
+def allow(case: Case, hospital: Hospital, folder: Path) -> list[str]:
+    """Return the command by which this hospital allows one recipe on its rows, within a budget."""
+    return [
+        "site", "allow", str(folder),
+        "--dataset", case.recipe,
+        "--recipe", case.recipe,
+        "--train", str(hospital.file(folder, "train")),
+        "--held-out", str(hospital.file(folder, "held_out")),
+        "--rows", str(hospital.train),
+        "--epsilon", str(BUDGET),
+        "--delta", str(DELTA),
+    ]  # fmt: skip

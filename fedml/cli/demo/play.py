@@ -15,7 +15,7 @@ import typer
 
 from fedml.cli.demo import alone
 from fedml.cli.demo.federation import Federation, free_ports
-from fedml.cli.demo.hospitals import BUDGET, DELTA, Case, admit, write_policy
+from fedml.cli.demo.hospitals import BUDGET, DELTA, Case, admit, allow
 from fedml.errors import ConfigError, TaskFailed, Unreachable
 
 if TYPE_CHECKING:
@@ -161,8 +161,10 @@ class _Stage:
                 )
             ]
         )  # fmt: skip
+        federation.commands(
+            [allow(self.case, h, federation.site(h.name)) for h in self.case.hospitals]
+        )
         for hospital in self.case.hospitals:
-            write_policy(self.case, hospital, federation.site(hospital.name))
             federation.start(hospital.name, "site", "run", str(federation.site(hospital.name)))
 
     def _plan(self, *more: str) -> Plan:
@@ -351,7 +353,7 @@ def _print(summary: Summary, case: Case, folder: Path) -> None:
             "local only": lambda s: f"{s.local_accuracy:.3f}",
             "federated": lambda s: f"{s.federated_accuracy:.3f}",
             "epsilon": lambda s: f"{s.epsilon:.2f} of {s.budget:g}",
-            "release": lambda s: f"{s.version} ({s.release[:8]})",
+            "release": lambda s: s.version,
             "p50": lambda s: f"{s.p50_ms:.1f} ms",
             "offline": lambda s: f"{s.offline_predictions} rows",
         },
