@@ -59,15 +59,18 @@ def compose_plan(
     `config_dir` is a folder of the user's own configurations, searched beside ours. Raises
     `ConfigError` in one line, or `Contradiction` with all conflicts.
     """
-    searched = list(overrides)
+    home, searched = configs(), list(overrides)
     if config_dir is not None:
         if not config_dir.is_dir():
             raise ConfigError(f"--config-dir {config_dir} is no folder")
-        quoted = str(config_dir.resolve()).replace("'", r"\'")  # as Hydra's grammar has it
+        other = config_dir.resolve()
+        if (other / f"{config_name}.yaml").is_file():
+            home, other = other, home  # Hydra wants the primary configuration in the first folder
+        quoted = str(other).replace("'", r"\'")  # as Hydra's grammar has it
         searched.append(f"hydra.searchpath=['file://{quoted}']")
     with (
         _clear_errors(),
-        hydra.initialize_config_dir(str(configs()), version_base=_VERSION, job_name="fedml"),
+        hydra.initialize_config_dir(str(home), version_base=_VERSION, job_name="fedml"),
     ):
         return _plan(_values(hydra.compose(config_name, searched), _STAGE))
 

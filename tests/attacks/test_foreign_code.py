@@ -23,15 +23,20 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("target", FOREIGN)
-@pytest.mark.parametrize("place", ["strategy", "privacy", "recipe", "population", "executor"])
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        *(("strategy", target) for target in FOREIGN),
+        *((place, "os.system") for place in ("privacy", "recipe", "population", "executor")),
+    ],
+)
 def test_a_configuration_cannot_name_a_foreign_target(
     target: str, place: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(str(tmp_path))
     with pytest.raises(FedmlError):
         simulate([f"{place}._target_={target}"])
-    if place in ("strategy", "privacy", "recipe"):
+    if place in ("strategy", "privacy", "recipe"):  # a plan builds nothing else
         with pytest.raises(FedmlError):
             compose_plan("simulate", [f"{place}._target_={target}"])
 
