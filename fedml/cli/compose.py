@@ -18,9 +18,9 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 import fedml
 from fedml import durable
@@ -59,14 +59,18 @@ def compose_plan(
     `config_dir` is a folder of the user's own configurations, searched beside ours. Raises
     `ConfigError` in one line, or `Contradiction` with all conflicts.
     """
-    searched = list(overrides)
+    home, searched = configs(), list(overrides)
     if config_dir is not None:
         if not config_dir.is_dir():
             raise ConfigError(f"--config-dir {config_dir} is no folder")
-        searched.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")
+        other = config_dir.resolve()
+        if (other / f"{config_name}.yaml").is_file():
+            home, other = other, home  # Hydra wants the primary configuration in the first folder
+        quoted = str(other).replace("'", r"\'")  # as Hydra's grammar has it
+        searched.append(f"hydra.searchpath=['file://{quoted}']")
     with (
         _clear_errors(),
-        hydra.initialize_config_dir(str(configs()), version_base=_VERSION, job_name="fedml"),
+        hydra.initialize_config_dir(str(home), version_base=_VERSION, job_name="fedml"),
     ):
         return _plan(_values(hydra.compose(config_name, searched), _STAGE))
 
@@ -149,12 +153,17 @@ def _values(config: DictConfig, without: Sequence[str] = ()) -> dict[str, object
     if missing:
         wanted = " ".join(f"{key}=..." for key in missing)
         raise ConfigError(f"{', '.join(missing)} must be given: add {wanted}")
-    return {
-        key: hydra.utils.instantiate(value, _convert_="all")
-        if isinstance(value, dict | list)
-        else value
-        for key, value in plain.items()
-    }
+    values, problems = {}, list[str]()
+    for key, value in plain.items():
+        try:
+            with _clear_errors():
+                nested = isinstance(value, dict | list)
+                values[key] = instantiate(value, _convert_="all") if nested else value
+        except FedmlError as error:
+            problems.append(f"{key}: {error}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return values
 
 
 def _known(config: DictConfig, without: Sequence[str]) -> DictConfig:
@@ -218,10 +227,9 @@ def _clear_errors() -> Iterator[None]:
         for cause in causes:
             if isinstance(cause, FedmlError):
                 raise cause from error
-        if isinstance(error, MissingMandatoryValue):
-            raise ConfigError(f"a setting is missing: {_line(error)}") from error
         raise ConfigError(_line(error)) from error
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    text = str(error).partition("Config search path:")[0]  # the rest is for Hydra's developers
+    return " ".join(text.split())

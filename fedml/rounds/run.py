@@ -173,15 +173,15 @@ class Run:
         if (step := self._next()) is None:
             return self._conclude()
         kind, number = step
+        pool = eligible(self.plan, self._statuses, self._barred[kind])
+        if hopeless := self._hopeless(kind, pool):
+            self._give_up(kind, number, hopeless)
+            return self._go_on(now)
         if kind == "train" and self._attempt(kind, number) > self.plan.attempts:
             missing = self._of(kind, number)[-1].missing
             why = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
             tries = f"round {number} failed {self.plan.attempts} times, the last time"
             return self._finish(End("failed", f"{tries} without {why or 'a usable total'}"))
-        pool = eligible(self.plan, self._statuses, self._barred[kind])
-        if hopeless := self._hopeless(kind, pool):
-            self._give_up(kind, number, hopeless)
-            return self._go_on(now)
         if len(pool.asked) < self.plan.cohort.quorum:
             return self._wait(pool)
         chosen = draw(self.plan, number, pool) if kind == "train" else pool

@@ -1,0 +1,132 @@
+"""Promises that every executor keeps; `Inline` is the reference for the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedml.errors import Refused
+from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId
+from fedml.protocol.tasks import Brief, Report, Slots, Task, Update
+from fedml.rounds import Plan, SiteLost
+from fedml.simulation.executors.base import Answer, MakeExecutor
+from fedml.simulation.executors.inline import Inline
+from tests.simulation.worlds import holdings, plan, recipe, start
+
+EXECUTORS: list[MakeExecutor] = [Inline]
+RECORD = Privacy("record", epsilon=5.0, delta=1e-5, rounds=3, evaluation_epsilon=1.0)
+
+
+@pytest.fixture(params=EXECUTORS, ids=lambda make: make.__name__)
+def make(request: pytest.FixtureRequest) -> MakeExecutor:
+    chosen: MakeExecutor = request.param
+    return chosen
+
+
+def tasks(kind: str = "train", number: int = 1, rule: str = "plain") -> list[Task]:
+    run = RunId("r")
+    return [
+        Task(
+            TaskId(f"r.{number}.{site}"), run, number, site,
+            "train" if kind == "train" else "evaluate", Brief(start(), rule),
+        )
+        for site in holdings()
+    ]  # fmt: skip
+
+
+def answers(make: MakeExecutor, a_plan: Plan, work: list[Task]) -> dict[SiteId, Answer]:
+    found = {answer.site: answer for answer in make(a_plan, recipe(), holdings()).run(work)}
+    assert found.keys() == {task.site for task in work}
+    return found
+
+
+def digests(found: dict[SiteId, Answer]) -> dict[SiteId, str]:
+    updates = [one for one in found.values() if isinstance(one, Update)]
+    assert len(updates) == len(found)
+    return {one.site: one.delta.digest() for one in updates}
+
+
+def test_each_task_gets_one_answer_of_its_kind(make: MakeExecutor) -> None:
+    for kind, answer in (("train", Update), ("evaluate", Report)):
+        work = tasks(kind)
+        for one in answers(make, plan(), work).values():
+            assert isinstance(one, answer)
+            assert (one.task, one.round) == (f"r.1.{one.site}", 1)
+
+
+def test_updates_have_the_reference_s_bytes_and_reports_its_numbers(make: MakeExecutor) -> None:
+    expected = answers(Inline, plan(), tasks())
+    assert digests(answers(make, plan(), tasks())) == digests(expected)
+    assert answers(make, plan(), tasks("evaluate")) == answers(Inline, plan(), tasks("evaluate"))
+
+
+def test_the_order_of_tasks_changes_no_bit(make: MakeExecutor) -> None:
+    backwards = answers(make, plan(), tasks()[::-1])
+    assert digests(backwards) == digests(answers(make, plan(), tasks()))
+
+
+def test_a_seed_orders_batches(make: MakeExecutor) -> None:
+    other = replace(plan(), seed=1)
+    assert digests(answers(make, other, tasks())) != digests(answers(make, plan(), tasks()))
+
+
+def test_a_site_that_cannot_is_lost_and_the_others_are_not(make: MakeExecutor) -> None:
+    work = tasks()
+    work[1] = replace(work[1], brief=Brief(start(), "no-such-rule"))
+    found = answers(make, plan(), work)
+    lost = found[work[1].site]
+    assert isinstance(lost, SiteLost)
+    assert "no-such-rule" in lost.reason
+    assert (lost.task, lost.final) == (work[1].id, True)
+    assert sum(isinstance(one, Update) for one in found.values()) == 3
+
+
+def test_private_noise_never_repeats_and_its_cost_adds_up(make: MakeExecutor) -> None:
+    private = plan(privacy=RECORD)
+    executor = make(private, recipe(), holdings())
+    first, second = list(executor.run(tasks())), list(executor.run(tasks()))
+    spent = []
+    for one, two in zip(first, second, strict=True):
+        assert isinstance(one, Update)
+        assert isinstance(two, Update)
+        assert one.delta != two.delta
+        spent.append((one.epsilon, two.epsilon))
+    assert all(0 < once < twice < RECORD.epsilon for once, twice in spent)
+
+
+def test_private_scores_without_a_budget_are_refused(make: MakeExecutor) -> None:
+    unscored = replace(plan(), evaluation=replace(plan().evaluation, at_end=False))
+    private = replace(unscored, privacy=replace(RECORD, evaluation_epsilon=0.0))
+    for one in answers(make, private, tasks("evaluate")).values():
+        assert isinstance(one, SiteLost)
+        assert one.final
+
+
+class Remembering:
+    """A local rule that counts in its memory how often its site was asked."""
+
+    reports: frozenset[str] = frozenset()
+
+    def gradient(self, brief: Brief, memory: Slots, params: object, grads: object) -> object:
+        """Return `grads`, unless the site has been here before."""
+        if "been" in memory:
+            raise Refused("been here before")
+        return grads
+
+    def finish(self, brief: Brief, memory: Slots, delta: object, path: object) -> object:
+        """Remember."""
+        return {}, {"been": brief.params}
+
+
+def test_each_site_has_a_memory_of_its_own(
+    make: MakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedml.strategies import catalogue
+
+    monkeypatch.setitem(catalogue.RULES, "remembering", Remembering())
+    executor = make(plan(), recipe(), holdings())
+    work = tasks(rule="remembering")
+    assert all(isinstance(one, Update) for one in executor.run(work[:2]))
+    kinds = [type(one) for one in executor.run(work)]
+    assert kinds == [SiteLost, SiteLost, Update, Update]

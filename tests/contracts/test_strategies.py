@@ -1,0 +1,110 @@
+"""Promises that every strategy keeps, ours and any that is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fedml.params import Params
+from fedml.protocol.messages import SiteId, TaskId
+from fedml.protocol.tasks import Brief, Update
+from fedml.strategies import RULES, ServerState, Strategy, build, describe, strategies
+
+NAMES = sorted(strategies())
+TARGET = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+
+
+@pytest.fixture(params=NAMES)
+def strategy(request: pytest.FixtureRequest) -> Strategy:
+    return build({"name": request.param})
+
+
+def model() -> Params:
+    """A model with a counter, as batch normalisation has one."""
+    return Params({"w": torch.zeros(2, 2), "seen": torch.tensor(0), "flag": torch.tensor(False)})
+
+
+def update(brief: Brief, number: int, site: int) -> Update:
+    """What a site sends that walks halfway to the target, in steps of its rule."""
+    rule, here = RULES[brief.rule], brief.params
+    for _ in range(3):
+        pull = Params({"w": here["w"] - TARGET, "seen": here["seen"] * 0, "flag": here["flag"]})
+        here = here.zip(rule.gradient(brief, {}, here, pull), lambda w, g: w - 0.2 * g)
+    step = Params({"w": here["w"] * 0, "seen": torch.tensor(7 + site), "flag": torch.tensor(True)})
+    delta = (here - brief.params) + step
+    slots, _ = rule.finish(brief, {}, delta, {"lr": 0.2, "steps": 3.0})
+    return Update(TaskId(f"t{site}"), number, SiteId(f"s{site}"), delta, 1.0 + site, slots)
+
+
+def advance(
+    strategy: Strategy, state: ServerState, order: tuple[int, ...] = (0, 1, 2)
+) -> ServerState:
+    brief, reduction = strategy.brief(state), strategy.reducer.start()
+    for site in order:
+        reduction.add(update(brief, state.step + 1, site))
+    return strategy.advance(state, reduction.result())
+
+
+def test_it_learns(strategy: Strategy) -> None:
+    state = strategy.start(model())
+    for _ in range(250):
+        state = advance(strategy, state)
+    assert float((state.params["w"] - TARGET).norm()) < 0.25 * float(TARGET.norm())
+
+
+def test_a_round_changes_no_input(strategy: Strategy) -> None:
+    state = advance(strategy, strategy.start(model()))  # so that slots are not zero
+    before = [part.digest() for part in (state.params, *state.slots.values())]
+    advance(strategy, state)
+    assert [part.digest() for part in (state.params, *state.slots.values())] == before
+
+
+def test_the_next_state_has_the_bits_of_no_order(strategy: Strategy) -> None:
+    state = advance(strategy, strategy.start(model()))
+    one, other = advance(strategy, state), advance(strategy, state, (2, 0, 1))
+    assert one.params.digest() == other.params.digest()
+    assert {name: slot.digest() for name, slot in one.slots.items()} == {
+        name: slot.digest() for name, slot in other.slots.items()
+    }
+
+
+def test_state_and_slots_keep_the_model_s_layout(strategy: Strategy) -> None:
+    state = advance(strategy, strategy.start(model()))
+    for part in (state.params, *state.slots.values()):
+        assert part.layout == model().layout
+    assert strategy.brief(state).params == state.params
+
+
+def test_counters_count_on_and_are_never_averaged(strategy: Strategy) -> None:
+    state = advance(strategy, advance(strategy, strategy.start(model())))
+    assert int(state.params["seen"]) == 18  # the site that counted furthest: 9, twice
+    assert state.params["seen"].dtype == torch.int64
+
+
+def test_steps_are_counted(strategy: Strategy) -> None:
+    state = strategy.start(model())
+    assert state.step == 0
+    assert advance(strategy, state).step == 1
+
+
+def test_its_rule_is_installed_and_its_settings_are_numbers(strategy: Strategy) -> None:
+    brief = strategy.brief(strategy.start(model()))
+    assert brief.rule in RULES
+    assert all(isinstance(value, float) for value in brief.settings.values())
+
+
+def test_it_is_a_frozen_value_that_travels(strategy: Strategy) -> None:
+    assert build(describe(strategy)) == strategy
+    assert dataclasses.is_dataclass(strategy)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        strategy.server_lr = 3.0
+
+
+def test_both_halves_are_deterministic(strategy: Strategy) -> None:
+    state = strategy.start(model())
+    torch.manual_seed(1)
+    one = advance(strategy, state)
+    torch.manual_seed(2)
+    assert advance(strategy, state).params.digest() == one.params.digest()
