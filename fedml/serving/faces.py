@@ -133,6 +133,8 @@ class Server:
             listener = socket.create_server((self._host, port))
         except OSError as error:
             raise _taken("REST", self._host, port) from error
+        # accepted sockets inherit it; asyncio forgets to set it, and each answer waits 40 ms
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         app: ASGIApp = build_app(self._engine)
         config = uvicorn.Config(
             _guarded(app, self._access) if self._access.token else app,

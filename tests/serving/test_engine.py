@@ -128,8 +128,11 @@ async def test_a_switch_under_load_loses_no_request(engine: Engine, shelf: Shelf
     seen: list[str] = []
 
     async def load() -> None:
+        last = 1
         while not stop.is_set():
             answer = await engine.infer(ask())
+            assert int(answer.version) >= last  # a client never meets a step back
+            last = int(answer.version)
             expected = WIDTH * factors[answer.version]
             assert_close(answer.outputs["output"], [[expected]])
             seen.append(answer.version)
@@ -143,7 +146,6 @@ async def test_a_switch_under_load_loses_no_request(engine: Engine, shelf: Shelf
             assert (await engine.infer(ask())).version == str(version)
         stop.set()
     assert set(seen) == {"1", "2", "3"}
-    assert seen == sorted(seen, key=int)  # no step back
 
 
 async def test_a_model_taken_off_the_shelf_is_unknown(engine: Engine, shelf: Shelf) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +220,23 @@ async def test_nan_cannot_travel_as_json_and_the_answer_says_so(server: Server) 
     answer = await post(server, body(data=[float("nan"), 1, 2]))
     assert answer.status_code == 500
     assert "NaN or infinity" in answer.json()["error"]
+
+
+async def test_answers_do_not_wait_for_the_network_to_fill_a_packet(server: Server) -> None:
+    """A kept connection without TCP_NODELAY takes 40 ms for each answer."""
+
+    def work() -> float:
+        connection = http.client.HTTPConnection("127.0.0.1", server.rest_port)
+        seconds = []
+        for _ in range(15):
+            start = time.perf_counter()
+            connection.request("POST", "/v2/models/heart/infer", body())
+            assert connection.getresponse().read()
+            seconds.append(time.perf_counter() - start)
+        connection.close()
+        return sorted(seconds)[7]
+
+    assert await asyncio.to_thread(work) < 0.03
 
 
 async def test_an_empty_shelf_is_live_and_not_ready(tmp_path: Path) -> None:
