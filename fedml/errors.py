@@ -2,11 +2,13 @@
 
 FedmlError
 ├── ConfigError          a setting, file or argument must change; retrying is useless
+│   ├── UnknownModel     no such model or version is served here
 │   └── Contradiction    several settings disagree; the message lists every reason
 ├── Refused              someone's policy said no; retrying is useless
 │   ├── PermissionDenied
 │   └── BudgetExhausted
 ├── Unreachable          the network or the peer; retrying is right
+│   └── Overloaded       too much is waiting already; retry a little later
 ├── Untrusted            a check failed; drop the data and alarm
 │   ├── MalformedMessage
 │   │   └── MalformedUpdate
@@ -27,6 +29,10 @@ class FedmlError(Exception):
 
 class ConfigError(FedmlError):
     """A setting, a file or an argument is missing or wrong; the text says how to mend it."""
+
+
+class UnknownModel(ConfigError):
+    """The request names a model or a version that is not served here."""
 
 
 class Contradiction(ConfigError):
@@ -58,6 +64,10 @@ class BudgetExhausted(Refused):
 
 class Unreachable(FedmlError):
     """The peer did not answer; the call may be repeated."""
+
+
+class Overloaded(Unreachable):
+    """As many requests wait as may wait; nothing was done, the same one may come again."""
 
 
 class Untrusted(FedmlError):

@@ -31,7 +31,7 @@ from fedml.releases.manifest import (
     TensorSpec,
     fingerprint,
 )
-from fedml.releases.session import Session, agree
+from fedml.releases.session import Session, agree, rehearse
 
 GOLDEN_ROWS = 32
 _OPSET = 20
@@ -62,7 +62,8 @@ def build(
     it returns one tensor for each name in `outputs`, each with a row for each input row.
 
     Raises `ConfigError` if the arguments do not fit together, `TaskFailed` if the exporter fails
-    or the ONNX model answers differently from torch by more than 1e-4.
+    or the ONNX model answers differently from torch, or a row depends on the
+    others in its batch, by more than 1e-4.
     """
     if example.dtype not in (torch.float32, torch.int64) or example.ndim < 1 or not len(example):
         raise ConfigError(
@@ -93,6 +94,10 @@ def build(
         files={name: fingerprint(folder / name) for name in names},
     )
     durable.replace(folder / MANIFEST, manifest.encode())
+    try:
+        rehearse(folder, manifest.digest)
+    except Untrusted as error:
+        raise TaskFailed(f"the finished bundle fails its own check: {error}") from error
     return manifest
 
 

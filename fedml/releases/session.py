@@ -60,6 +60,11 @@ class Session:
         except _UNFIT as error:
             raise Untrusted(f"{path}: cannot be served: {_line(error)}") from error
 
+    @property
+    def has_rows(self) -> bool:
+        """True if each input and output has one entry for each row, so that requests can share."""
+        return all(spec.shape[:1] == (-1,) for spec in (*self.inputs, *self.outputs))
+
     def run(self, inputs: Tensors) -> dict[str, Array]:
         """Return the outputs by name; raises `TaskFailed` if the model cannot compute them."""
         try:
@@ -69,21 +74,24 @@ class Session:
         return {spec.name: array for spec, array in zip(self.outputs, found, strict=True)}
 
 
-def rehearse(bundle: Path, threads: int = 1) -> Session:
+def rehearse(bundle: Path, digest: str = "", threads: int = 1) -> Session:
     """Load a bundle's model and put the golden questions to it; return it if it passes.
 
-    Raises `Untrusted` if a file is not what the manifest names, the model's signature is not the
-    manifest's, or an answer is off by more than `TOLERANCE`.
+    Raises `Untrusted` if a file is not what the manifest names, the manifest not the one with
+    `digest`, the model's signature not the manifest's, an answer off by more than `TOLERANCE`,
+    or a row answered differently alone: then batching would mix strangers' requests.
     """
-    manifest = open_bundle(bundle)
+    manifest = open_bundle(bundle, digest)
     what = f"{manifest.model}/{manifest.version}"
     session = Session(bundle / MODEL, threads)
     if (session.inputs, session.outputs) != (manifest.inputs, manifest.outputs):
         raise Untrusted(f"{what}: the model's signature is not the one in its manifest")
     golden = read_golden(bundle / GOLDEN)
     try:
-        found = session.run({spec.name: golden[f"input:{spec.name}"] for spec in session.inputs})
+        inputs = {spec.name: golden[f"input:{spec.name}"] for spec in session.inputs}
         expected = {spec.name: golden[f"output:{spec.name}"] for spec in session.outputs}
+        found = session.run(inputs)
+        first = session.run(inputs if not session.has_rows else head(inputs, 1))
     except (KeyError, TaskFailed) as error:
         raise Untrusted(f"{what}: its golden inputs do not fit it ({error})") from error
     for name, array in expected.items():
@@ -92,7 +100,14 @@ def rehearse(bundle: Path, threads: int = 1) -> Session:
                 f"{what}: answers its golden inputs differently from when it was made (output "
                 f"{name}); another onnxruntime, or a damaged model"
             )
+        if session.has_rows and not agree(array[:1], first[name]):
+            raise Untrusted(f"{what}: answers a row differently when it comes alone")
     return session
+
+
+def head(inputs: Tensors, rows: int) -> dict[str, Array]:
+    """Return `rows` rows of each input, repeating them from the start if there are fewer."""
+    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}
 
 
 def agree(one: Array, other: Array) -> bool:

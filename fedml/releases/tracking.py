@@ -170,7 +170,7 @@ class MlflowRegistry:
 
     def _path(self, row: _Row) -> Path:
         # not MLflow's download, which copies a bundle to a temporary folder each time
-        return Path(url2pathname(urlsplit(row.source).path))
+        return Path(url2pathname(urlsplit(str(row.source)).path))
 
     def _record(self, bundle: Path, manifest: Manifest, story: Story) -> str:
         from mlflow.entities import Param

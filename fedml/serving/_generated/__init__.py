@@ -1,0 +1,1 @@
+"""Made by fedml.serving.generate; do not edit."""
