@@ -62,12 +62,12 @@ class PrivateGradient:
         """Set the gradients of one step: (sum of clipped ones + noise) / expected batch."""
         gradients = list(self._descent.gradients.values())
         sums = [torch.zeros_like(g, dtype=torch.float64) for g in gradients]
-        for chunk in self._sampler.sample(self._noise).split(self._chunk):
+        for chunk in torch.split(self._sampler.sample(self._noise), self._chunk):
             if len(chunk):
                 for total, part in zip(sums, self._clipped(chunk), strict=True):
                     total += part
         sizes = [total.numel() for total in sums]
-        noise = self._noise.normal(sum(sizes), self._std).split(sizes)
+        noise = torch.split(self._noise.normal(sum(sizes), self._std), sizes)
         for gradient, total, part in zip(gradients, sums, noise, strict=True):
             total += part.view(total.shape).to(total.device)
             gradient.copy_(total / self._denominator)
@@ -84,13 +84,16 @@ class PrivateGradient:
         )
         with warnings.catch_warnings():  # raw rows need no gradient, which hooks remark upon
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            losses.sum().backward()  # its plain sum lands in the gradients, which `fill` overwrites
-        rows = [
-            p.grad_sample if p.grad_sample is not None else p.new_zeros(len(chunk), *p.shape)
-            for p in parameters
-        ]
-        for p in parameters:
-            p.grad_sample = None
+            torch.autograd.backward(
+                [losses.sum()]
+            )  # its plain sum lands in the gradients, which `fill` overwrites
+        rows: list[Tensor] = []
+        for parameter in parameters:
+            part: Tensor | None = getattr(parameter, "grad_sample", None)
+            if part is None:  # a layer that this batch did not visit
+                part = parameter.new_zeros(len(x), *parameter.shape)
+            rows.append(part)
+            parameter.grad_sample = None  # type: ignore[attr-defined]
         return clipped_sum(rows, self._clip)
 
 

@@ -59,6 +59,23 @@ class Rows:
         """Return the rows at `indices`, in that order."""
         return Rows(self.x[indices], self.y[indices])
 
+    def divide(self, held_out: float, *, seed: int = 0) -> tuple[Rows, Rows]:
+        """Return (rows to train on, rows held out), about the share `held_out` in the latter.
+
+        `seed` and a row's own content decide, so its part never changes with the rows around
+        it or their order: what privacy needs of a split. Equal rows stay together. A dataset's
+        seed must stay the same for as long as its ledger lives.
+        """
+        if not 0 <= held_out < 1:
+            raise ConfigError(f"held-out share {held_out}: must lie in [0, 1); 0.25 is common")
+        x, y = (part.reshape(len(self), -1).cpu().contiguous() for part in (self.x, self.y))
+        bound, key = int(held_out * 2**64), str(seed).encode()
+        rows = zip(x.numpy(), y.numpy(), strict=True)
+        digests = (hashlib.sha256(b"%b:%b%b" % (key, a.tobytes(), b.tobytes())) for a, b in rows)
+        apart = [int.from_bytes(digest.digest()[:8]) < bound for digest in digests]
+        kept = [place for place, away in enumerate(apart) if not away]
+        return self.take(kept), self.take([place for place, away in enumerate(apart) if away])
+
 
 class Recipe(Protocol):
     """What a user writes: a model, its loss, its scores, and how a site's file is read."""

@@ -36,7 +36,7 @@ def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice
         if size >= rows:
             parts: tuple[Tensor | slice, ...] = (slice(None),)
         else:
-            parts = torch.randperm(rows, generator=generator).split(size)
+            parts = torch.split(torch.randperm(rows, generator=generator), size)
         for part in parts:
             if done >= steps:
                 return
@@ -107,7 +107,7 @@ class Trainer:
         losses: list[Tensor] = []
         for batch in batches(len(rows), self.training, seed):
             loss = self.recipe.loss(descent.model(rows.x[batch]), rows.y[batch])
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward([loss])
             losses.append(loss.detach())
             descent.step()
         delta = descent.moved() - brief.params

@@ -35,7 +35,7 @@ def clipped_sum(rows: Sequence[Tensor], limit: float) -> list[Tensor]:
     A row with NaN or infinity counts as zero. Adding or removing a row moves the sums, taken
     together, by at most `limit`.
     """
-    flat = [part.reshape(len(part), -1) for part in rows]
+    flat = [part.flatten(1) if part.ndim > 1 else part[:, None] for part in rows]
     squares = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) ** 2 for part in flat]
     norms = torch.stack(squares).sum(0).sqrt()
     finite = norms.isfinite()

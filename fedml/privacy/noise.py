@@ -106,18 +106,14 @@ class SecureNoise:
 
     def _uniform(self, count: int) -> npt.NDArray[np.float64]:
         """Return floats strictly between 0 and 1, of 53 random bits each."""
-        words = np.empty(count, np.uint64)
-        self._fill(memoryview(words).cast("B"))
+        words = np.frombuffer(self._bytes(8 * count), np.uint64)
         return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
-    def _bytes(self, count: int) -> bytes:
-        buffer = bytearray(count)
-        self._fill(memoryview(buffer))
-        return bytes(buffer)
-
-    def _fill(self, buffer: memoryview) -> None:
+    def _bytes(self, count: int) -> bytearray:
         if os.getpid() != self._process:  # a forked child would repeat its parent's noise
             SecureNoise.__init__(self)
-        for start in range(0, len(buffer), len(_ZEROS)):
-            part = buffer[start : start + len(_ZEROS)]
+        buffer = bytearray(count)
+        for start in range(0, count, len(_ZEROS)):
+            part = memoryview(buffer)[start : start + len(_ZEROS)]
             self._stream.update_into(memoryview(_ZEROS)[: len(part)], part)
+        return buffer

@@ -74,7 +74,8 @@ class BreastCancer:
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross entropy."""
-        return functional.cross_entropy(output, target)
+        loss: Tensor = functional.cross_entropy(output, target)
+        return loss
 
     def score(self, output: Tensor, target: Tensor) -> Mapping[str, Tensor]:
         """Return `accuracy`: 1 where the likelier label is the right one."""
@@ -106,21 +107,35 @@ class BreastCancer:
 
 
 class _Scale(nn.Module):
-    """Brings each measure into [-1, 1]: by its public range, then a square root.
+    """Brings each measure into [-1, 1]: a fixed monotone curve over its public range.
 
-    The root, a fixed monotone curve, thins out the long upper tails that all these sizes and
-    roughnesses have. Values outside the range are held at its ends.
+    Sizes and roughnesses have long upper tails, which a curve thins out: the logarithm where
+    the least value is above 0, else the square root. Values outside the range are held at its
+    ends.
     """
+
+    low: Tensor
+    high: Tensor
+    rooted: Tensor
+    start: Tensor
+    span: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         low, high = torch.tensor(list(RANGES.values())).T
+        rooted = low == 0
         self.register_buffer("low", low.clone(), persistent=False)  # constants do not travel
-        self.register_buffer("span", high - low, persistent=False)
+        self.register_buffer("high", high.clone(), persistent=False)
+        self.register_buffer("rooted", rooted, persistent=False)
+        self.register_buffer("start", torch.where(rooted, 1.0, low), persistent=False)
+        span = (high / torch.where(rooted, 1.0, low)).log()
+        self.register_buffer("span", torch.where(rooted, 1.0, span), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        share: Tensor = (x - self.low) / self.span
-        return share.clamp(0.0, 1.0).sqrt() * 2.0 - 1.0
+        held = torch.minimum(torch.maximum(x, self.low), self.high)
+        logs = (torch.where(self.rooted, self.start, held) / self.start).log() / self.span
+        share: Tensor = torch.where(self.rooted, (held / self.high).sqrt(), logs)
+        return share * 2.0 - 1.0
 
 
 def _columns(path: Path, header: list[str]) -> tuple[list[int], int, bool]:

@@ -64,7 +64,8 @@ class HeartDisease:
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross entropy."""
-        return functional.cross_entropy(output, target)
+        loss: Tensor = functional.cross_entropy(output, target)
+        return loss
 
     def score(self, output: Tensor, target: Tensor) -> Mapping[str, Tensor]:
         """Return `accuracy`: 1 where the likelier label is the right one."""
@@ -100,18 +101,22 @@ class HeartDisease:
 class _Scale(nn.Module):
     """Centres each feature on its clinical range, unmeasured cholesterol on `CHOLESTEROL`."""
 
+    centre: Tensor
+    width: Tensor
+    unmeasured: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         centre, half = torch.tensor(list(SCALES.values())).T
         unmeasured = torch.zeros(len(FEATURES))
         unmeasured[FEATURES.index("cholesterol")] = CHOLESTEROL
         self.register_buffer("centre", centre.clone(), persistent=False)  # they do not travel
-        self.register_buffer("half", half.clone(), persistent=False)
+        self.register_buffer("width", half.clone(), persistent=False)
         self.register_buffer("unmeasured", unmeasured, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         known: Tensor = torch.where(x == 0, self.unmeasured, x)  # other features keep their 0
-        scaled: Tensor = (known - self.centre) / self.half
+        scaled: Tensor = (known - self.centre) / self.width
         return scaled
 
 

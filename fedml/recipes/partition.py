@@ -16,23 +16,27 @@ def dirichlet_label_skew(
 ) -> list[npt.NDArray[np.int64]]:
     """Return each site's row indices: sites of equal size, each with its own mixture of labels.
 
-    A site's mixture is drawn from a Dirichlet of mean the overall mixture and concentration
-    `alpha`: 100 and all sites are alike, 0.1 and most see a single label. Sizes differ by at
-    most one row; each row goes to one site. A label that has run out is no longer drawn.
-    Source: Hsu, Qi & Brown 2019, arXiv:1909.06335, section 3.1.
+    A site's mixture is drawn from a Dirichlet around the overall mixture, of concentration
+    `alpha` for each label: 100 and all sites are alike, 0.1 and most see a single label. Sizes
+    differ by at most one row; each row goes to one site. A label that has run out is no longer
+    drawn, so the last sites take what is left.
+    Source: Hsu, Qi & Brown 2019, arXiv:1909.06335, section 3.1, whose concentration is that of
+    all labels together.
     """
     values, codes = np.unique(np.asarray(labels), return_inverse=True)
     if not (math.isfinite(alpha) and alpha > 0):
         raise ConfigError(f"alpha {alpha}: must be above 0; try 0.5")
     if not 1 <= sites <= len(codes):
-        raise ConfigError(f"{len(codes)} rows cannot go to {sites} sites; lower the number of sites")
+        raise ConfigError(
+            f"{len(codes)} rows cannot go to {sites} sites; lower the number of sites"
+        )
     random = np.random.default_rng(seed)
     heaps = [list(random.permutation(np.flatnonzero(codes == code))) for code in range(len(values))]
     prior = np.bincount(codes) / len(codes)
     dealt = []
     for site in range(sites):
         size = len(codes) // sites + (site < len(codes) % sites)
-        mixture = random.dirichlet(alpha * prior)
+        mixture = random.dirichlet(alpha * len(values) * prior)
         rows: list[int] = []
         while len(rows) < size:
             left = np.array([len(heap) for heap in heaps])
