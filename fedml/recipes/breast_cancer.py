@@ -103,7 +103,8 @@ class BreastCancer:
         """Return rows drawn evenly from the public ranges."""
         low, high = torch.tensor(list(RANGES.values())).T
         generator = torch.Generator().manual_seed(0)
-        return low + (high - low) * torch.rand(rows, len(FEATURES), generator=generator)
+        x: Tensor = low + (high - low) * torch.rand(rows, len(FEATURES), generator=generator)
+        return x
 
 
 class _Scale(nn.Module):

@@ -89,10 +89,9 @@ class HeartDisease:
         """Return made-up patients: numbers within clinical ranges, one level of each kind."""
         generator = torch.Generator().manual_seed(0)
         centre, half = torch.tensor(list(SCALES.values())).T
-        x = centre + half * (2 * torch.rand(rows, len(FEATURES), generator=generator) - 1)
-        for column in (FEATURES.index(name) for name in ("sex", "fasting_blood_sugar")):
-            x[:, column] = x[:, column].round()
-        x[:, 6] = x[:, 6].round()
+        x: Tensor = centre + half * (2 * torch.rand(rows, len(FEATURES), generator=generator) - 1)
+        for name in ("sex", "fasting_blood_sugar", "exercise_angina"):
+            x[:, FEATURES.index(name)] = x[:, FEATURES.index(name)].round()
         x[:, 8:11] = functional.one_hot(torch.randint(4, (rows,), generator=generator), 4)[:, 1:]
         x[:, 11:] = functional.one_hot(torch.randint(3, (rows,), generator=generator), 3)[:, 1:]
         return x

@@ -39,7 +39,7 @@ events = st.one_of(
     ],
 )
 def test_epsilon_is_the_privacy_loss_distributions_within_one_percent(
-    event: Event, published: float
+    event: SampledGaussian, published: float
 ) -> None:
     """Renyi accounting is 8-19 % above these, the Gaussian approximation up to 9 % below."""
     assert accounting.epsilon([event], DELTA) == pytest.approx(published, rel=0.01)
@@ -54,7 +54,7 @@ def test_rounds_one_by_one_cost_what_they_cost_together() -> None:
 
 
 def test_no_events_cost_nothing_and_more_events_cost_more() -> None:
-    few = [SampledGaussian(0.2, 2.0, 10), Pure(0.1)]
+    few: list[Event] = [SampledGaussian(0.2, 2.0, 10), Pure(0.1)]
     assert accounting.epsilon([], DELTA) == 0.0
     assert accounting.epsilon([*few, Pure(0.1)], DELTA) > accounting.epsilon(few, DELTA)
     assert accounting.epsilon(few, DELTA) == accounting.epsilon(few[::-1], DELTA)
