@@ -276,8 +276,18 @@ async def test_a_blob_over_the_stores_limit_is_refused_before_it_travels(
     before = carried("out")
     with pytest.raises(Refused, match="limit 1048576"):
         await soon(link.upload(here, mine))
-    assert carried("out") - before <= 2 * MIB
+    assert carried("out") == before
     assert not any(desk.store.folder.iterdir())
+
+
+async def test_a_blob_that_is_not_there_is_said(place: Place, link: Link) -> None:
+    desk, mine = place.world.desk, place.world.site_store()
+    absent = Blob("0" * 64, 5)
+    desk.may_get.add(absent.digest)
+    desk.asked_for.add(absent)
+    for transfer in (link.download(absent, mine), link.upload(absent, mine)):
+        with pytest.raises(Refused, match="blob 000000000000 is not here"):
+            await soon(transfer)
 
 
 async def test_blobs_need_leave_either_way(place: Place, link: Link) -> None:

@@ -289,10 +289,11 @@ class Cable:
     ) -> None:
         try:
             while data := await reader.read(65_536):
+                room = (self.limit_up - self.up) if way == "up" else (self.limit_down - self.down)
                 setattr(self, way, getattr(self, way) + len(data))
-                if self.up > self.limit_up or self.down > self.limit_down:
+                writer.write(data[: max(room, 0)])
+                if room < len(data):
                     self.cut()
-                writer.write(data)
                 await writer.drain()
         except OSError:
             pass
@@ -301,10 +302,10 @@ class Cable:
 
     def cut(self) -> None:
         for writer in self._writers:
-            writer.transport.abort()
+            writer.close()
         self._writers.clear()
 
-    async def mend(self) -> None:
+    def mend(self) -> None:
         self.up = self.down = 0
         self.limit_up = self.limit_down = 2**60
 
