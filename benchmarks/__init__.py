@@ -1,0 +1,1 @@
+"""fedml beside its peers and beside the physical limit."""
