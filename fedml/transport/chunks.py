@@ -87,10 +87,17 @@ class BlobStore:
         return freed
 
     def held(self, blob: Blob, owner: str = "") -> int:
-        """Return how many bytes of `blob` are here, so how far `owner` has come with it."""
+        """Return how many bytes of `blob` are here, so how far `owner` has come with it.
+
+        An intake still open is ended, so that the answer stays true until the next one.
+        Raises as `receive` does.
+        """
+        self._check(blob)
         if self.has(blob.digest):
             return blob.size
         part = self._part(blob, owner)
+        if older := self._intakes.pop(part, None):
+            older.close()
         size = part.stat().st_size if part.is_file() else 0
         return size if size <= blob.size else 0
 
@@ -100,6 +107,15 @@ class BlobStore:
         A newer intake of the same blob and owner ends the older one. Raises `Refused` if the
         blob is over the limit, `Untrusted` if it is here with another size.
         """
+        self._check(blob)
+        part = self._part(blob, owner)
+        if older := self._intakes.pop(part, None):
+            older.close()
+        intake = Intake(blob, part, self._place(blob.digest))
+        self._intakes[part] = intake
+        return intake
+
+    def _check(self, blob: Blob) -> None:
         if blob.size > self.limit_bytes:
             raise Refused(
                 f"blob {blob.digest[:12]} has {blob.size} bytes, limit {self.limit_bytes}"
@@ -108,12 +124,6 @@ class BlobStore:
             raise Untrusted(
                 f"blob {blob.digest[:12]} has {self.size(blob.digest)} bytes, not {blob.size}"
             )
-        part = self._part(blob, owner)
-        if older := self._intakes.get(part):
-            older.close()
-        intake = Intake(blob, part, self._place(blob.digest))
-        self._intakes[part] = intake
-        return intake
 
     def _place(self, digest: str) -> Path:
         return self.folder / check_digest("blob", digest)
@@ -200,10 +210,10 @@ class Intake:
     def close(self) -> None:
         """Stop here; a later intake goes on from what has come."""
         with self._lock:
-            if self._file is not None:
+            file, self._file = self._file, None
+            if file is not None:
                 with _disk(self._part):
-                    self._file.close()
-                self._file = None
+                    file.close()
 
     def _open(self) -> BinaryIO:
         if self._file is None:

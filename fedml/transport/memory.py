@@ -109,6 +109,7 @@ class MemoryLink:
     async def upload(self, blob: Blob, source: BlobStore) -> None:
         """See `Link`."""
         reception = self._coordinator.receive(self._who, "Federation/Upload")
+        await asyncio.to_thread(source.path, blob.digest)  # says so if it is not there
         held = (await reception.offset(self._who, blob)).size
         async with aclosing(_parts(blob, source, held)) as parts:
             await reception.upload(self._who, parts)

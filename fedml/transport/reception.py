@@ -34,6 +34,7 @@ from fedml.transport.desks import FederationDesk
 from fedml.transport.flow import PATIENCE, catch, pour, soon
 
 BACKLOG = 1000  # commands that may wait for a site; more, and it is too slow to be there
+PARTING = 5.0  # seconds that a last command gets to leave
 Write = Callable[[Command], Awaitable[None]]
 
 
@@ -130,6 +131,7 @@ class _Stream:
         self._queue: asyncio.Queue[Command | None] = asyncio.Queue()
         self._reason: FedmlError | None = None
         self._bound: asyncio.Timeout | None = None
+        self._writing: asyncio.Future[None] | None = None
 
     def send(self, command: Command) -> None:
         """Queue a command; too many of them end the stream."""
@@ -150,8 +152,7 @@ class _Stream:
         try:
             async with asyncio.timeout(seconds) as self._bound, asyncio.TaskGroup() as group:
                 if self._reason is not None:
-                    self.end(self._reason)
-                    self._bound.reschedule(0)
+                    self._bound.reschedule(asyncio.get_running_loop().time())
                 group.create_task(self._write_all())
                 await work
                 self._queue.put_nowait(None)
@@ -159,10 +160,20 @@ class _Stream:
             raise self._reason or PermissionDenied("the certificate expired; renew it") from error
         except BaseExceptionGroup as group_error:
             raise _first(group_error) from group_error
+        finally:
+            await self._settle()
 
     async def _write_all(self) -> None:
         while (command := await self._queue.get()) is not None:
-            await self._write(command)
+            self._writing = asyncio.ensure_future(self._write(command))
+            await asyncio.shield(self._writing)  # gRPC cannot take a write back; see _settle
+
+    async def _settle(self) -> None:
+        """Let a write that is under way end: gRPC can say no last word before that."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=PARTING)
+            if not self._writing.cancel() and not self._writing.cancelled():
+                self._writing.exception()  # seen: the stream is over anyway
 
 
 async def _chunks(who: Identity, parts: AsyncIterator[UploadPart]) -> AsyncGenerator[Chunk]:

@@ -95,7 +95,7 @@ class _Line:
         return answers
 
     async def hand_in(self, method: str, parts: AsyncIterator[bytes], kind: type[T]) -> T:
-        """Make a call that sends many parts and gets one answer."""
+        """Make a call that sends many parts, which gRPC takes and closes, and gets one answer."""
         call = self._channel.stream_unary(_path(method), bytes, bytes)(parts)
         try:
             with _errors_of(self.address):
@@ -181,9 +181,9 @@ class GrpcLink:
     async def upload(self, blob: Blob, source: BlobStore) -> None:
         """See `Link`."""
         line = self._open()
+        await asyncio.to_thread(source.path, blob.digest)  # says so if it is not there
         held = (await line.ask("Federation/Offset", blob, Stored)).size
-        async with aclosing(_parts(blob, source, held)) as parts:
-            await line.hand_in("Federation/Upload", parts, Stored)
+        await line.hand_in("Federation/Upload", _parts(blob, source, held), Stored)
 
     async def fetch(self, name: str, limit: int) -> bytes:
         """See `Link`."""

@@ -1,0 +1,1 @@
+"""The transport, and a small world for it to be tested in."""
