@@ -257,7 +257,7 @@ class Runs:
             for counted in receipt.counted:
                 spent[counted.site] = max(spent.get(counted.site, 0.0), counted.epsilon)
         data = {
-            info.site: card.digest
+            str(info.site): card.digest
             for info in self.desk.sites()
             for card in info.datasets
             if card.name == plan.dataset and info.site in spent

@@ -225,7 +225,8 @@ class _Stage:
 
     def _predict_everywhere(self) -> tuple[dict[str, list[list[float]]], dict[str, float]]:
         """Return each site's answers to its held-out rows, and its median milliseconds a row."""
-        answers, paces = {}, {}
+        answers: dict[str, list[list[float]]] = {}
+        paces: dict[str, float] = {}
         for name in self.names:
             seconds = []
             answers[name] = []
