@@ -135,6 +135,9 @@ class Trainer:
             gradient.fill()
             descent.step()
         delta = descent.moved() - brief.params
+        for name, _ in descent.model.named_buffers():
+            if name in delta:
+                delta[name].zero_()  # whatever a buffer picked up stays here
         if not delta.is_finite():
             raise _diverged(descent.steps, descent.steps)
         metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 GRID = 1e-3  # step of the privacy loss grid; losses are rounded so that epsilon is never too low
 LEAST_NOISE, MOST_NOISE, MOST_EPSILON = 0.3, 1e6, 1000.0  # what calibration will consider
+MOST_STEPS = 10**6  # of a whole run; calibrating that takes seconds
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def _calibrate(target: float, delta: float, sampling: float, steps: int) -> floa
 
     if target > MOST_EPSILON:
         raise ConfigError(f"epsilon {target} is no privacy; ask for at most {MOST_EPSILON:.0f}")
+    if steps > MOST_STEPS:  # a coordinator could keep a site's daemon computing for ever
+        raise ConfigError(f"{steps} private steps in all; plan at most {MOST_STEPS}")
     high = math.sqrt(steps)  # from above, for the loss grid grows as epsilon does
     while _gaussian_epsilon(math.sqrt(steps) / high, delta) > target:
         high *= 2

@@ -283,6 +283,21 @@ class Recalls(nn.Module):
         return x
 
 
+class RecallsExtremes(Recalls):
+    """Keeps what it sees of rare rows alone, which synthetic rows do not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.abs().max()) > 50 else x
+
+
+def test_a_buffer_that_slips_through_still_does_not_leave_the_site() -> None:
+    rows = some_rows()
+    rows.x[0] = 99.0
+    recipe = Given(lambda: nn.Sequential(RecallsExtremes(), nn.Linear(4, 2)))
+    update = private(Training(lr=0.1, steps=2), recipe, rows)
+    assert not update.delta["0.seen"].any() and bool(update.delta["1.weight"].any())
+
+
 @pytest.mark.parametrize(
     ("model", "line"),
     [

@@ -107,6 +107,13 @@ def test_an_epsilon_that_no_noise_gives_is_refused_in_one_clear_line() -> None:
         accounting.noise_multiplier(Privacy("record", 1e-6, 1e-9, rounds=1000), 0.5, 100)
 
 
+def test_a_plan_too_large_to_account_for_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="plan at most 1000000"):
+        accounting.noise_multiplier(Privacy("record", 3.0, DELTA, rounds=10_000), 0.5, 1000)
+    with pytest.raises(ConfigError, match="is no privacy"):
+        accounting.noise_multiplier(Privacy("record", 1e9, DELTA), 0.5, 10)
+
+
 def test_a_generous_epsilon_still_gets_some_noise() -> None:
     noise = accounting.noise_multiplier(Privacy("record", 900.0, DELTA), 1.0, 1)
     assert noise == accounting.LEAST_NOISE
