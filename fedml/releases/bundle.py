@@ -10,7 +10,7 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,31 @@ def build(
     or the ONNX model answers differently from torch, or a row depends on the
     others in its batch, by more than 1e-4.
     """
+    _load(module, params, example)
+    golden = example[:GOLDEN_ROWS].detach().cpu()
+    answers = _answers(module, golden, outputs)
+    durable.replace(folder / WEIGHTS, b"".join(encode({"": params})))
+    _export(folder / MODEL, module, golden, outputs)
+    _check_export(folder / MODEL, module, golden, outputs)
+    _write_golden(folder / GOLDEN, golden, dict(zip(outputs, answers, strict=True)))
+    environment, packages = Environment.observe(__version__)
+    durable.replace(folder / ENVIRONMENT, packages.encode())
+    manifest = dataclasses.replace(
+        facts,
+        inputs=(_spec(_INPUT, golden),),
+        outputs=tuple(_spec(name, t) for name, t in zip(outputs, answers, strict=True)),
+        environment=environment,
+        files={name: fingerprint(folder / name) for name in (WEIGHTS, MODEL, GOLDEN, ENVIRONMENT)},
+    )
+    durable.replace(folder / MANIFEST, manifest.encode())
+    try:
+        rehearse(folder, manifest.digest)
+    except Untrusted as error:
+        raise TaskFailed(f"the finished bundle fails its own check: {error}") from error
+    return manifest
+
+
+def _load(module: torch.nn.Module, params: Params, example: Tensor) -> None:
     if example.dtype not in (torch.float32, torch.int64) or example.ndim < 1 or not len(example):
         raise ConfigError(
             f"example of {example.dtype} {tuple(example.shape)}: give rows of float32 or int64"
@@ -74,31 +99,13 @@ def build(
     except RuntimeError as error:
         raise ConfigError(f"parameters do not fit the module: {_line(error)}") from error
     module.eval()
-    golden = example[:GOLDEN_ROWS].detach().cpu()
-    answers = _answers(module, golden, outputs)
-    durable.replace(folder / WEIGHTS, b"".join(encode({"": params})))
-    _export(folder / MODEL, module, golden, outputs)
-    _check_export(folder / MODEL, module, golden, outputs)
-    arrays = {f"output:{name}": t.numpy() for name, t in zip(outputs, answers, strict=True)}
+
+
+def _write_golden(path: Path, inputs: Tensor, outputs: Mapping[str, Tensor]) -> None:
+    arrays = {f"output:{name}": tensor.numpy() for name, tensor in outputs.items()}
     with io.BytesIO() as file:
-        np.savez(file, allow_pickle=False, **{f"input:{_INPUT}": golden.numpy(), **arrays})
-        durable.replace(folder / GOLDEN, file.getvalue())
-    environment, packages = Environment.observe(__version__)
-    durable.replace(folder / ENVIRONMENT, packages.encode())
-    names = (WEIGHTS, MODEL, GOLDEN, ENVIRONMENT)
-    manifest = dataclasses.replace(
-        facts,
-        inputs=(_spec(_INPUT, golden),),
-        outputs=tuple(_spec(name, t) for name, t in zip(outputs, answers, strict=True)),
-        environment=environment,
-        files={name: fingerprint(folder / name) for name in names},
-    )
-    durable.replace(folder / MANIFEST, manifest.encode())
-    try:
-        rehearse(folder, manifest.digest)
-    except Untrusted as error:
-        raise TaskFailed(f"the finished bundle fails its own check: {error}") from error
-    return manifest
+        np.savez(file, allow_pickle=False, **{f"input:{_INPUT}": inputs.numpy(), **arrays})
+        durable.replace(path, file.getvalue())
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:

@@ -96,7 +96,6 @@ class Shelf:
         shutil.rmtree(draft, ignore_errors=True)
         for name in (*manifest.files, MANIFEST):
             durable.copy(bundle / name, draft / name)
-        open_bundle(draft, manifest.digest)
         draft.rename(folder)
         durable.sync_folder(folder.parent)
         return manifest

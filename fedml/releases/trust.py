@@ -33,7 +33,7 @@ from tuf.ngclient import FetcherInterface, Updater
 from fedml import durable
 from fedml.errors import ConfigError, Untrusted
 from fedml.protocol.messages import Blob, check_name
-from fedml.releases.manifest import MANIFEST, Channel, Manifest, fingerprint, is_whole, open_bundle
+from fedml.releases.manifest import MANIFEST, Channel, Manifest, fingerprint, is_whole
 
 Fetch = Callable[[str, int], bytes | None]
 """Returns a small file by the name `signing.Repository.file` knows it by, None if there is none;
@@ -136,20 +136,17 @@ class Trust:
             if self._signed(f"{prefix}/{name}") != blob:
                 raise Untrusted(f"{prefix}/{name}: manifest and signature name different files")
             self._take(blob, draft / name)
-        open_bundle(draft, channel.digest)
-        durable.sync_folder(draft)
         draft.rename(folder)
         durable.sync_folder(folder.parent)
 
     def _take(self, blob: Blob, path: Path) -> None:
-        source = self._download(blob)
-        found = fingerprint(source)
+        durable.copy(self._download(blob), path)
+        found = fingerprint(path)  # of the copy: what was downloaded may change under us
         if found != blob:
             raise Untrusted(
                 f"{path.name}: downloaded {found.size} bytes {found.digest[:12]}, signed are "
                 f"{blob.size} bytes {blob.digest[:12]}; a file is not the one that was signed"
             )
-        durable.copy(source, path)
 
     def _signed(self, path: str) -> Blob:
         target = self._target(path)

@@ -15,7 +15,7 @@ from fedml.serving.engine import Engine
 from fedml.serving.faces import Access, Server
 from fedml.serving.oip import Limits
 
-PERIOD = 0.5  # seconds between looks at the shelf
+PERIOD = 0.25  # seconds between looks at the shelf
 _log = structlog.get_logger(__name__)
 
 
@@ -68,6 +68,7 @@ async def follow(
     """
     seen = await asyncio.to_thread(_signature, shelf_folder)
     await engine.refresh()  # what changed before the first look
+    changed()
     while not stop.is_set():
         try:
             async with asyncio.timeout(PERIOD):

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,19 +39,17 @@ _STORY = Story(
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A server of our own. It refuses to run as root, so root lends it to `nobody`."""
     if not all(map(shutil.which, ("initdb", "pg_ctl", "postgres"))):
         pytest.skip("no PostgreSQL server (initdb, pg_ctl, postgres) on this machine")
     as_nobody: list[str] = []
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="fedml-postgres-"))  # pytest's own are root's alone
     if os.geteuid() == 0:
         if not shutil.which("runuser"):
             pytest.skip("PostgreSQL refuses to run as root and there is no runuser")
         as_nobody = ["runuser", "-u", "nobody", "--"]
         shutil.chown(folder, "nobody")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o755)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     data = folder / "data"
@@ -68,6 +67,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql://fedml@127.0.0.1:{port}/postgres"
     finally:
         run("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -149,6 +149,8 @@ def test_kill_at_any_step_of_an_update_leaves_a_whole_release_current(tmp_path: 
         assert pointer
         folder = shelf.bundle("heart", pointer.current.version)
         open_bundle(folder, pointer.current.digest)
+        new = shelf.folder / "heart" / "2"
+        assert not new.exists() or open_bundle(new)  # whole, or not there by that name
         seen.append(pointer.current.version)
         if child.exitcode == 0:
             break
