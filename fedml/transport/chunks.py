@@ -155,22 +155,25 @@ class Intake:
     def __init__(self, blob: Blob, part: Path, place: Path) -> None:
         self.blob, self._part, self._place = blob, part, place
         self._lock = threading.Lock()
-        self._total = hashlib.sha256()
+        self._hash: hashlib._Hash | None = None
         self._file: BinaryIO | None = None
         self.offset = blob.size
         if place.is_file():
             return
         with _disk(part):
             self._file = part.open("a+b")
-            self.offset = self._resume(self._file)
+            if part.stat().st_size > blob.size:
+                self._file.truncate(0)
+            self.offset = part.stat().st_size
 
-    def _resume(self, file: BinaryIO) -> int:
-        if file.seek(0, os.SEEK_END) > self.blob.size:
-            file.truncate(0)
-        file.seek(0)
-        while piece := file.read(MAX_CHUNK):
-            self._total.update(piece)
-        return file.tell()
+    def _total(self, file: BinaryIO) -> hashlib._Hash:
+        """The running digest; the first time over what an earlier intake has left."""
+        if self._hash is None:
+            self._hash = hashlib.sha256()
+            file.seek(0)
+            while piece := file.read(MAX_CHUNK):
+                self._hash.update(piece)
+        return self._hash
 
     def write(self, data: bytes) -> None:
         """Add the next bytes; raises `Untrusted` if they are more than were announced."""
@@ -180,9 +183,10 @@ class Intake:
                 raise Untrusted(f"blob {self.blob.digest[:12]}: more than {self.blob.size} bytes")
             with _disk(self._part):
                 file = self._open()
+                total = self._total(file)
                 file.write(data)
                 file.flush()  # so that what came survives us, and `held` sees it
-            self._total.update(data)
+            total.update(data)
             self.offset += len(data)
 
     def finish(self) -> None:
@@ -199,7 +203,9 @@ class Intake:
                 raise Unreachable(
                     f"blob {self.blob.digest[:12]}: {self.offset} of {self.blob.size} bytes came"
                 )
-            if self._total.hexdigest() != self.blob.digest:
+            with _disk(self._part):
+                digest = self._total(file).hexdigest()
+            if digest != self.blob.digest:
                 self._drop()
                 raise Untrusted(f"blob {self.blob.digest[:12]}: the digest is wrong; dropped")
             with _disk(self._part):

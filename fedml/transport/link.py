@@ -18,7 +18,8 @@ class Link(Protocol):
     """A site's way to the coordinator.
 
     Any call may raise `Unreachable`, after which `connect` again is right; how soon is up to
-    the caller. `Refused` and `PermissionDenied` are final.
+    the caller. `Refused` and `PermissionDenied` are final. A cancelled `receive` or `send` (a
+    timeout around it, say) may have hung up: `connect` again.
     """
 
     async def connect(self, hello: Hello) -> None:

@@ -88,7 +88,7 @@ class Reception:
     async def offset(self, who: Identity, blob: Blob) -> Stored:
         """Say how much of `blob` this site has handed in."""
         store = await self._desk.incoming(who, blob)
-        return Stored(await asyncio.to_thread(store.held, blob, who.name))
+        return Stored(store.held(blob, who.name))
 
     async def upload(self, who: Identity, parts: AsyncIterator[UploadPart]) -> Stored:
         """Take in a blob that this site was asked for."""
@@ -97,7 +97,7 @@ class Reception:
             raise MalformedMessage(f"{who}: an upload starts with UploadStart")
         blob = start.blob
         store = await self._desk.incoming(who, blob)
-        intake = await asyncio.to_thread(store.receive, blob, who.name)
+        intake = store.receive(blob, who.name)
         if start.offset != intake.offset:
             intake.close()
             raise Unreachable(
@@ -161,6 +161,7 @@ class _Stream:
         except BaseExceptionGroup as group_error:
             raise _first(group_error) from group_error
         finally:
+            self._bound = None
             await self._settle()
 
     async def _write_all(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -94,11 +94,16 @@ class _Line:
                 answers.append(answer)
         return answers
 
-    async def hand_in(self, method: str, parts: AsyncIterator[bytes], kind: type[T]) -> T:
-        """Make a call that sends many parts, which gRPC takes and closes, and gets one answer."""
-        call = self._channel.stream_unary(_path(method), bytes, bytes)(parts)
+    async def hand_in(self, method: str, parts: AsyncGenerator[bytes], kind: type[T]) -> T:
+        """Make a call that sends many parts and gets one answer."""
+        call = self._channel.stream_unary(_path(method), bytes, bytes)(None)
         try:
             with _errors_of(self.address):
+                with suppress(asyncio.InvalidStateError):  # it is over; awaiting it says why
+                    async with aclosing(parts):
+                        async for part in parts:
+                            await call.write(part)
+                    await call.done_writing()
                 return codec.decode(kind, await call)
         finally:
             call.cancel()
@@ -171,8 +176,8 @@ class GrpcLink:
 
     async def download(self, blob: Blob, into: BlobStore) -> None:
         """See `Link`."""
-        intake = await asyncio.to_thread(into.receive, blob)
-        if intake.offset == blob.size and into.has(blob.digest):
+        intake = into.receive(blob)
+        if into.has(blob.digest):
             return
         request = DownloadRequest(blob.digest, intake.offset)
         async with aclosing(self._open().stream("Federation/Download", request, Chunk)) as chunks:

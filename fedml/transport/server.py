@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -77,16 +77,15 @@ async def serve(
     _add(known, "Operations", _operations(guard, desks.operations))
     _add(newcomers, "Enrolment", _enrolment(desks.enrolment))
     pair = [(tls.key, tls.certificate + tls.ca)]
-    port = _bind(known, address, grpc.ssl_server_credentials(pair, tls.ca, True))
-    enrolment_port = _bind(newcomers, enrolment_address, grpc.ssl_server_credentials(pair))
-    await known.start()
-    await newcomers.start()
-    try:
+    async with AsyncExitStack() as stack:
+        for server in (known, newcomers):
+            stack.push_async_callback(server.stop, GRACE)
+        stack.push_async_callback(reception.close)  # first, so that sites hear why
+        port = _bind(known, address, grpc.ssl_server_credentials(pair, tls.ca, True))
+        enrolment_port = _bind(newcomers, enrolment_address, grpc.ssl_server_credentials(pair))
+        await known.start()
+        await newcomers.start()
         yield Server(port, enrolment_port)
-    finally:
-        await reception.close()
-        await known.stop(GRACE)
-        await newcomers.stop(GRACE)
 
 
 def _bind(server: grpc.aio.Server, address: str, terms: grpc.ServerCredentials) -> int:

@@ -85,13 +85,14 @@ def test_pieces_of_any_size_with_restarts_anywhere_make_the_blob(
     tmp_path_factory: pytest.TempPathFactory, marks: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("blobs")
-    for start, end in zip([0, *sorted(marks)], [*sorted(marks), len(DATA)], strict=True):
+    ends = [*sorted(marks), len(DATA)]
+    for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), 1):
         store = BlobStore(folder, 10**6)
         assert store.held(BLOB, "mercy") == start
         intake = store.receive(BLOB, "mercy")
         assert intake.offset == start
         intake.write(DATA[start:end])
-        if end < len(DATA):
+        if number < len(ends):
             intake.close()
     intake.finish()
     assert BlobStore(folder, 10**6).path(BLOB.digest).read_bytes() == DATA

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import grpc
+
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.identity.access import Access, Revocations
 from fedml.identity.certificates import (
@@ -314,3 +316,39 @@ class Cable:
         self._server.close()
         self.cut()
         await self._server.wait_closed()
+
+
+async def reach(credentials: Credentials) -> None:
+    """Connect and hang up; raises whatever stands in the way."""
+    link = GrpcLink(credentials)
+    try:
+        async with asyncio.timeout(10):
+            await link.connect(HELLO)
+    finally:
+        await link.close()
+
+
+async def raw(
+    place: GrpcPlace,
+    method: str,
+    request: bytes,
+    papers: Credentials | None,
+    *,
+    port: int | None = None,
+    then: bytes | None = None,
+) -> grpc.StatusCode:
+    """Send bytes past all our own client code; return the status."""
+    if papers is None or port is not None:
+        terms = grpc.ssl_channel_credentials(place.world.authority.certificate)
+    else:
+        terms = grpc.ssl_channel_credentials(papers.ca, papers.key, papers.certificate)
+    messages = iter([request] if then is None else [request, then])
+    async with grpc.aio.secure_channel(f"127.0.0.1:{port or place.world.port}", terms) as channel:
+        call = channel.stream_stream(f"/fedml.v1.{method}", bytes, bytes)(messages)
+        async with asyncio.timeout(10):
+            try:
+                async for _ in call:
+                    pass
+            except grpc.RpcError:
+                pass
+            return await call.code()
