@@ -69,6 +69,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where everything goes; it is emptied.")] = Path(
         "build/demo"
     ),
+    split_seed: Annotated[int, typer.Option(help="Which rows go to which hospital.")] = 596,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Show the whole product: four hospitals train, release, serve, crash and go on.
@@ -77,7 +78,7 @@ def demo(
     """
     from fedml.cli.demo import play
 
-    play(data, data_dir, folder, as_json=as_json)
+    play(data, data_dir, folder, split_seed=split_seed, as_json=as_json)
 
 
 @app.command()

@@ -11,7 +11,8 @@ from fedml.errors import ConfigError
 
 DELTA = 1e-5
 BUDGET = 3.6  # lifetime epsilon of a row: one run at 3, and a little of a second one
-_SPLIT_SEED, _ALPHA, _HELD_OUT = 596, 0.5, 0.25
+SPLIT_SEED = 596
+_ALPHA, _HELD_OUT = 0.5, 0.25
 _BREAST_CANCER_SITES = ("bern", "kyoto", "oslo", "quito")
 _HEART_SITES = ("cleveland", "hungarian", "switzerland", "va")
 
@@ -38,26 +39,23 @@ class Case:
     title: str
     hospitals: tuple[Hospital, ...]
     overrides: tuple[str, ...]
+    note: str
 
 
-def admit(data: str, data_dir: Path | None, folders: Path) -> Case:
+def admit(data: str, data_dir: Path | None, folders: Path, split_seed: int) -> Case:
     """Deal the rows out into each hospital's own folder below `folders`, and return the case.
 
     Raises `ConfigError` for an unknown dataset or a missing file.
     """
     if data == "breast_cancer":
-        return _breast_cancer(folders)
+        return _breast_cancer(folders, split_seed)
     if data == "heart":
-        return _heart(data_dir, folders)
+        return _heart(data_dir, folders, split_seed)
     raise ConfigError(f"--data {data!r}: use 'breast_cancer' or 'heart'")
 
 
-def _breast_cancer(folders: Path) -> Case:
-    """scikit-learn's 569 records, dealt out with Dirichlet label skew.
-
-    The seed was chosen, among many, for a split in which nobody alone does well and a federation
-    does; what a split drawn at random gives is in docs/demo.md.
-    """
+def _breast_cancer(folders: Path, seed: int) -> Case:
+    """scikit-learn's 569 records, dealt out with Dirichlet label skew."""
     from fedml.learning.recipe import identify, load
     from fedml.recipes.breast_cancer import FEATURES
     from fedml.recipes.partition import dirichlet_label_skew
@@ -65,20 +63,26 @@ def _breast_cancer(folders: Path) -> Case:
 
     rows = ShippedData("breast_cancer").rows(load(identify("breast_cancer")))
     sites = _BREAST_CANCER_SITES
-    dealt = dirichlet_label_skew(rows.y.numpy(), len(sites), _ALPHA, _SPLIT_SEED)
+    dealt = dirichlet_label_skew(rows.y.numpy(), len(sites), _ALPHA, seed)
     hospitals = []
     for site, own in zip(sites, dealt, strict=True):
-        train, held_out = rows.take(own.tolist()).divide(_HELD_OUT, seed=_SPLIT_SEED)
+        train, held_out = rows.take(own.tolist()).divide(_HELD_OUT, seed=seed)
         hospital = Hospital(site, len(train), len(held_out), ".csv")
         for part, some in (("train", train), ("held_out", held_out)):
             table = [[*x, y] for x, y in zip(some.x.tolist(), some.y.tolist(), strict=True)]
             _write(hospital.file(folders / site, part), [[*FEATURES, "malignant"], *table])
         hospitals.append(hospital)
     overrides = ("task=breast_cancer", "privacy=record", "training.lr=0.5", "privacy.clip=0.5")
-    return Case("breast_cancer", "Breast cancer, four hospitals", tuple(hospitals), overrides)
+    note = f"scikit-learn's records, dealt out with Dirichlet label skew {_ALPHA}, seed {seed}."
+    if seed == SPLIT_SEED:
+        note += (
+            " That split was chosen, among many, because nobody alone does well on it and a "
+            "federation does; docs/demo.md says what others give."
+        )
+    return Case("breast_cancer", "Breast cancer, four hospitals", tuple(hospitals), overrides, note)
 
 
-def _heart(data_dir: Path | None, folders: Path) -> Case:
+def _heart(data_dir: Path | None, folders: Path, seed: int) -> Case:
     """The four real hospitals' files, rows with missing values left out, a third held out."""
     import random
 
@@ -90,14 +94,19 @@ def _heart(data_dir: Path | None, folders: Path) -> Case:
         if not path.exists():
             path = data_dir / "heart_disease_uci" / path.name
         lines = _complete_lines(path)
-        random.Random(_SPLIT_SEED).shuffle(lines)
+        random.Random(seed).shuffle(lines)
         held = round(len(lines) * 0.34)
         hospital = Hospital(site, len(lines) - held, held, ".data")
         for part, some in (("held_out", lines[:held]), ("train", lines[held:])):
             _write(hospital.file(folders / site, part), some)
         hospitals.append(hospital)
     overrides = ("task=heart_disease", "privacy=record", "training.lr=1.0", "privacy.clip=0.5")
-    return Case("heart_disease", "Heart disease, four real hospitals", tuple(hospitals), overrides)
+    note = (
+        "UCI Heart Disease (Janosi, Steinbrunn, Pfisterer and Detrano): each hospital its own file."
+    )
+    return Case(
+        "heart_disease", "Heart disease, four real hospitals", tuple(hospitals), overrides, note
+    )
 
 
 def _complete_lines(path: Path) -> list[list[str]]:

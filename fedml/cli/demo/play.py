@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from fedml.transport.link import Operations
 
 T = TypeVar("T")
-_ROUNDS, _EPSILON, _EVALUATE_EVERY = 20, 3.0, 4
+_ROUNDS, _EPSILON = 20, 3.0
+_EVALUATE_EVERY, _EVALUATION_EPSILON = 10, 1.5
 _MARKER = ".fedml-demo"
 
 
@@ -62,17 +64,19 @@ class Summary:
     release: str = ""
     run: str = ""
     rounds: int = 0
-    curve: list[tuple[int, float]] = field(default_factory=list)  # round, noised accuracy
+    reported: list[tuple[int, float]] = field(default_factory=list)  # round, noised accuracy
+    measured: list[tuple[int, float]] = field(default_factory=list)  # round, true accuracy
+    spent: dict[str, list[float]] = field(default_factory=dict)  # site, epsilon by round
     cross_site: dict[str, dict[str, float]] = field(default_factory=dict)  # model, hospital
     second_run: dict[str, object] = field(default_factory=dict)
     seconds: float = 0.0
 
 
-def play(data: str, data_dir: Path | None, folder: Path, *, as_json: bool) -> None:
+def play(data: str, data_dir: Path | None, folder: Path, *, split_seed: int, as_json: bool) -> None:
     """Play it all, and write `summary.json` and `report.html` into `folder`."""
     start = time.monotonic()
     _clear(folder)
-    case = admit(data, data_dir, folder / "sites")
+    case = admit(data, data_dir, folder / "sites", split_seed)
     with Federation(folder) as federation:
         summary = _Stage(case, federation, quiet=as_json).play()
     summary.seconds = round(time.monotonic() - start, 1)
@@ -117,8 +121,9 @@ class _Stage:
         self._found()
         plan = self._plan()
         self._say(f"training under record-level privacy, epsilon {_EPSILON:g}, delta {DELTA:g}")
-        detail = self._train(plan)
-        self._note_run(summary, detail)
+        models: dict[int, bytes] = {}
+        detail = self._train(plan, models)
+        self._note_run(summary, detail, models)
         self._say(f"release {summary.model}/{summary.version}: signed, sent, verified at each site")
         self._release(summary)
         self._say("each hospital predicts its own held-out rows at its own endpoint")
@@ -177,7 +182,7 @@ class _Stage:
                 f"rounds={_ROUNDS}",
                 f"privacy.epsilon={_EPSILON}",
                 f"privacy.delta={DELTA}",
-                "privacy.evaluation_epsilon=0.5",
+                f"privacy.evaluation_epsilon={_EVALUATION_EPSILON}",
                 f"evaluation.every={_EVALUATE_EVERY}",
                 f"cohort.quorum={len(self.names)}",
                 "cohort.deadline=120",
@@ -185,20 +190,28 @@ class _Stage:
             ],
         )
 
-    def _train(self, plan: Plan) -> RunDetail:
-        detail = self._run(plan)
+    def _train(self, plan: Plan, models: dict[int, bytes]) -> RunDetail:
+        detail = self._run(plan, models)
         if not detail.info.version:
             raise TaskFailed(f"the run made no version: {detail.info.detail}")
         return detail
 
-    def _run(self, plan: Plan) -> RunDetail:
-        """Submit a run, follow it to its end, and return it with its receipts."""
+    def _run(self, plan: Plan, models: dict[int, bytes]) -> RunDetail:
+        """Submit a run, follow it to its end, and return it with its receipts.
+
+        Looks over the coordinator's shoulder meanwhile: what it can catch of the model after
+        each round goes into `models`, for the curve that only a referee can draw.
+        """
         from fedml.cli.console import progress, scores
+
+        states = self.federation.hub / "states"
 
         async def go(coordinator: Operations) -> RunDetail:
             run = (await coordinator.submit(plan.to_json())).id
             async for info in coordinator.watch_run(run):
                 say(_line(info) + scores(info.scores.items()))
+                with suppress(OSError):
+                    models[info.round] = (states / f"{run}.{info.round}.safetensors").read_bytes()
             return await coordinator.show_run(run)
 
         def _line(info: RunInfo) -> str:
@@ -207,15 +220,23 @@ class _Stage:
         with progress("submitting", lines=False) as say:
             return self.federation.ask(go)
 
-    def _note_run(self, summary: Summary, detail: RunDetail) -> None:
+    def _note_run(self, summary: Summary, detail: RunDetail, models: Mapping[int, bytes]) -> None:
+        from fedml.params import decode
+
         info = detail.info
         summary.model, summary.version, summary.run = info.model, info.version, info.id
         summary.rounds = info.round
-        summary.curve = [
-            (receipt.round, receipt.scores["accuracy"])
-            for receipt in detail.receipts
-            if "accuracy" in receipt.scores
-        ]
+        held = [rows.held_out for rows in self.rows.values()]
+        total = sum(len(rows) for rows in held)
+        for number, data in sorted(models.items()):
+            params = decode(data)[""]
+            right = sum(alone.count_right(self.recipe, params, rows) for rows in held)
+            summary.measured.append((number, right / total))
+        for receipt in detail.receipts:
+            if "accuracy" in receipt.scores:
+                summary.reported.append((receipt.round, receipt.scores["accuracy"]))
+            for counted in receipt.counted if receipt.kind == "train" else ():
+                summary.spent.setdefault(counted.site, []).append(counted.epsilon)
 
     def _release(self, summary: Summary) -> None:
         model, version = summary.model, summary.version
@@ -283,10 +304,11 @@ class _Stage:
         return local
 
     def _second_run(self, summary: Summary) -> None:
-        detail = self._run(self._plan(f"parent={summary.version}"))
+        detail = self._run(self._plan(f"parent={summary.version}"), {})
         refusals: dict[str, str] = {}
         for receipt in detail.receipts:
-            refusals |= {s: why for s, why in receipt.missing.items() if "epsilon" in why}
+            if receipt.kind == "train":
+                refusals |= {s: why for s, why in receipt.missing.items() if "epsilon" in why}
         if not refusals:
             raise TaskFailed(f"no ledger refused the second run: {detail.info.detail}")
         summary.second_run = {

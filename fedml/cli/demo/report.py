@@ -34,11 +34,13 @@ def write(summary: Summary, case: Case, path: Path) -> None:
         f"{summary.rounds} rounds. No row left its site. Accuracy on the held-out rows of all "
         f"hospitals: <b>{summary.federated_accuracy:.3f}</b>.</p>",
         _sites(summary),
-        "<h2>Accuracy over the rounds</h2>",
-        _curve(summary),
-        '<p class="note">What the coordinator saw: each point is the mean over the sites\' '
-        "held-out rows, with the noise that keeps it private (epsilon 0.5 each). The line is the "
-        "released model, measured at the sites' own endpoints.</p>",
+        f'<p class="note">{html.escape(case.note)}</p>',
+        "<h2>Over the rounds</h2>",
+        _curves(summary),
+        '<p class="note">Left: accuracy on the held-out rows of all hospitals. Diamonds are what '
+        "the coordinator learnt, with the noise that keeps those rows private; the line is what "
+        "the demonstration, which may read all folders, measured. Right: what the sites' ledgers "
+        "had charged to each training row.</p>",
         "<h2>Every model on every hospital's held-out rows</h2>",
         _cross(summary),
         '<p class="note">"Alone" is what a hospital gets from its own rows under the same '
@@ -109,26 +111,26 @@ def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _curve(summary: Summary) -> str:
-    """Return the accuracy curve as inline SVG."""
+def _curves(summary: Summary) -> str:
+    """Return accuracy and spent epsilon over the rounds, as inline SVG."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    if summary.curve:
-        rounds, accuracies = zip(*summary.curve, strict=True)
-        axes.plot(rounds, accuracies, "o-", label="federated, as the sites reported it (noised)")
-    axes.axhline(summary.federated_accuracy, color="C0", alpha=0.4, label="released model")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(*zip(*summary.measured, strict=True), "o-", markersize=3, label="federated")
+    if summary.reported:
+        left.plot(*zip(*summary.reported, strict=True), "D", color="C0", label="as reported")
     for number, site in enumerate(summary.sites, 1):
-        axes.axhline(
-            site.local_accuracy, color=f"C{number}", linestyle=":", label=f"{site.site} alone"
-        )
-    axes.set_xlabel("round")
-    axes.set_ylabel("accuracy, all held-out rows")
-    axes.set_xlim(left=0)
-    axes.legend(fontsize="small", loc="lower right")
+        left.axhline(site.local_accuracy, color=f"C{number}", ls=":", label=f"{site.site} alone")
+        spent = summary.spent[site.site]
+        right.plot(range(1, len(spent) + 1), spent, color=f"C{number}", label=site.site)
+    right.axhline(summary.sites[0].budget, color="black", ls="--", label="lifetime budget")
+    left.set(xlabel="round", ylabel="accuracy", xlim=(0, None))
+    right.set(xlabel="round", ylabel="epsilon spent", xlim=(0, None), ylim=(0, None))
+    for axes in (left, right):
+        axes.legend(fontsize="small", loc="lower right")
     with io.StringIO() as file:
         figure.savefig(file, format="svg")
         pyplot.close(figure)
