@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedml.transport.link import Operations
 
 T = TypeVar("T")
+_PATIENCE = 5.0  # seconds for a coordinator to answer, one that has just been started too
 ProfileOption = Annotated[
     Path | None,
     typer.Option(
@@ -47,6 +48,7 @@ def call(profile: Path | None, work: Callable[[Operations], Awaitable[T]]) -> T:
     async def go() -> T:
         client = OperationsClient(credentials)
         try:
+            await client.reach(_PATIENCE)
             return await work(client)
         finally:
             await client.close()

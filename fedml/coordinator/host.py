@@ -53,7 +53,10 @@ Register = Callable[[Run, Candidate], Awaitable[int]]
 
 
 class Host:
-    """Plays one run to its end. `changed` is called whenever `info` is worth another look."""
+    """Plays one run to its end. `changed` is called whenever `info` is worth another look.
+
+    `grace` is how many seconds a resumed run waits for the sites of its last round.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Host:
         blobs: BlobStore,
         register: Register,
         changed: Callable[[RunId], None],
+        grace: float = 0.0,
     ) -> None:
         self.run = run
         self._desk, self._journal, self._blobs = desk, journal, blobs
@@ -73,6 +77,8 @@ class Host:
         self._uploads: list[str] = []
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
+        self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
+        self._expected_until = time.monotonic() + grace
         self._log = _log.bind(run=run.id)
 
     @property
@@ -129,6 +135,9 @@ class Host:
 
     async def play(self) -> End:
         """Carry out the run's commands until it ends."""
+        loop = asyncio.get_running_loop()
+        wait = max(0.0, self._expected_until - time.monotonic())
+        self._timers.append(loop.call_later(wait + 0.05, self.sites_changed))
         try:
             commands = deque(self.run.open(time.time()))
             while True:
@@ -220,8 +229,16 @@ class Host:
         return self._brief[1]
 
     def sites_changed(self) -> None:
-        """Tell the run who is here now."""
-        self.tell(SitesChanged(self._desk.statuses()))
+        """Tell the run who is here now; after a restart, once those it asked last are back.
+
+        A coordinator that has just come back would else open a round with the first few.
+        """
+        statuses = self._desk.statuses()
+        here = {status.site for status in statuses if status.connected}
+        if self._expected - here and time.monotonic() < self._expected_until:
+            return
+        self._expected = frozenset()
+        self.tell(SitesChanged(statuses))
 
 
 def was_counted(receipt: Receipt, site: SiteId) -> bool:

@@ -178,13 +178,20 @@ class Runs:
                 blobs=self._blobs,
                 register=self._register,
                 changed=self._changed,
+                grace=self._folder.settings.grace,
             )
             self._hosts[id] = host
             host.sites_changed()
             await host.play()
         except FedmlError as error:
-            _log.error("run failed", run=id, reason=str(error))
-            await asyncio.to_thread(self._journal.append, Ended(id, "failed", str(error)))
+            await self._fail(id, str(error))
+        except Exception as error:  # noqa: BLE001 - the outermost loop of a run
+            _log.exception("a bug ended a run", run=id)
+            await self._fail(id, f"a bug of ours, {type(error).__name__}: {error}; see the log")
+
+    async def _fail(self, id: RunId, reason: str) -> None:
+        _log.error("run failed", run=id, reason=reason)
+        await asyncio.to_thread(self._journal.append, Ended(id, "failed", reason))
 
     async def _load(self, id: RunId) -> Run:
         history = self._journal.runs[id]
@@ -209,6 +216,7 @@ class Runs:
             chore = asyncio.create_task(host.answered(site, order, answer))
             self._chores.add(chore)
             chore.add_done_callback(self._chores.discard)
+            chore.add_done_callback(_tell_bug)
 
     def _lost(self, site: SiteId, reason: str) -> None:
         for host in self._hosts.values():
@@ -276,6 +284,11 @@ class Runs:
         )
         created = receipts[-1].closed  # not now: the same after a crash
         return Manifest(plan.model, version, created, lineage, scores=candidate.scores)
+
+
+def _tell_bug(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        _log.error("a bug lost a site's answer", exc_info=error)
 
 
 def digest_of(receipt: Receipt) -> str:

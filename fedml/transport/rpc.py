@@ -70,6 +70,16 @@ class _Line:
             grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate),
         )
 
+    async def reach(self, patience: float) -> None:
+        """Return once connected; raises `Unreachable` after `patience` seconds."""
+        try:
+            async with asyncio.timeout(patience):
+                await self._channel.channel_ready()
+        except TimeoutError as error:
+            raise Unreachable(
+                f"no coordinator at {self.address} within {patience:g} s; is it running?"
+            ) from error
+
     async def ask(self, method: str, request: object, kind: type[T]) -> T:
         """Make a call with one answer."""
         call = self._channel.unary_unary(_path(method), bytes, bytes)
@@ -248,6 +258,10 @@ class OperationsClient:
 
     def __init__(self, credentials: Credentials) -> None:
         self._line = _Line.of(credentials)
+
+    async def reach(self, patience: float) -> None:
+        """Return once connected; raises `Unreachable` after `patience` seconds."""
+        await self._line.reach(patience)
 
     async def submit(self, plan: str) -> RunInfo:
         """See `Operations`."""

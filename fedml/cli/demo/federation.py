@@ -119,6 +119,7 @@ class Federation:
         async def go() -> T:
             client = OperationsClient(Credentials.load(self.hub / "operator"))
             try:
+                await client.reach(1.0)
                 return await work(client)
             finally:
                 await client.close()
