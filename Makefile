@@ -36,7 +36,7 @@ check: $(READY)  ## Style, types, floors, configs, generated code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m fedml.cli.compose
+	$(BIN)/pytest -q -p no:cacheprovider tests/cli/test_compose.py
 	$(BIN)/python -m fedml.protocol.generate --check
 	$(BIN)/python -m fedml.serving.generate --check
 

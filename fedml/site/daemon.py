@@ -174,7 +174,7 @@ class Daemon:
             log.error("task failed", reason=str(error))
             telemetry.TASKS.labels("failed").inc()
             await self._tell(Failed(order.task, str(error)))
-        except Exception as error:  # noqa: BLE001 - the outermost loop of a task
+        except Exception as error:  # the outermost loop of a task
             log.exception("a bug ended a task")
             telemetry.TASKS.labels("failed").inc()
             await self._tell(Failed(order.task, f"a bug at the site, {type(error).__name__}"))
