@@ -287,5 +287,7 @@ def run_info(journal: Journal, id: RunId, run: Run | None) -> RunInfo:
         return replace(info, state=history.ended.state, detail=history.ended.detail)
     if run is not None:
         state, detail = run.status
+        if state in ("done", "failed", "stopped"):  # decided, and not yet on the disk
+            state, detail = "running", f"ending: {detail}"
         return replace(info, state=state, detail=detail)
     return info

@@ -170,8 +170,9 @@ class Journal:
     def close(self) -> None:
         """Let go of the file, after a write that is under way."""
         with self._mutex:
-            self._closed = True
-            self._log.close()
+            if not self._closed:
+                self._closed = True
+                self._log.close()
 
     def _note(self, entry: Entry) -> None:
         if not isinstance(entry, Submitted):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import shutil
 from pathlib import Path
 
@@ -46,8 +47,9 @@ class Mint:
         weights = work / "weights.safetensors"
         durable.replace(weights, b"".join(encode({"": candidate.params})))
         facts = self._facts(run, candidate, version)
-        await press.bundle(run.plan.recipe, weights, facts, work / "draft")
-        (work / "draft").rename(work / "bundle")
+        draft = work / f"draft-{secrets.token_hex(4)}"  # a press may have outlived its coordinator
+        await press.bundle(run.plan.recipe, weights, facts, draft)
+        draft.rename(work / "bundle")
 
     def _facts(self, run: Run, candidate: Candidate, version: int) -> Manifest:
         plan, receipts = run.plan, candidate.receipts

@@ -99,7 +99,7 @@ servings = st.builds(
     Serving, texts, counts, texts, st.sampled_from(["live", "refused", "none"]), texts
 )
 commands = st.one_of(
-    st.builds(Welcome, texts, finite),
+    st.builds(Welcome, texts, positive),
     assignments,
     st.builds(Cancel, tasks, texts),
     st.builds(Forget, tasks),
