@@ -19,6 +19,7 @@ from fedml.protocol.messages import (
     Accepted,
     Assignment,
     Beat,
+    Blob,
     Cancel,
     Command,
     Declined,
@@ -26,6 +27,7 @@ from fedml.protocol.messages import (
     Forget,
     Hello,
     ReleaseNotice,
+    RunId,
     Scored,
     Serving,
     SiteEvent,
@@ -39,6 +41,7 @@ from fedml.rounds.selection import SiteStatus
 from fedml.transport.desks import Send
 
 Answer = Declined | Failed | Trained | Scored
+_SPARE = 2  # updates beyond one a task that a site may offer, for instance after a crash
 _SILENT_BEATS = 3  # heartbeats without a word after which a stream counts as dead
 _log = structlog.get_logger()
 
@@ -51,6 +54,12 @@ class _Seat:
     hello: Hello | None = None
     seen: float = 0.0
     outstanding: dict[TaskId, Assignment] = field(default_factory=dict)
+    offered: set[str] = field(default_factory=set)  # digests of updates, good or not
+
+    @property
+    def training(self) -> list[Assignment]:
+        return [order for order in self.outstanding.values() if order.kind == "train"]
+
     farewell: asyncio.TimerHandle | None = None
 
 
@@ -93,6 +102,14 @@ class Desk:
         seat.outstanding.pop(task, None)
         self._push(seat, Forget(task, counted))
 
+    def abandon(self, run: RunId, reason: str) -> None:
+        """Take all tasks of a run back; it is over in a way that left no receipt."""
+        for site, seat in self._seats.items():
+            for order in list(seat.outstanding.values()):
+                if order.run == run:
+                    self.cancel(site, order.task, reason)
+                    self._push(seat, Forget(order.task, False))
+
     def announce(self, model: str) -> None:
         """Tell every site that is here to look at a model's channel; others hear it on return."""
         for seat in self._seats.values():
@@ -131,13 +148,29 @@ class Desk:
         """True if an outstanding task of `site` names this blob as its model."""
         return any(a.model.digest == digest for a in self._seat(site).outstanding.values())
 
-    def largest_update(self, site: SiteId) -> int:
-        """Bytes an update of `site` may have: twice its largest outstanding model, and a little.
+    def objection(self, site: SiteId, blob: Blob) -> str:
+        """Say why `site` may not hand in this blob now; "" if it may.
 
-        Algorithms report slots as large as the model at most once; 0 if nothing is outstanding.
+        It may have twice the largest outstanding model's bytes, and a little: algorithms report
+        slots as large as the model at most once. A task has one update, so few are taken.
         """
-        tasks = [a for a in self._seat(site).outstanding.values() if a.kind == "train"]
-        return max((2 * a.model.size + 2**20 for a in tasks), default=0)
+        seat = self._seat(site)
+        if not (tasks := seat.training):
+            return "no update is expected"
+        if blob.size > (most := max(2 * order.model.size + 2**20 for order in tasks)):
+            return f"at most {most} bytes are expected"
+        if blob.digest not in seat.offered and len(seat.offered) >= len(tasks) + _SPARE:
+            return f"it has offered {len(seat.offered)} updates for {len(tasks)} tasks"
+        seat.offered.add(blob.digest)
+        return ""
+
+    def leftovers(self, site: SiteId) -> set[str]:
+        """Return, once, what `site` offered for tasks that are all over now."""
+        seat = self._seat(site)
+        if seat.training:
+            return set()
+        offered, seat.offered = seat.offered, set()
+        return offered
 
     # --- one site's stream --------------------------------------------------------------------
 

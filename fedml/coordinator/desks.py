@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
+from fedml.coordinator.archive import Archive
 from fedml.coordinator.folder import Folder
-from fedml.coordinator.runs import Archive, Runs
+from fedml.coordinator.runs import Runs
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.identity.certificates import Identity
 from fedml.identity.enrolment import Registrar
@@ -48,10 +50,8 @@ class Federation:
 
     async def incoming(self, site: Identity, blob: Blob) -> BlobStore:
         """Return the store for an update, if the site owes one and it is not too large."""
-        most = self.runs.desk.largest_update(SiteId(site.name))
-        if blob.size > most:
-            owes = f"at most {most} bytes are expected" if most else "no update is expected"
-            raise Refused(f"{site.name} offers {blob.size} bytes; {owes}")
+        if objection := self.runs.desk.objection(SiteId(site.name), blob):
+            raise Refused(f"{site.name} offers {blob.size} bytes; {objection}")
         return self.blobs
 
     async def file(self, site: Identity, name: str) -> bytes:
@@ -109,8 +109,9 @@ class Operations:
 
     async def watch_run(self, by: Identity, run: RunId) -> AsyncGenerator[RunInfo, None]:
         """Yield the run now and at each change, until it ends."""
-        async for info in self.runs.watch(run):
-            yield info
+        async with aclosing(self.runs.watch(run)) as infos:
+            async for info in infos:
+                yield info
 
     async def stop_run(self, by: Identity, run: RunId) -> RunInfo:
         """Stop a run; what was committed stays."""

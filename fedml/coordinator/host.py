@@ -16,8 +16,9 @@ import structlog
 
 from fedml import telemetry
 from fedml.coordinator.desk import Answer, Desk
-from fedml.coordinator.journal import Ended, Journal, Registered, RoundOpened
-from fedml.errors import FedmlError, MalformedMessage
+from fedml.coordinator.holds import Holds
+from fedml.coordinator.journal import Ended, Journal, RoundOpened
+from fedml.errors import FedmlError, MalformedMessage, Refused
 from fedml.params import decode, encode
 from fedml.protocol.messages import (
     Assignment,
@@ -27,6 +28,7 @@ from fedml.protocol.messages import (
     RunId,
     Scored,
     SiteId,
+    TaskId,
     Trained,
 )
 from fedml.protocol.operations import Receipt, RunInfo
@@ -46,8 +48,8 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
 from fedml.rounds.run import Run
-from fedml.transport.chunks import BlobStore
 
+_LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
 _log = structlog.get_logger()
 Register = Callable[[Run, Candidate], Awaitable[int]]
 
@@ -64,17 +66,18 @@ class Host:
         *,
         desk: Desk,
         journal: Journal,
-        blobs: BlobStore,
+        holds: Holds,
         register: Register,
         changed: Callable[[RunId], None],
         grace: float = 0.0,
     ) -> None:
         self.run = run
-        self._desk, self._journal, self._blobs = desk, journal, blobs
+        self._desk, self._journal, self._holds = desk, journal, holds
         self._register, self._changed = register, changed
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._brief: tuple[Brief, Blob] | None = None
         self._uploads: list[str] = []
+        self._asked_again: set[TaskId] = set()
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
         self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
@@ -102,23 +105,33 @@ class Host:
         """Turn a site's answer into an event; a malformed update counts as the site's failure."""
         match answer:
             case Declined(task, reason):
-                self.tell(SiteLost(site, reason, final=True, task=task))
+                self.tell(SiteLost(site, _line(reason), final=True, task=task))
             case Failed(task, reason):
-                self.tell(SiteLost(site, reason, task=task))
+                self.tell(SiteLost(site, _line(reason), task=task))
             case Scored(task, totals, count, epsilon):
                 report = Report(task, order.round, site, totals, count, epsilon)
                 self.tell(ReportArrived(report))
-            case Trained(task, blob):
-                try:
-                    update = await asyncio.to_thread(self._read_update, site, order, answer)
-                except FedmlError as error:
-                    self.tell(SiteLost(site, f"update refused: {error}", task=task))
-                else:
-                    self._uploads.append(blob.digest)
-                    self.tell(UpdateArrived(update, blob.digest))
+            case Trained():
+                await self._trained(site, order, answer)
+
+    async def _trained(self, site: SiteId, order: Assignment, answer: Trained) -> None:
+        task, digest = answer.task, answer.update.digest
+        self._holds.hold(digest)
+        self._uploads.append(digest)
+        try:
+            update = await asyncio.to_thread(self._read_update, site, order, answer)
+        except (FedmlError, OSError) as error:
+            gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
+            if gone and task not in self._asked_again:
+                self._asked_again.add(task)
+                self._desk.assign(site, order)
+            else:
+                self.tell(SiteLost(site, f"update refused: {_line(str(error))}", task=task))
+        else:
+            self.tell(UpdateArrived(update, digest))
 
     def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
-        parts = decode(self._blobs.path(answer.update.digest).read_bytes())
+        parts = decode(self._holds.store.path(answer.update.digest).read_bytes())
         if "delta" not in parts:
             raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
         delta = parts.pop("delta")
@@ -151,12 +164,14 @@ class Host:
         finally:
             for timer in self._timers:
                 timer.cancel()
+            self._let_go()
 
     async def _carry_out(self, command: Command) -> list[Command]:
         match command:
             case Opened():
-                await asyncio.to_thread(self._journal.append, RoundOpened(self.run.id, command))
                 self._asked = command.opening.asked
+                entry = RoundOpened(self.run.id, command, self._data())
+                await asyncio.to_thread(self._journal.append, entry)
                 self._log.info("round opened", round=command.opening.number,
                                kind=command.opening.kind, sites=len(self._asked))  # fmt: skip
             case SendTask(task):
@@ -171,6 +186,8 @@ class Host:
             case ForgetTask(task, site):
                 counted = was_counted(self.run.receipts[-1], site)
                 self._desk.forget(site, task, counted=counted)
+                for digest in self._desk.leftovers(site):
+                    self._holds.discard(digest)
             case Candidate():
                 await self._candidate(command)
             case End(state, detail):
@@ -186,19 +203,22 @@ class Host:
         self._log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,
                        counted=len(receipt.counted), missing=dict(receipt.missing),
                        scores=dict(receipt.scores))  # fmt: skip
+        self._let_go()
+        return self.run.handle(Committed(), time.time())
+
+    def _let_go(self) -> None:
+        """Let the round's blobs go."""
         for digest in self._uploads:
-            self._blobs.delete(digest)
+            self._holds.let_go(digest)
         self._uploads.clear()
         if self._brief is not None:
-            self._blobs.delete(self._brief[1].digest)
+            self._holds.let_go(self._brief[1].digest)
             self._brief = None
-        return self.run.handle(Committed(), time.time())
 
     async def _candidate(self, candidate: Candidate) -> None:
         """Register the model once; a replay after a crash finds the version noted."""
         if not self._journal.runs[self.run.id].version:
             version = await self._register(self.run, candidate)
-            await asyncio.to_thread(self._journal.append, Registered(self.run.id, version))
             self._log.info("version registered", model=self.run.plan.model, version=version)
 
     async def _assignment(self, task: Task) -> Assignment:
@@ -223,10 +243,19 @@ class Host:
     async def _encoded(self, brief: Brief) -> Blob:
         """Encode a round's brief once, whatever the number of sites."""
         if self._brief is None or self._brief[0] is not brief:
-            pieces = encode({"": brief.params, **brief.slots})
-            blob = await asyncio.to_thread(self._blobs.put_bytes, *pieces)
+            blob = await self._holds.put(encode({"": brief.params, **brief.slots}))
             self._brief = (brief, blob)
         return self._brief[1]
+
+    def _data(self) -> dict[str, str]:
+        """Return the asked sites' dataset digests as they are now, for the lineage."""
+        name = self.run.plan.dataset
+        return {
+            str(status.site): card.digest
+            for status in self._desk.statuses()
+            for card in status.datasets
+            if status.site in self._asked and card.name == name
+        }
 
     def sites_changed(self) -> None:
         """Tell the run who is here now; after a restart, once those it asked last are back.
@@ -239,6 +268,12 @@ class Host:
             return
         self._expected = frozenset()
         self.tell(SitesChanged(statuses))
+
+
+def _line(reason: str) -> str:
+    """Return a site's words as one short line: they go to operators' terminals."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in reason)
+    return " ".join(plain.split())[:_LONGEST_REASON]
 
 
 def was_counted(receipt: Receipt, site: SiteId) -> bool:
@@ -269,5 +304,7 @@ def run_info(journal: Journal, id: RunId, run: Run | None) -> RunInfo:
         return replace(info, state=history.ended.state, detail=history.ended.detail)
     if run is not None:
         state, detail = run.status
+        if state in ("done", "failed", "stopped"):  # decided, and not yet on the disk
+            state, detail = "running", f"ending: {detail}"
         return replace(info, state=state, detail=detail)
     return info

@@ -7,13 +7,14 @@ committed, and deliver them again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from fedml import durable
-from fedml.errors import Corrupt
+from fedml.errors import ConfigError, Corrupt, MalformedMessage
 from fedml.params import decode, encode
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt, RunState
@@ -35,10 +36,11 @@ class Submitted:
 
 @dataclass(frozen=True)
 class RoundOpened:
-    """A round is about to be sent out."""
+    """A round is about to be sent out; `data` are the asked sites' keyed dataset digests."""
 
     run: RunId
     opened: Opened
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,14 @@ class History:
     state: str = ""
     version: int = 0
     ended: Ended | None = None
+    data: dict[str, str] = field(default_factory=dict)  # by site, as of its last round
 
     def note(self, entry: Entry) -> None:
         """Take in the next entry about this run."""
         match entry:
-            case RoundOpened(_, opened):
+            case RoundOpened(_, opened, data):
                 self.opened = opened
+                self.data |= data
             case RoundCommitted(_, receipt, state):
                 self.receipts.append(receipt)
                 self.opened = None
@@ -99,25 +103,36 @@ class History:
             case Ended():
                 self.ended = entry
             case Submitted():
-                raise Corrupt(f"run {entry.run} was submitted twice")
+                raise AssertionError("a run begins once")
 
 
 class Journal:
-    """The journal of one coordinator folder; opening it replays every run."""
+    """The journal of one coordinator folder; opening it replays every run. Threads may share it.
+
+    Opening raises `Corrupt`, naming the file and the way out, if it is not what we wrote.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._states = folder / "states"
+        self._mutex, self._closed = threading.Lock(), False
         self._log = durable.Log(folder / "journal.jsonl")
         self.torn = self._log.torn
-        self.runs: dict[RunId, History] = {}
-        for record in self._log.records:
-            self._note(_parse(self._log.path, record))
+        self.runs: Mapping[RunId, History] = {}
+        try:
+            for record in self._log.records:
+                self._note(_parse(self._log.path, record))
+        except BaseException:
+            self._log.close()
+            raise
 
     def append(self, entry: Entry) -> None:
         """Write `entry`; when this returns it is on the disk."""
         kind = type(entry).__name__
-        self._log.append({"kind": kind, "entry": to_record(entry)})
-        self._note(entry)
+        with self._mutex:
+            if self._closed:
+                raise ConfigError(f"{self._log.path} is closed; the coordinator is going down")
+            self._log.append({"kind": kind, "entry": to_record(entry)})
+            self._note(entry)
 
     def commit(self, run: RunId, receipt: Receipt, state: ServerState | None) -> None:
         """Write a round's end, its state file first; older states of the run go."""
@@ -140,25 +155,59 @@ class Journal:
             parts = decode(path.read_bytes())
         except OSError as error:
             raise Corrupt(f"{path}: {error.strerror}; restore the folder from a backup") from error
+        except MalformedMessage as error:
+            raise Corrupt(
+                f"{path} is damaged ({error}); restore the folder from a backup"
+            ) from error
         models = [r.model for r in history.receipts if r.kind == "train" and r.model]
-        params = parts.pop("")
-        if params.digest() != models[-1]:
-            raise Corrupt(f"{path} is not the state that the journal names; restore a backup")
+        params = parts.pop("", None)
+        if params is None or params.digest() != models[-1]:
+            raise Corrupt(
+                f"{path} is not the state that the journal names; restore the folder from a backup"
+            )
         return ServerState(params, parts, step=len(models))
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._log.close()
+        """Let go of the file, after a write that is under way."""
+        with self._mutex:
+            if not self._closed:
+                self._closed = True
+                self._log.close()
 
     def _note(self, entry: Entry) -> None:
-        if isinstance(entry, Submitted):
-            self.runs[entry.run] = History(entry, Plan.from_json(entry.plan))
-        else:
+        if not isinstance(entry, Submitted):
+            if entry.run not in self.runs:
+                raise Corrupt(
+                    f"{self._log.path}: run {entry.run} goes on and was never submitted; "
+                    "restore the folder from a backup"
+                )
             self.runs[entry.run].note(entry)
+        elif entry.run in self.runs:
+            raise Corrupt(
+                f"{self._log.path}: run {entry.run} was submitted twice; "
+                "restore the folder from a backup"
+            )
+        else:  # a new mapping: others may be going over the old one
+            self.runs = {**self.runs, entry.run: History(entry, self._plan(entry))}
+
+    def _plan(self, entry: Submitted) -> Plan:
+        try:
+            return Plan.from_json(entry.plan)
+        except ConfigError as error:
+            raise Corrupt(
+                f"{self._log.path}: the plan of run {entry.run} does not read ({error}); "
+                "use the fedml that wrote it, or restore the folder from a backup"
+            ) from error
 
 
 def _parse(path: Path, record: Mapping[str, object]) -> Entry:
     kind = _KINDS.get(str(record.get("kind")))
     if kind is None:
-        raise Corrupt(f"{path}: a record of kind {record.get('kind')!r}; is it from a newer fedml?")
-    return cast(Entry, from_record(kind, record.get("entry"), str(path)))
+        raise Corrupt(
+            f"{path}: a record of kind {record.get('kind')!r:.60} is none of ours; use the fedml "
+            "that wrote it, or restore the folder from a backup"
+        )
+    try:
+        return cast(Entry, from_record(kind, record.get("entry"), kind.__name__))
+    except ConfigError as error:
+        raise Corrupt(f"{path}: {error}; restore the folder from a backup") from error

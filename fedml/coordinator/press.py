@@ -65,6 +65,7 @@ async def _run(job: Mapping[str, Any]) -> None:
     finally:
         if child.returncode is None:
             child.kill()
+            await child.wait()
     if child.returncode != 0:
         text = output.decode(errors="replace").strip().splitlines()
         raise TaskFailed(text[-1] if text else f"the press ended with status {child.returncode}")

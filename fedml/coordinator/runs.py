@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import shutil
 import time
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import AsyncGenerator
 from typing import TypeVar
 
 import structlog
 
-from fedml import durable
 from fedml.coordinator import press
+from fedml.coordinator.archive import Archive
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.folder import Folder
-from fedml.coordinator.host import Host, run_info, was_counted
+from fedml.coordinator.holds import Holds
+from fedml.coordinator.host import Host, run_info
 from fedml.coordinator.journal import Ended, History, Journal, Submitted
-from fedml.errors import ConfigError, FedmlError
+from fedml.coordinator.mint import Mint
+from fedml.errors import ConfigError, FedmlError, Unreachable
 from fedml.learning.recipe import identify
-from fedml.params import Params, decode, encode
+from fedml.params import Params, decode
 from fedml.protocol.messages import Assignment, RunId, SiteId, TaskId
-from fedml.protocol.operations import Receipt, RunDetail, RunInfo
-from fedml.records import to_record
-from fedml.releases.manifest import WEIGHTS, Lineage, Manifest
-from fedml.releases.registry import Registry, Story
-from fedml.rounds.hosting import Candidate
+from fedml.protocol.operations import RunDetail, RunInfo
+from fedml.releases.manifest import WEIGHTS
 from fedml.rounds.plan import Plan
 from fedml.rounds.run import Run
 from fedml.transport.chunks import BlobStore
@@ -36,40 +31,21 @@ T = TypeVar("T")
 _log = structlog.get_logger()
 
 
-class Archive:
-    """The registry and the release repository behind one thread: one writer, never the loop's.
-
-    `open_registry` takes seconds; it is called in that thread, with the first piece of work.
-    """
-
-    def __init__(self, open_registry: Callable[[], Registry]) -> None:
-        self._open, self._registry = open_registry, None
-        self._thread = ThreadPoolExecutor(1, "archive")
-
-    _registry: Registry | None
-
-    async def do(self, work: Callable[[Registry], T]) -> T:
-        """Run blocking `work` on the registry; calls go one after another."""
-
-        def act() -> T:
-            self._registry = self._registry or self._open()
-            return work(self._registry)
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, act)
-
-
 class Runs:
-    """Every run that was ever submitted here. Enter it to resume those that were under way."""
+    """Every run that was ever submitted here; `resume` goes on with those under way."""
 
     def __init__(self, folder: Folder, archive: Archive, blobs: BlobStore) -> None:
-        self._folder, self._archive, self._blobs = folder, archive, blobs
+        self._folder, self._archive, self._holds = folder, archive, Holds(blobs)
         self._journal = Journal(folder.path)
         if self._journal.torn:
             _log.warning("journal mended", bytes_cut=len(self._journal.torn))
+        self._mint = Mint(folder.path / "press", archive, self._journal)
         self._hosts: dict[RunId, Host] = {}
         self._playing: dict[RunId, asyncio.Task[None]] = {}
         self._chores: set[asyncio.Task[None]] = set()
         self._watchers: dict[RunId, set[asyncio.Event]] = {}
+        self._halted: dict[RunId, str] = {}  # asked to stop before they were hosted
+        self._one_id = asyncio.Lock()
         self.desk = Desk(
             heartbeat=folder.settings.heartbeat,
             grace=folder.settings.grace,
@@ -106,9 +82,10 @@ class Runs:
             )
         if plan.parent:
             await self._archive.do(lambda registry: registry.get(plan.model, plan.parent))
-        id = RunId(f"{plan.model}-{1 + len(self._journal.runs)}")
-        entry = Submitted(id, plan.to_json(), by, time.time())
-        await asyncio.to_thread(self._journal.append, entry)
+        async with self._one_id:
+            id = RunId(f"{plan.model}-{1 + len(self._journal.runs)}")
+            entry = Submitted(id, plan.to_json(), by, time.time())
+            await asyncio.to_thread(self._journal.append, entry)
         self._start(id)
         return self.info(id)
 
@@ -132,10 +109,15 @@ class Runs:
         self._history(id)
         if id in self._hosts:
             self._hosts[id].stop(reason)
+        elif id in self._playing:
+            self._halted[id] = reason
         return self.info(id)
 
     async def watch(self, id: RunId) -> AsyncGenerator[RunInfo, None]:
-        """Yield the run now and whenever it changed, until it is over."""
+        """Yield the run now and whenever it changed, until it is over.
+
+        Raises `Unreachable` when the coordinator goes down before that.
+        """
         self._history(id)
         bell = asyncio.Event()
         self._watchers.setdefault(id, set()).add(bell)
@@ -143,8 +125,12 @@ class Runs:
             while True:
                 info = self.info(id)
                 yield info
-                if id not in self._playing:
+                if self._history(id).ended is not None:
                     return
+                if id not in self._playing:
+                    raise Unreachable(
+                        f"the coordinator is going down; {id} goes on when it is back"
+                    )
                 await bell.wait()
                 bell.clear()
         finally:
@@ -162,9 +148,11 @@ class Runs:
         task = asyncio.create_task(self._play(id))
         self._playing[id] = task
 
-        def ended(_: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
             self._playing.pop(id, None)
             self._hosts.pop(id, None)
+            if not task.cancelled() and (error := task.exception()):
+                _log.error("the run stands still; restart the coordinator", run=id, exc_info=error)
             self._changed(id)
 
         task.add_done_callback(ended)
@@ -175,22 +163,22 @@ class Runs:
                 await self._load(id),
                 desk=self.desk,
                 journal=self._journal,
-                blobs=self._blobs,
-                register=self._register,
+                holds=self._holds,
+                register=self._mint.register,
                 changed=self._changed,
                 grace=self._folder.settings.grace,
             )
             self._hosts[id] = host
             host.sites_changed()
+            if reason := self._halted.pop(id, ""):
+                host.stop(reason)
             await host.play()
         except FedmlError as error:
             await self._fail(id, str(error))
-        except Exception as error:  # noqa: BLE001 - the outermost loop of a run
-            _log.exception("a bug ended a run", run=id)
-            await self._fail(id, f"a bug of ours, {type(error).__name__}: {error}; see the log")
 
     async def _fail(self, id: RunId, reason: str) -> None:
         _log.error("run failed", run=id, reason=reason)
+        self.desk.abandon(id, f"the run failed: {reason}")
         await asyncio.to_thread(self._journal.append, Ended(id, "failed", reason))
 
     async def _load(self, id: RunId) -> Run:
@@ -232,83 +220,15 @@ class Runs:
 
     def _was_counted(self, task: TaskId) -> bool:
         """True if a kept task's update entered a model: told to sites that were away."""
-        for id, history in self._journal.runs.items():
-            for receipt in history.receipts:
-                prefix = f"{id}.{receipt.round}.{receipt.attempt}."
-                if receipt.kind == "train" and task.startswith(prefix):
-                    return was_counted(receipt, SiteId(task.removeprefix(prefix)))
-        return False
-
-    # --- from a candidate to a version --------------------------------------------------------
-
-    async def _register(self, run: Run, candidate: Candidate) -> int:
-        """Make a bundle of the candidate and stage it; after a crash the same bundle is staged."""
-        work = self._folder.path / "press" / run.id
-        plan = run.plan
-        if not (work / "bundle" / "manifest.json").exists():
-            shutil.rmtree(work, ignore_errors=True)
-            version = await self._archive.do(lambda r: r.next_version(plan.model))
-            facts = self._facts(run, candidate, version)
-            weights = work / "weights.safetensors"
-            durable.replace(weights, b"".join(encode({"": candidate.params})))
-            await press.bundle(plan.recipe, weights, facts, work / "draft")
-            (work / "draft").rename(work / "bundle")
-        story = Story(candidate.receipts, _flat(to_record(plan)))
-        staged = await self._archive.do(lambda r: r.stage(work / "bundle", story))
-        await asyncio.to_thread(shutil.rmtree, work)
-        return staged.version
-
-    def _facts(self, run: Run, candidate: Candidate, version: int) -> Manifest:
-        plan, receipts = run.plan, candidate.receipts
-        spent: dict[str, float] = {}
-        for receipt in receipts:
-            for counted in receipt.counted:
-                spent[counted.site] = max(spent.get(counted.site, 0.0), counted.epsilon)
-        data = {
-            str(info.site): card.digest
-            for info in self.desk.sites()
-            for card in info.datasets
-            if card.name == plan.dataset and info.site in spent
-        }
-        lineage = Lineage(
-            run=run.id,
-            recipe=plan.recipe,
-            rounds=run.done,
-            parent=plan.parent,
-            receipts=tuple(digest_of(receipt) for receipt in receipts),
-            plan=plan.digest(),
-            code=code_digest(),
-            data=data,
-            epsilon=spent,
-            delta=plan.privacy.delta,
+        return any(
+            task == f"{id}.{receipt.round}.{receipt.attempt}.{counted.site}"
+            for id, history in self._journal.runs.items()
+            for receipt in history.receipts
+            if receipt.kind == "train" and receipt.model
+            for counted in receipt.counted
         )
-        created = receipts[-1].closed  # not now: the same after a crash
-        return Manifest(plan.model, version, created, lineage, scores=candidate.scores)
 
 
 def _tell_bug(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
         _log.error("a bug lost a site's answer", exc_info=error)
-
-
-def digest_of(receipt: Receipt) -> str:
-    """SHA-256 of a receipt's canonical JSON, in hex."""
-    return hashlib.sha256(durable.dump_json(to_record(receipt))).hexdigest()
-
-
-def code_digest() -> str:
-    """SHA-256 over the names and bytes of this package's own source files, in hex."""
-    root, total = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
-
-
-def _flat(record: object, prefix: str = "") -> dict[str, str]:
-    """Return nested settings as one level of dotted names, as a tracking page shows them."""
-    if isinstance(record, dict):
-        flat: dict[str, str] = {}
-        for key, value in record.items():
-            flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: str(record)}

@@ -10,9 +10,12 @@ from pathlib import Path
 import structlog
 
 from fedml import durable
+from fedml.coordinator.archive import Archive
 from fedml.coordinator.desks import Enrolment, Federation, Operations
 from fedml.coordinator.folder import Folder
-from fedml.coordinator.runs import Archive, Runs
+from fedml.coordinator.runs import Runs
+from fedml.coordinator.settings import read_settings
+from fedml.errors import FedmlError
 from fedml.identity.enrolment import Registrar
 from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Desks
@@ -28,6 +31,7 @@ async def run(path: Path, ready: Callable[[Server], None] = lambda _: None) -> N
     Raises `ConfigError` if the folder is none, is in use, or a port is taken, and `Corrupt` if
     something in it is damaged.
     """
+    read_settings(path)  # before the lock, which makes the folder
     with durable.lock(path, "a coordinator"):
         folder = Folder.open(path)
         blobs = BlobStore(path / "blobs", folder.settings.blob_limit_mb * 2**20)
@@ -80,6 +84,11 @@ def _tls(folder: Folder) -> ServerTls:
 
 
 async def _keep_fresh(folder: Folder, archive: Archive) -> None:
+    """Renew the release metadata in time. At the start a failure ends us, later it is an alarm."""
+    await archive.do(lambda _: folder.releases.refresh())
     while True:
-        await archive.do(lambda _: folder.releases.refresh())
         await asyncio.sleep(_RENEWAL)
+        try:
+            await archive.do(lambda _: folder.releases.refresh())
+        except FedmlError as error:
+            _log.error("release metadata not renewed; sites refuse it in time", reason=str(error))

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError, Message
 from fedml.errors import ConfigError, MalformedMessage
 from fedml.protocol import operations, requests
 from fedml.protocol._generated import fedml_pb2
-from fedml.protocol.messages import Command, SiteEvent
+from fedml.protocol.messages import Command, SiteEvent, check_id
 
 T = TypeVar("T")
 
@@ -33,7 +33,6 @@ MAX_DOCUMENT = 2 * 2**20  # bytes of a plan or a manifest
 MAX_ENTRIES = 1000  # of a map
 MAX_ITEMS = 10_000  # of a list
 _DOCUMENTS = frozenset({"plan", "manifest"})
-_ID = re.compile(r"(?![/~])(?!.*\.\.)[!-\[\]-~]{1,200}")  # may become part of a path: no way up
 
 
 def encode(message: object) -> bytes:
@@ -242,9 +241,10 @@ def _text(limit: int, value: object, where: str) -> str:
 
 def _id(value: object, where: str) -> str:
     text = _text(MAX_TEXT, value, where)
-    if not _ID.fullmatch(text):
-        raise MalformedMessage(f"{where}: {text[:70]!r} is no id")
-    return text
+    try:
+        return check_id(where, text)
+    except ConfigError as error:
+        raise MalformedMessage(str(error)) from error
 
 
 def _word(words: tuple[str, ...], value: object, where: str) -> str:

@@ -23,15 +23,28 @@ RunId = NewType("RunId", str)
 TaskId = NewType("TaskId", str)
 Scores = Mapping[str, float]  # metric name to value
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_NAME = re.compile(r"(?!.*\.\.)[a-z0-9][a-z0-9._-]{0,62}")
+_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def check_name(what: str, name: str) -> str:
     """Return `name` if it is fit for a file, a URL and a certificate; else raise `ConfigError`."""
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what} {name!r}: use 1-63 of a-z 0-9 . _ - and start with a-z or 0-9")
+        raise ConfigError(
+            f"{what} {name!r}: use 1-63 of a-z 0-9 . _ - without '..', start with a-z or 0-9"
+        )
     return name
+
+
+def check_id(what: str, id: str) -> str:
+    """Return `id`, of a task, run or site, if it is one file name; else raise `ConfigError`.
+
+    Ids of tasks name folders at a site, so one from a hostile peer must not lead out of them.
+    """
+    if not _ID.fullmatch(id):
+        raise ConfigError(f"{what}: {id[:70]!r} is no id; 1-200 of A-Z a-z 0-9 . _ -")
+    return id
 
 
 def check_digest(what: str, digest: str) -> str:
@@ -143,6 +156,10 @@ class Welcome:
     version: str
     heartbeat: float
 
+    def __post_init__(self) -> None:
+        if not 0 < self.heartbeat < math.inf:
+            raise ConfigError(f"heartbeat {self.heartbeat} s: must be above 0")
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -167,6 +184,8 @@ class Assignment:
     deadline: float = 600.0
 
     def __post_init__(self) -> None:
+        check_id("task", self.task)
+        check_id("run", self.run)
         check_name("dataset", self.dataset)
         if self.kind not in ("train", "evaluate"):
             raise ConfigError(f"task kind {self.kind!r}: 'train' or 'evaluate'")
@@ -229,6 +248,12 @@ class DatasetCard:
     name: str
     rows: int
     digest: str
+
+    def __post_init__(self) -> None:
+        check_name("dataset", self.name)
+        check_digest("dataset digest", self.digest)
+        if self.rows < 0:
+            raise ConfigError(f"dataset {self.name}: {self.rows} rows")
 
 
 @dataclass(frozen=True)

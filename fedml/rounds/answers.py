@@ -10,6 +10,7 @@ from fedml.protocol.messages import Scores
 from fedml.protocol.tasks import Brief, Report, Update
 from fedml.strategies import Aggregate, Reducer
 
+_MOST_NAMES, _LONGEST_NAME = 64, 64  # of metrics and scores; receipts keep them for good
 _HUGE = 1e300  # a sum of totals below this cannot overflow
 
 
@@ -37,6 +38,7 @@ class Updates:
         if answer.slots.keys() != self._reports:
             got, wanted = sorted(answer.slots), sorted(self._reports)
             raise MalformedUpdate(f"it has slots {got}, rule {brief.rule} reports {wanted}")
+        _check_names(answer.metrics)
         if not 0 < answer.weight < math.inf:
             raise MalformedUpdate(f"weight {answer.weight}: must be finite and above 0")
         for part in (answer.delta, *answer.slots.values()):
@@ -60,6 +62,7 @@ class Reports:
         """Refuse a report with a total or count that is not finite."""
         if not isinstance(answer, Report):
             raise MalformedMessage("it is an update, not a report")
+        _check_names(answer.totals)
         for name, value in {"count": answer.count, **answer.totals}.items():
             if not abs(value) < _HUGE:
                 raise MalformedMessage(f"its {name} is {value}")
@@ -80,3 +83,11 @@ class Reports:
         if not scores:
             raise MalformedMessage("the sites' counts add up to no rows")
         return scores
+
+
+def _check_names(numbers: Scores) -> None:
+    if len(numbers) > _MOST_NAMES:
+        raise MalformedUpdate(f"it has {len(numbers)} metrics, at most {_MOST_NAMES} are kept")
+    for name in numbers:
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise MalformedUpdate(f"metric {name!r:.70}: use 1-{_LONGEST_NAME} printable letters")

@@ -66,6 +66,7 @@ class Foreman:
         Cancelling this call kills the task at once.
         """
         async with self._busy:
+            outcome.with_name("error.json").unlink(missing_ok=True)  # of an earlier try
             status, breach = await self._fork(job)
         if breach:
             raise TaskFailed(breach)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedml import durable
-from fedml.errors import MalformedMessage
+from fedml.errors import ConfigError, MalformedMessage, Untrusted
 from fedml.protocol import codec
-from fedml.protocol.messages import Assignment, RunId, Scored, TaskId, Trained
+from fedml.protocol.messages import Assignment, RunId, Scored, TaskId, Trained, check_id
 
 Result = Trained | Scored
 
@@ -53,15 +53,26 @@ class Memory:
         self._tasks.mkdir(parents=True, exist_ok=True)
 
     def desk(self, task: TaskId) -> Desk:
-        """Return the folder of `task`; it may not exist yet."""
-        return Desk(self._tasks / task)
+        """Return the folder of `task`; it may not exist yet.
+
+        Raises `Untrusted` if the id is no plain file name: it might name another folder.
+        """
+        return Desk(self._tasks / _file_name("task", task))
 
     def accept(self, assignment: Assignment) -> Desk:
-        """Note an assignment; the same one twice is one. Its desk is clean unless finished."""
-        desk = self.desk(assignment.task)
-        if not (desk.folder / "assignment").exists():
+        """Note an assignment; the same one twice is one. Its desk is clean unless finished.
+
+        Raises `Untrusted` if another order came under the same id: the terms of one must never
+        cover the work of another.
+        """
+        desk, known = self.desk(assignment.task), self.assignment(assignment.task)
+        if known is None:
             shutil.rmtree(desk.folder, ignore_errors=True)
             durable.replace(desk.folder / "assignment", codec.encode(assignment))
+        elif known != assignment:
+            raise Untrusted(
+                f"task {assignment.task} came before as another order; refuse the coordinator"
+            )
         return desk
 
     def assignment(self, task: TaskId) -> Assignment | None:
@@ -99,8 +110,9 @@ class Memory:
         return found
 
     def kept(self) -> tuple[TaskId, ...]:
-        """Return the tasks on the disk, finished or not."""
-        return tuple(TaskId(folder.name) for folder in sorted(self._tasks.iterdir()))
+        """Return the tasks on the disk, finished or not; what else lies there is not told."""
+        names = sorted(folder.name for folder in self._tasks.iterdir())
+        return tuple(TaskId(name) for name in names if _is_id(name))
 
     def forget(self, task: TaskId, *, counted: bool) -> None:
         """Delete a task. If it counted, its site-side state becomes its run's."""
@@ -111,4 +123,19 @@ class Memory:
 
     def slots(self, run: RunId) -> Path:
         """Where the run's site-side state lies, if there is any."""
-        return self._slots / f"{run}.safetensors"
+        return self._slots / f"{_file_name('run', run)}.safetensors"
+
+
+def _file_name(what: str, id: str) -> str:
+    try:
+        return check_id(what, id)
+    except ConfigError as error:
+        raise Untrusted(str(error)) from error
+
+
+def _is_id(name: str) -> bool:
+    try:
+        check_id("task", name)
+    except ConfigError:
+        return False
+    return True

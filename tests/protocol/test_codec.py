@@ -56,11 +56,11 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=1e-9, max_value=1e9)
 counts = st.integers(0, 2**62)
 texts = st.text(max_size=20)
-names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,62}", fullmatch=True)
+names = st.from_regex(r"[a-z0-9]([._-]?[a-z0-9_-]){0,31}", fullmatch=True)
 digests = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
 scores = st.dictionaries(texts, finite, max_size=4)
-tasks = st.from_regex(r"[a-z0-9]{1,8}(/[a-z0-9:#@_]{1,8}){0,3}", fullmatch=True).map(TaskId)
-runs = st.from_regex(r"[a-z0-9_-]{1,20}", fullmatch=True).map(RunId)
+tasks = st.from_regex(r"[a-z0-9]{1,8}(\.[a-z0-9_-]{1,8}){0,3}", fullmatch=True).map(TaskId)
+runs = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,19}", fullmatch=True).map(RunId)
 sites = names.map(SiteId)
 blobs = st.builds(Blob, digests, counts)
 recipes = st.builds(RecipeId, names, digests)
@@ -94,12 +94,12 @@ assignments = st.builds(
     seed=st.integers(-(2**63), 2**63 - 1),
     deadline=positive,
 )
-cards = st.builds(DatasetCard, texts, counts, texts)
+cards = st.builds(DatasetCard, names, counts, digests)
 servings = st.builds(
     Serving, texts, counts, texts, st.sampled_from(["live", "refused", "none"]), texts
 )
 commands = st.one_of(
-    st.builds(Welcome, texts, finite),
+    st.builds(Welcome, texts, positive),
     assignments,
     st.builds(Cancel, tasks, texts),
     st.builds(Forget, tasks),
@@ -330,6 +330,9 @@ def test_an_operator_may_read_that_a_score_is_undefined() -> None:
         (lambda m: setattr(m, "task", "../../etc/passwd"), "Assignment.task: .* is no id"),
         (lambda m: setattr(m, "task", "/etc/passwd"), "Assignment.task: .* is no id"),
         (lambda m: setattr(m, "task", "a\nb"), "Assignment.task: .* is no id"),
+        (lambda m: setattr(m, "task", "a/b"), "Assignment.task: 'a/b' is no id"),
+        (lambda m: setattr(m, "task", "."), "Assignment.task: '.' is no id"),
+        (lambda m: setattr(m, "task", "a..b"), "Assignment.task: 'a..b' is no id"),
         (lambda m: setattr(m, "run", ""), "Assignment.run: '' is no id"),
         (lambda m: setattr(m, "dataset", "../x"), "dataset '../x'"),
         (lambda m: setattr(m.model, "digest", "AB"), "'AB' is no SHA-256"),

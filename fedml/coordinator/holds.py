@@ -1,0 +1,43 @@
+"""Who still needs a blob: equal models and updates have one blob, whichever runs they belong to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+
+from fedml.protocol.messages import Blob
+from fedml.transport.chunks import BlobStore
+
+
+class Holds:
+    """A store whose blobs go when the last of those who hold them lets go."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self.store = store
+        self._count: Counter[str] = Counter()
+
+    async def put(self, pieces: Iterable[bytes | memoryview]) -> Blob:
+        """Store one blob, and hold it."""
+        pieces = tuple(pieces)
+        while True:
+            blob = await asyncio.to_thread(self.store.put_bytes, *pieces)
+            self.hold(blob.digest)
+            if self.store.has(blob.digest):  # else another let go of it just before we held it
+                return blob
+            self._count[blob.digest] -= 1
+
+    def hold(self, digest: str) -> None:
+        """Keep a blob, if it is there, until `let_go` was called as often as this."""
+        self._count[digest] += 1
+
+    def let_go(self, digest: str) -> None:
+        """Need a blob no longer."""
+        self._count[digest] -= 1
+        self.discard(digest)
+
+    def discard(self, digest: str) -> None:
+        """Delete a blob unless somebody holds it."""
+        if self._count[digest] <= 0:
+            del self._count[digest]
+            self.store.delete(digest)

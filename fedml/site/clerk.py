@@ -1,0 +1,309 @@
+"""The clerk: takes orders, has them done, and hands in what came of each, once.
+
+What may be done it takes from `gate` and the ledger. What is finished it keeps on disk until told
+to forget, so an order that comes twice is answered with the same bytes; what was answered and
+forgotten is never done again, for a second answer to the same order would be a second release.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from fedml import durable, telemetry
+from fedml.errors import Corrupt, FedmlError, Refused, TaskFailed, Unreachable, Untrusted
+from fedml.learning.recipe import installed
+from fedml.privacy.ledger import Ledger
+from fedml.protocol.messages import (
+    Accepted,
+    Assignment,
+    Blob,
+    Declined,
+    Failed,
+    RecipeId,
+    Scored,
+    SiteEvent,
+    TaskId,
+    Trained,
+)
+from fedml.site.backoff import Backoff
+from fedml.site.foreman import Foreman
+from fedml.site.gate import Permit, decide
+from fedml.site.memory import Desk, Memory, Result
+from fedml.site.policy import Policy
+from fedml.transport.chunks import BlobStore
+from fedml.transport.link import Link
+
+_LARGEST_BLOB = 64 * 2**30  # bytes
+_log = structlog.get_logger()
+
+Ledgers = Mapping[str, Ledger]  # by dataset
+Tell = Callable[[SiteEvent], Awaitable[None]]
+
+
+@contextmanager
+def open_ledgers(folder: Path, policy: Policy) -> Iterator[Ledgers]:
+    """Hold the ledger of every dataset that has a budget; raises `Corrupt` or `ConfigError`."""
+    with ExitStack() as stack:
+        ledgers = {}
+        for name, dataset in policy.datasets.items():
+            if dataset.epsilon > 0:
+                ledgers[name] = Ledger(
+                    folder / "ledger" / f"{name}.jsonl",
+                    name=name,
+                    limit_epsilon=dataset.epsilon,
+                    delta=dataset.delta,
+                )
+                stack.callback(ledgers[name].close)
+        yield ledgers
+
+
+@dataclass
+class _Job:
+    """An order that is being answered; `again` is set when the coordinator asks once more."""
+
+    work: asyncio.Task[None]
+    again: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Clerk:
+    """Answers the orders of one site. `link` hands blobs over, `tell` sends an event if it can."""
+
+    def __init__(
+        self,
+        folder: Path,
+        site: str,
+        policy: Policy,
+        ledgers: Ledgers,
+        link: Link,
+        tell: Tell,
+        backoff: Backoff,
+    ) -> None:
+        self._site, self._policy, self._ledgers = site, policy, ledgers
+        self._link, self._tell, self._backoff = link, tell, backoff
+        self.installed: tuple[RecipeId, ...] = installed(policy.recipe_files)
+        self._memory = Memory(folder)
+        self._blobs = BlobStore(folder / "blobs", _LARGEST_BLOB)
+        self._blobs.sweep(())  # what a task needs lies in its own folder
+        self._foreman = Foreman(policy)
+        self._jobs: dict[TaskId, _Job] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Start the worker ahead of the first order."""
+        if self._policy.datasets:
+            await self._foreman.start()
+
+    async def stop(self) -> None:
+        """Stop working at once; what is on the disk is taken up again by the next clerk."""
+        jobs = [*(job.work for job in self._jobs.values()), *self._leaving]
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await self._foreman.stop()
+
+    def kept(self) -> tuple[TaskId, ...]:
+        """Return the tasks whose orders or results are on the disk."""
+        return self._memory.kept()
+
+    def take(self, order: Assignment) -> None:
+        """Begin with an order; the same one while it is being answered is a reminder."""
+        if job := self._jobs.get(order.task):
+            job.again.set()
+            return
+        self._jobs[order.task] = job = _Job(asyncio.create_task(self._answer(order)))
+
+        def done(work: asyncio.Task[None]) -> None:
+            del self._jobs[order.task]
+            if not work.cancelled() and (error := work.exception()):
+                _log.error("a bug in the clerk", task=order.task, exc_info=error)
+
+        job.work.add_done_callback(done)
+
+    def drop(self, task: TaskId, reason: str) -> None:
+        """Stop working on a task. What it would have cost is free again, unless it is charged."""
+
+        def clear() -> None:
+            if self._memory.result(task) is None:  # what is charged waits to be forgotten
+                self._clear(task)
+
+        self._after(task, reason, clear)
+
+    def forget(self, task: TaskId, *, counted: bool) -> None:
+        """Delete what is kept of a task, whose round is over."""
+        reason = "its round is over"
+        self._after(task, reason, lambda: self._clear(task, counted=counted))
+
+    def _after(self, task: TaskId, reason: str, act: Callable[[], None]) -> None:
+        """Do `act` once nobody works on `task`, which is at once if nobody does."""
+        job = self._jobs.get(task)
+        if job is None:
+            _guarded(task, act)
+            return
+        _log.info("task cancelled", task=task, reason=reason)
+        job.work.cancel()
+        leave = asyncio.create_task(self._leave(job, lambda: _guarded(task, act)))
+        self._leaving.add(leave)
+        leave.add_done_callback(self._leaving.discard)
+
+    @staticmethod
+    async def _leave(job: _Job, act: Callable[[], None]) -> None:
+        await asyncio.wait([job.work])
+        act()
+
+    def _clear(self, task: TaskId, *, counted: bool = False) -> None:
+        order, result = self._memory.assignment(task), self._memory.result(task)
+        self._memory.forget(task, counted=counted)
+        if isinstance(result, Trained):
+            self._blobs.delete(result.update.digest)
+        if order is not None:
+            self._blobs.delete(order.model.digest)
+            if order.dataset in self._ledgers:
+                self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
+
+    # --- one order ----------------------------------------------------------------------------
+
+    async def _answer(self, order: Assignment) -> None:
+        """Answer an order with its result, or with the reason why there is none."""
+        log, waits = (
+            _log.bind(task=order.task, run=order.run, round=order.round),
+            iter(self._backoff),
+        )
+        while True:
+            try:
+                result = await self._result(order)
+                await self._deliver(order, result)
+                return telemetry.TASKS.labels("delivered").inc()
+            except Refused as error:
+                log.warning("task refused", reason=str(error))
+                telemetry.TASKS.labels("refused").inc()
+                return await self._tell(Declined(order.task, str(error)))
+            except Unreachable as error:
+                log.info("task waits for the coordinator", reason=str(error))
+                await self._pause(order.task, next(waits))
+            except FedmlError as error:
+                log.error("task failed", reason=str(error))
+                telemetry.TASKS.labels("failed").inc()
+                return await self._tell(Failed(order.task, str(error)))
+            except Exception as error:  # the outermost loop of a task
+                log.exception("a bug ended a task")
+                telemetry.TASKS.labels("failed").inc()
+                text = f"a bug at the site, {type(error).__name__}"
+                return await self._tell(Failed(order.task, text))
+
+    async def _pause(self, task: TaskId, seconds: float) -> None:
+        """Wait, but no longer than until the coordinator asks again."""
+        again = self._jobs[task].again
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await again.wait()
+        again.clear()
+
+    async def _result(self, order: Assignment) -> Result:
+        """Return the kept result, or do the work; it is charged when this returns."""
+        known = self._memory.assignment(order.task) == order
+        if known and (kept := self._memory.result(order.task)):
+            return kept
+        permit = decide(self._policy, order, self.installed)
+        ledger = self._ledgers.get(order.dataset) if permit.event else None
+        desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
+        if ledger is not None:
+            await self._reserve(ledger, order, permit, desk)
+        await self._tell(Accepted(order.task))
+        try:
+            await self._work(order, permit, desk)
+        except TaskFailed:
+            if ledger is not None:
+                await asyncio.to_thread(ledger.void, order.task)
+            raise
+        epsilon = 0.0
+        if ledger is not None:
+            await asyncio.to_thread(ledger.charge, order.task)  # on disk before anything leaves
+            epsilon = await asyncio.to_thread(lambda: ledger.spent(run=order.run))
+            telemetry.EPSILON.labels(order.dataset).set(await asyncio.to_thread(ledger.spent))
+        result = await asyncio.to_thread(_read_result, order, desk, epsilon)
+        self._memory.finish(result)
+        return result
+
+    async def _reserve(self, ledger: Ledger, order: Assignment, permit: Permit, desk: Desk) -> None:
+        assert permit.event is not None, "nothing to reserve"
+        try:
+            if ledger.is_charged(order.task) and not desk.outcome.exists():
+                raise Refused(
+                    f"task {order.task} was charged and answered before, and is not done again "
+                    "for nothing; open a new run"
+                )
+            await asyncio.to_thread(
+                ledger.reserve, order.task, order.run, permit.part, permit.event
+            )
+        except FedmlError:
+            self._memory.forget(order.task, counted=False)
+            raise
+
+    async def _work(self, order: Assignment, permit: Permit, desk: Desk) -> None:
+        """Have the outcome on the disk, unless a crash came between work and charge."""
+        if desk.outcome.exists():
+            return
+        try:
+            await self._fetch_model(order, desk)
+        except Refused as error:
+            raise TaskFailed(f"the coordinator withholds the model: {error}") from error
+        await self._foreman.run(self._job(order, permit, desk), desk.outcome)
+
+    async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
+        """Give the task its own name for the blob: the store may drop it with an older task."""
+        if desk.model.exists():
+            return
+        await self._link.download(order.model, self._blobs)
+        try:
+            desk.model.hardlink_to(self._blobs.path(order.model.digest))
+        except (Refused, FileNotFoundError) as error:
+            raise Unreachable("the model left with another task; fetching it again") from error
+
+    def _job(self, order: Assignment, permit: Permit, desk: Desk) -> Mapping[str, object]:
+        return {
+            "folder": str(desk.folder),
+            "site": self._site,
+            "model": str(desk.model),
+            "slots": str(self._memory.slots(order.run)),
+            "rows": str(permit.rows),
+            "public_rows": permit.dataset.rows,
+            "device": self._policy.device,
+            "threads": self._policy.threads,
+            "recipe_files": dict(self._policy.recipe_files),
+        }
+
+    async def _deliver(self, order: Assignment, result: Result) -> None:
+        if isinstance(result, Trained):
+            path = self._memory.desk(order.task).update
+            blob = await asyncio.to_thread(self._blobs.put_file, path)
+            if blob != result.update:
+                raise Untrusted(f"{path} changed after it was charged; refusing to send it")
+            await self._link.upload(blob, self._blobs)
+        await self._link.send(result)
+
+
+def _guarded(task: TaskId, act: Callable[[], None]) -> None:
+    """Do what a peer asked for a task; a task id that is none is its fault, not our end."""
+    try:
+        act()
+    except FedmlError as error:
+        _log.error("task not forgotten", task=task[:70], reason=str(error))
+
+
+def _read_result(order: Assignment, desk: Desk, epsilon: float) -> Result:
+    outcome = durable.read_json(desk.outcome)
+    try:
+        if order.kind == "evaluate":
+            return Scored(order.task, outcome["totals"], outcome["count"], epsilon)
+        data = desk.update.read_bytes()
+        blob = Blob(hashlib.sha256(data).hexdigest(), len(data))
+        return Trained(order.task, blob, outcome["weight"], outcome["metrics"], epsilon)
+    except (OSError, KeyError, TypeError) as error:
+        raise Corrupt(f"{desk.outcome} does not tell a result ({error!r})") from error

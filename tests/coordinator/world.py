@@ -1,0 +1,199 @@
+"""A coordinator in process, with everything real but the network, and sites played by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from fedml.coordinator.archive import Archive
+from fedml.coordinator.desks import Enrolment, Federation, Operations
+from fedml.coordinator.folder import Folder, create
+from fedml.coordinator.runs import Runs
+from fedml.coordinator.settings import Settings
+from fedml.identity.certificates import Identity
+from fedml.identity.enrolment import Registrar
+from fedml.learning.recipe import identify, load
+from fedml.params import Params, encode
+from fedml.protocol.messages import (
+    Assignment,
+    Blob,
+    Command,
+    DatasetCard,
+    Hello,
+    RunId,
+    SiteEvent,
+    SiteId,
+    TaskId,
+    Trained,
+    Training,
+    Welcome,
+)
+from fedml.protocol.operations import Receipt, RunInfo
+from fedml.releases.registry import MemoryRegistry, Registry
+from fedml.rounds import Cohort, Evaluation, Plan
+from fedml.strategies import FedAvg
+from fedml.transport.chunks import BlobStore
+from fedml.transport.desks import Desks
+from fedml.transport.memory import MemoryCoordinator
+
+C = TypeVar("C")
+SITES = ("bern", "kyoto", "quito")
+GRACE = 0.05  # seconds
+
+
+@functools.cache
+def first_params() -> Params:
+    return Params(load(identify("breast_cancer")).build().state_dict())
+
+
+def plan(**changes: object) -> Plan:
+    base = Plan(
+        model="cancer",
+        recipe=identify("breast_cancer"),
+        dataset="records",
+        strategy=FedAvg(),
+        training=Training(lr=1.0, steps=1),
+        cohort=Cohort(quorum=2, deadline=60.0),
+        rounds=3,
+        evaluation=Evaluation(at_end=False),
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def who(name: str, role: str = "site") -> Identity:
+    now = time.time()
+    return Identity(name, role, 1, now - 60, now + 3600)  # type: ignore[arg-type]
+
+
+def delta(value: float) -> Params:
+    """An update that each site could have made."""
+    return first_params().map(lambda buffer: torch.full_like(buffer, value))
+
+
+def packed(parts: Mapping[str, Params]) -> bytes:
+    return b"".join(encode(parts))
+
+
+class Hub:
+    """A coordinator's folder, opened; `close` and `open` again are a crash and a restart."""
+
+    def __init__(self, path: Path, registry: Registry, settings: Settings | None = None) -> None:
+        self.path, self.registry = path, registry
+        if not path.exists():
+            create(path, settings or Settings(heartbeat=10.0, grace=GRACE))
+        folder = Folder.open(path)
+        blobs = BlobStore(path / "blobs", 2**24)
+        blobs.sweep(())
+        archive = Archive(lambda: registry)
+        self.runs = Runs(folder, archive, blobs)
+        registrar = Registrar(
+            folder.authority, folder.invitations, folder.revocations, "x:1", "x:2"
+        )
+        released = BlobStore(folder.releases.folder / "blobs", 2**24)
+        desks = Desks(
+            Federation(folder, self.runs, blobs, released),
+            Operations(folder, self.runs, archive, registrar),
+            Enrolment(folder, registrar),
+        )
+        self.coordinator = MemoryCoordinator(desks, folder.access)
+        self.operator = self.coordinator.operations(who("admin", "operator"))
+        self.blobs = blobs
+        self.runs.resume()
+
+    async def close(self) -> None:
+        await self.runs.stop()
+        await self.coordinator.stop()
+
+    async def submit(self, a_plan: Plan) -> RunId:
+        number = 1 + len(await self.operator.list_runs())
+        path = self.path / "press" / f"{a_plan.model}-{number}.first.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(packed({"": first_params()}))  # as the press does, which takes seconds
+        return (await self.operator.submit(a_plan.to_json())).id
+
+    async def until(self, run: RunId, test: Callable[[RunInfo], bool]) -> RunInfo:
+        """Return the run once `test` holds for it."""
+        async with asyncio.timeout(60), aclosing(self.operator.watch_run(run)) as infos:
+            async for info in infos:
+                if test(info):
+                    return info
+        raise AssertionError(f"{run} ended before")
+
+    async def receipt(self, run: RunId, number: int = 1) -> Receipt:
+        """Return the run's receipt of that number, once it is there."""
+        await self.until(run, lambda _: len(self.runs.detail(run).receipts) >= number)
+        return self.runs.detail(run).receipts[number - 1]
+
+    async def end(self, run: RunId) -> RunInfo:
+        return await self.until(run, lambda info: info.state in ("done", "failed", "stopped"))
+
+
+@asynccontextmanager
+async def hub(folder: Path) -> AsyncIterator[Hub]:
+    a_hub = Hub(folder / "hub", MemoryRegistry(folder / "registry"))
+    try:
+        yield a_hub
+    finally:
+        await a_hub.close()
+
+
+class Site:
+    """A site played by the test: it hears orders and answers as it is told."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = SiteId(name)
+        self.store = BlobStore(folder / "sites" / name, 2**24)
+        self.hello = Hello(
+            "1", "cpu", (identify("breast_cancer"),), (DatasetCard("records", 10, "ab" * 32),)
+        )
+
+    async def connect(self, a_hub: Hub, *kept: TaskId) -> Site:
+        self.link = a_hub.coordinator.link(who(self.name))
+        await self.link.connect(replace(self.hello, kept=kept))
+        assert isinstance(await self.link.receive(), Welcome)
+        return self
+
+    async def next(self, kind: type[C]) -> C:
+        """Return the next command of a kind; others are passed over."""
+        async with asyncio.timeout(20):
+            while True:
+                command: Command = await self.link.receive()
+                if isinstance(command, kind):
+                    return command
+
+    async def order(self) -> Assignment:
+        return await self.next(Assignment)
+
+    async def answer(self, order: Assignment, data: bytes | None = None) -> Trained:
+        """Upload an update and say so; by default the site's own honest one."""
+        trained = self.trained(order, data)
+        await self.link.upload(trained.update, self.store)
+        await self.send(trained)
+        return trained
+
+    def trained(self, order: Assignment, data: bytes | None = None) -> Trained:
+        data = packed({"delta": delta(self.value)}) if data is None else data
+        self.store.put_bytes(data)
+        blob = Blob(hashlib.sha256(data).hexdigest(), len(data))
+        return Trained(order.task, blob, 1.0 + len(self.name), {"steps": 1.0}, 0.25)
+
+    @property
+    def value(self) -> float:
+        """What sets this site's updates apart: of another size each, so that order would show."""
+        return {"bern": 1e-3, "kyoto": 3.0, "quito": -70.0}.get(self.name, 0.5)
+
+    async def send(self, event: SiteEvent) -> None:
+        await self.link.send(event)
+
+
+async def three_sites(a_hub: Hub, folder: Path) -> list[Site]:
+    return [await Site(folder, name).connect(a_hub) for name in SITES]
