@@ -206,6 +206,9 @@ async def test_answers_to_tasks_of_others_or_to_old_ones_are_ignored() -> None:
     bern.says.put_nowait(replace(TRAINED, task=TaskId("run-1.0.1.bern")))
     await turns()
     assert office.answers == []
+    bern.says.put_nowait(TRAINED)  # and the stream has taken no harm
+    await turns()
+    assert office.answers == [(BERN, ORDER.task, TRAINED)]
 
 
 async def test_a_site_that_is_back_within_the_grace_was_never_lost() -> None:
