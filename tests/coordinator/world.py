@@ -19,6 +19,7 @@ from fedml.coordinator.desks import Enrolment, Federation, Operations
 from fedml.coordinator.folder import Folder, create
 from fedml.coordinator.runs import Runs
 from fedml.coordinator.settings import Settings
+from fedml.errors import Unreachable
 from fedml.identity.certificates import Identity
 from fedml.identity.enrolment import Registrar
 from fedml.learning.recipe import identify, load
@@ -176,7 +177,13 @@ class Site:
     async def answer(self, order: Assignment, data: bytes | None = None) -> Trained:
         """Upload an update and say so; by default the site's own honest one."""
         trained = self.trained(order, data)
-        await self.link.upload(trained.update, self.store)
+        for last in (False, False, True):  # as a daemon does: unreachable means once more
+            try:
+                await self.link.upload(trained.update, self.store)
+                break
+            except Unreachable:
+                if last:
+                    raise
         await self.send(trained)
         return trained
 
