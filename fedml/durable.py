@@ -24,7 +24,7 @@ Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meanin
 
 def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Make `path` hold exactly `data`, or leave it as it was; parent folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -41,7 +41,7 @@ def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 def copy(source: Path, path: Path) -> None:
     """Make `path` a copy of the file `source`, or leave it as it was; never all in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         with source.open("rb") as origin, draft.open("wb") as file:
@@ -54,6 +54,16 @@ def copy(source: Path, path: Path) -> None:
         draft.unlink(missing_ok=True)
         raise ConfigError(
             f"cannot copy {source} to {path}: {error.strerror}; free space or rights"
+        ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, if they are not there; raises `ConfigError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the folder {folder}: {error.strerror}; choose another, or mend the rights"
         ) from error
 
 
@@ -87,8 +97,8 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
 
     The kernel lets go when the process ends, however it ends, so no lock is ever stale.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    make_folder(folder)
+    descriptor = _open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,11 +122,11 @@ class Log:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self.path, self.torn = path, b""
         data = path.read_bytes() if path.exists() else b""
         self.records, whole = _replay(path, data)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         if whole < len(data):
             self.torn = data[whole:]
             os.ftruncate(self._descriptor, whole)
@@ -149,6 +159,13 @@ class Log:
     def close(self) -> None:
         """Let go of the file; the log is not to be used again."""
         os.close(self._descriptor)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; mend the rights") from error
 
 
 def read_log(path: Path) -> list[Record]:
