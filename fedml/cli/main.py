@@ -119,4 +119,5 @@ def serve(
 
 def main() -> None:
     """Run the command line."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong, we say ourselves, once
     guarded(lambda: app(standalone_mode=False))

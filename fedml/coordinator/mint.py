@@ -47,7 +47,7 @@ class Mint:
         weights = work / "weights.safetensors"
         durable.replace(weights, b"".join(encode({"": candidate.params})))
         facts = self._facts(run, candidate, version)
-        draft = work / f"draft-{secrets.token_hex(4)}"  # a press may have outlived its coordinator
+        draft = work / f"draft-{secrets.token_hex(4)}"  # another press may not be quite dead
         await press.bundle(run.plan.recipe, weights, facts, draft)
         draft.rename(work / "bundle")
 

@@ -1,7 +1,7 @@
 """The press: makes the first parameters of a recipe, and bundles of trained ones.
 
 Both need the recipe's code and seconds of torch, so they run in a child process of their own,
-`python -m fedml.coordinator.press JOB.json`; the coordinator itself imports no recipe.
+`python -m fedml.coordinator.press COORDINATOR JOB`; the coordinator itself imports no recipe.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedml import durable
 from fedml.errors import FedmlError, TaskFailed
+from fedml.lifeline import die_with_parent
 from fedml.protocol.messages import RecipeId
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ async def _run(job: Mapping[str, Any]) -> None:
         sys.executable,
         "-m",
         "fedml.coordinator.press",
+        str(os.getpid()),
         json.dumps(job),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -95,8 +97,12 @@ def _bundle(job: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Do the one job on the command line; an error is the last line of standard output."""
-    job = json.loads(sys.argv[1])
+    """Do the one job on the command line, after the process id of the coordinator.
+
+    An error is the last line of standard output.
+    """
+    die_with_parent(int(sys.argv[1]))
+    job = json.loads(sys.argv[2])
     try:
         {"init": _init, "bundle": _bundle}[job["do"]](job)
     except FedmlError as error:

@@ -146,8 +146,9 @@ class Clerk:
         if job is None:
             _guarded(task, act)
             return
-        _log.info("task cancelled", task=task, reason=reason)
-        job.work.cancel()
+        if not job.work.cancelling():
+            _log.info("task cancelled", task=task, reason=reason)
+            job.work.cancel()
         leave = asyncio.create_task(self._leave(job, lambda: _guarded(task, act)))
         self._leaving.add(leave)
         leave.add_done_callback(self._leaving.discard)

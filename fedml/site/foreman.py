@@ -12,7 +12,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Foreman:
             sys.executable,
             "-m",
             "fedml.site.worker",
+            str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=environment,
@@ -84,10 +86,7 @@ class Foreman:
         except asyncio.CancelledError:
             breach = "cancelled"
         if not talk.done():
-            await asyncio.wait([born, talk], return_when=asyncio.FIRST_COMPLETED)
-            if born.done():
-                _kill(born.result())
-            await asyncio.wait([talk])  # the pipe must not hold half an answer
+            await _in_any_case(_wind_down(talk, born))
         if breach == "cancelled":
             raise asyncio.CancelledError
         try:
@@ -115,6 +114,22 @@ class Foreman:
                     f"the task ran longer than policy task_seconds = "
                     f"{self._policy.task_seconds:.0f}; raise it or give it less to do"
                 )
+
+
+async def _wind_down(talk: asyncio.Task[int], born: asyncio.Future[int]) -> None:
+    """Kill the task's process, and hear of its end: the pipe must not hold half an answer."""
+    await asyncio.wait([born, talk], return_when=asyncio.FIRST_COMPLETED)
+    if born.done():
+        _kill(born.result())
+    await asyncio.wait([talk])
+
+
+async def _in_any_case(work: Coroutine[None, None, None]) -> None:
+    """Do short work to its end, however often our caller is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):  # whoever cancels us twice has been heard once
+            await asyncio.shield(task)
 
 
 async def _converse(

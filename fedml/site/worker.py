@@ -1,19 +1,18 @@
 """The worker: the only process of a site that imports recipes and touches rows.
 
-`python -m fedml.site.worker` reads one job a line, forks a child for it, and answers with the
-child's process id and later its exit status. The child reads the brief, trains or scores, and
-leaves files in the task's folder, `outcome.json` last. It never talks to the network.
+`python -m fedml.site.worker DAEMON` reads one job a line, forks a child for it, and answers
+with the child's process id and later its exit status. The child reads the brief, trains or
+scores, and leaves files in the task's folder, `outcome.json` last. It never talks to the network.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +23,28 @@ from fedml.errors import ConfigError, FedmlError
 from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import Recipe, load
 from fedml.learning.trainer import Trainer
+from fedml.lifeline import die_with_parent
 from fedml.params import decode, encode
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, SiteId
 from fedml.protocol.tasks import Brief, Task
 
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-
 
 def main() -> None:
-    """Serve jobs until standard input ends."""
-    _die_with_parent()
+    """Serve jobs until standard input ends. The argument is the process id of the daemon."""
+    die_with_parent(int(sys.argv[1]))
+    worker = os.getpid()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a recipe that prints must not speak into the protocol
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _die_with_parent()
+            die_with_parent(worker)
             answers.close()
             os._exit(_do(json.loads(line)))
         print(json.dumps({"pid": child}), file=answers)
         _, status = os.waitpid(child, 0)
         print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=answers)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def _do(job: Mapping[str, Any]) -> int:
@@ -60,14 +54,18 @@ def _do(job: Mapping[str, Any]) -> int:
         torch.set_num_threads(int(job["threads"]))
         _work(job, folder)
     except FedmlError as error:
-        durable.replace(folder / "error.json", durable.dump_json({"error": str(error)}))
+        _complain(folder, str(error))
         return 1
     except BaseException as error:  # noqa: BLE001 - the outermost loop of this process
         traceback.print_exc()
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        durable.replace(folder / "error.json", durable.dump_json({"error": text}))
+        _complain(folder, f"{type(error).__name__}: {error}".splitlines()[0])
         return 1
     return 0
+
+
+def _complain(folder: Path, text: str) -> None:
+    with suppress(ConfigError):  # no room, or no such task any more: the status must do
+        durable.replace(folder / "error.json", durable.dump_json({"error": text}))
 
 
 def _work(job: Mapping[str, Any], folder: Path) -> None:

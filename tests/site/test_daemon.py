@@ -568,7 +568,7 @@ async def test_cancelling_kills_the_work_itself(tmp_path: Path) -> None:
         await until(lambda: pid.exists() and pid.read_text().endswith(" "))
         worker = int(pid.read_text())
         assert is_running(worker)
-        wire.say(Cancel(order.task, "too late"))
+        wire.say(Cancel(order.task, "too late"), Forget(order.task, counted=False))
         await until(lambda: not is_running(worker))
         await until(lambda: entries(tmp_path) == {order.task: "void"})
         assert not list((tmp_path / "tasks").iterdir())

@@ -141,6 +141,22 @@ async def test_cancelling_kills_the_task_and_keeps_the_worker(
     assert foreman.process == before
 
 
+async def test_cancelling_twice_leaves_no_half_an_answer_for_the_next(
+    foreman: Foreman, tmp_path: Path
+) -> None:
+    slow, quick = tmp_path / "slow", tmp_path / "quick"
+    slow.mkdir()
+    quick.mkdir()
+    task = asyncio.create_task(foreman.run(*prepared(slow, "sleep")))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await foreman.run(*prepared(quick, "work"))
+    assert (quick / "update.safetensors").exists()
+
+
 async def test_the_worker_dies_with_the_daemon(tmp_path: Path) -> None:
     code = (
         "import asyncio, os, signal\n"

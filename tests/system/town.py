@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from fedml.cli.demo.federation import Federation, free_ports
 from fedml.cli.demo.hospitals import SPLIT_SEED, admit, allow
 from fedml.privacy.ledger import Entry, read
 from fedml.protocol.messages import RunId
-from fedml.protocol.operations import RunDetail, RunInfo
+from fedml.protocol.operations import RunDetail
 
 PLAN = (
     "task=breast_cancer", "privacy=record", "privacy.epsilon=0.5", "privacy.evaluation_epsilon=0.1",
@@ -58,8 +61,6 @@ class Town(Federation):
             "coordinator", "init", str(self.hub),
             "--port", str(port), "--enrolment-port", str(enrolment),
         )  # fmt: skip
-        with (self.hub / "coordinator.toml").open("a") as file:
-            file.write("")
         self.settle(heartbeat=0.5, grace=2.0)
         self.start_coordinator()
         case = admit("breast_cancer", None, self.folder / "sites", SPLIT_SEED)
@@ -126,5 +127,42 @@ class Town(Federation):
         return read(self.site(name) / "ledger" / "breast_cancer.jsonl")
 
 
-def is_over(info: RunInfo) -> bool:
-    return info.state in ("done", "failed", "stopped")
+class Started:
+    """A command under way; what it says goes to files, so it never waits for a reader."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        folder.mkdir(parents=True)
+        self.arguments = arguments
+        self._out, self._err = folder / "out", folder / "err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Wait for the command's own end."""
+        status = self.process.wait(30)
+        output, errors = self._out.read_text(), self._err.read_text()
+        return subprocess.CompletedProcess(self.arguments, status, output, errors)
+
+    def until_it_says(self, sign: str) -> None:
+        """Wait until `sign` is among what it said, on either stream."""
+        end = time.monotonic() + 30
+        while sign not in (said := self._out.read_text() + self._err.read_text()):
+            assert self.process.poll() is None, f"{self.arguments} ended after {said!r}"
+            assert time.monotonic() < end, f"{self.arguments}: {said!r} and then nothing"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Start(Protocol):
+    """How a test starts a `fedml` command that it does not wait for."""
+
+    def __call__(self, *arguments: str, profile: Path | None = None) -> Started: ...

@@ -40,6 +40,7 @@ class Federation:
     def __init__(self, folder: Path) -> None:
         self.folder, self.hub = folder, folder / "coordinator"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._runner = asyncio.Runner()  # one loop: gRPC complains when its loop is closed
 
     def __enter__(self) -> Federation:
         return self
@@ -53,6 +54,7 @@ class Federation:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._runner.close()
 
     def site(self, name: str) -> Path:
         """Return a site's folder."""
@@ -124,7 +126,7 @@ class Federation:
             finally:
                 await client.close()
 
-        return asyncio.run(go())
+        return self._runner.run(go())
 
     def wait_for(self, name: str, test: Callable[[], T]) -> T:
         """Return what `test` returns once it is true; raises `TaskFailed` if `name` ends first."""
