@@ -24,7 +24,7 @@ Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meanin
 
 def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Make `path` hold exactly `data`, or leave it as it was; parent folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -41,7 +41,7 @@ def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 def copy(source: Path, path: Path) -> None:
     """Make `path` a copy of the file `source`, or leave it as it was; never all in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         with source.open("rb") as origin, draft.open("wb") as file:
@@ -55,6 +55,14 @@ def copy(source: Path, path: Path) -> None:
         raise ConfigError(
             f"cannot copy {source} to {path}: {error.strerror}; free space or rights"
         ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents unless they are there; raises `ConfigError` if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make {folder}: {error.strerror}; is the path right?") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -87,7 +95,7 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
 
     The kernel lets go when the process ends, however it ends, so no lock is ever stale.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -112,7 +120,7 @@ class Log:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self.path, self.torn = path, b""
         data = path.read_bytes() if path.exists() else b""
         self.records, whole = _replay(path, data)

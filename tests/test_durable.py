@@ -129,3 +129,15 @@ def test_a_damaged_json_file_says_so(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(Corrupt, match="restore it from a backup"):
         durable.read_json(path)
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "folder" / "log"
+    for make in (
+        lambda: durable.replace(inside, b""),
+        lambda: durable.Log(inside),
+        lambda: durable.lock(inside, "me").__enter__(),
+    ):
+        with pytest.raises(ConfigError, match="cannot make .*; is the path right"):
+            make()

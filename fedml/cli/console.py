@@ -27,15 +27,17 @@ def guarded(command: Callable[[], object]) -> None:
         status = command()
     except FedmlError as error:
         fail(str(error))
+    except BrokenPipeError:  # `fedml ... | head`
+        sys.stderr.close()
+        raise SystemExit(1) from None
+    except OSError as error:  # a disk that is full, a folder that may not be read
+        fail(str(error))
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, click.Abort):
         typer.secho("stopped", fg="yellow", err=True)
         raise SystemExit(_INTERRUPTED) from None
-    except BrokenPipeError:  # `fedml ... | head`
-        sys.stderr.close()
-        raise SystemExit(1) from None
     else:
         raise SystemExit(status if isinstance(status, int) else 0)
 
