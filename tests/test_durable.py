@@ -139,5 +139,5 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
         lambda: durable.Log(inside),
         lambda: durable.lock(inside, "me").__enter__(),
     ):
-        with pytest.raises(ConfigError, match="cannot make .*; is the path right"):
+        with pytest.raises(ConfigError, match=r"cannot make .*; is the path right"):
             make()
