@@ -79,8 +79,7 @@ class Daemon:
         self._name, self._policy, self._link, self._endpoint = settings.name, policy, link, endpoint
         self._folder = folder
         self._memory = Memory(folder)
-        self._blobs = BlobStore(folder / "blobs", _LARGEST_BLOB)
-        self._blobs.sweep(())  # what a task needs lies in its own folder
+        self._blobs = BlobStore.in_transit(folder / "blobs", _LARGEST_BLOB)
         self._foreman = Foreman(policy)
         self._installed: tuple[RecipeId, ...] = installed(policy.recipe_files)
         self._ledgers = _open_ledgers(folder, policy)
@@ -207,8 +206,8 @@ class Daemon:
     async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
         """Give the task its own name for the blob: the store may drop it with an older task."""
         await self._link.download(order.model, self._blobs)
-        if not desk.model.exists():
-            desk.model.hardlink_to(self._blobs.path(order.model.digest))
+        desk.model.unlink(missing_ok=True)  # from before a power loss, perhaps half of it
+        desk.model.hardlink_to(self._blobs.path(order.model.digest))
 
     def _job(self, order: Assignment, permit: Permit, desk: Desk) -> Mapping[str, object]:
         return {
