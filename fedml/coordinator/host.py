@@ -18,7 +18,7 @@ from fedml import telemetry
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.journal import Ended, Journal, Registered, RoundOpened
 from fedml.errors import FedmlError, MalformedMessage
-from fedml.params import decode, encode
+from fedml.params import encode, read
 from fedml.protocol.messages import (
     Assignment,
     Blob,
@@ -112,7 +112,7 @@ class Host:
                     self.tell(UpdateArrived(update, blob.digest))
 
     def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
-        parts = decode(self._blobs.path(answer.update.digest).read_bytes())
+        parts = read(self._blobs.path(answer.update.digest))
         if "delta" not in parts:
             raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
         delta = parts.pop("delta")
@@ -138,10 +138,14 @@ class Host:
                     if isinstance(command, End):
                         return command
                 self._changed(self.run.id)
-                commands.extend(self.run.handle(await self._inbox.get(), time.time()))
+                commands.extend(await self._decide(await self._inbox.get()))
         finally:
             for timer in self._timers:
                 timer.cancel()
+
+    async def _decide(self, event: Event) -> list[Command]:
+        """Let the run take an event in; an update is megabytes to add, so not on the loop."""
+        return await asyncio.to_thread(self.run.handle, event, time.time())
 
     async def _carry_out(self, command: Command) -> list[Command]:
         match command:

@@ -14,7 +14,7 @@ from typing import cast
 
 from fedml import durable
 from fedml.errors import Corrupt
-from fedml.params import decode, encode
+from fedml.params import encode, read
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt, RunState
 from fedml.records import from_record, to_record
@@ -124,7 +124,7 @@ class Journal:
         name = f"{run}.{receipt.round}.safetensors" if state else ""
         if state:
             parts = {"": state.params, **state.slots}
-            durable.replace(self._states / name, b"".join(encode(parts)))
+            durable.replace(self._states / name, *encode(parts))
         before = self.runs[run].state
         self.append(RoundCommitted(run, receipt, name))
         if name and before not in ("", name):
@@ -137,7 +137,7 @@ class Journal:
             return None
         path = self._states / history.state
         try:
-            parts = decode(path.read_bytes())
+            parts = read(path)
         except OSError as error:
             raise Corrupt(f"{path}: {error.strerror}; restore the folder from a backup") from error
         models = [r.model for r in history.receipts if r.kind == "train" and r.model]

@@ -21,7 +21,7 @@ from fedml.coordinator.host import Host, run_info, was_counted
 from fedml.coordinator.journal import Ended, History, Journal, Submitted
 from fedml.errors import ConfigError, FedmlError
 from fedml.learning.recipe import identify
-from fedml.params import Params, decode, encode
+from fedml.params import Params, encode, read
 from fedml.protocol.messages import Assignment, RunId, SiteId, TaskId
 from fedml.protocol.operations import Receipt, RunDetail, RunInfo
 from fedml.records import to_record
@@ -197,11 +197,11 @@ class Runs:
     async def _first_params(self, id: RunId, plan: Plan) -> Params:
         if plan.parent:
             bundle = await self._archive.do(lambda r: r.bundle(plan.model, plan.parent))
-            return decode((bundle / WEIGHTS).read_bytes())[""]
+            return read(bundle / WEIGHTS)[""]
         path = self._folder.path / "press" / f"{id}.first.safetensors"
         if not path.exists():
             await press.initial_params(plan.recipe, plan.seed, path)
-        return decode(path.read_bytes())[""]
+        return read(path)[""]
 
     def _answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
         host = self._hosts.get(order.run)
@@ -242,7 +242,7 @@ class Runs:
             version = await self._archive.do(lambda r: r.next_version(plan.model))
             facts = self._facts(run, candidate, version)
             weights = work / "weights.safetensors"
-            durable.replace(weights, b"".join(encode({"": candidate.params})))
+            durable.replace(weights, *encode({"": candidate.params}))
             await press.bundle(plan.recipe, weights, facts, work / "draft")
             (work / "draft").rename(work / "bundle")
         story = Story(candidate.receipts, _flat(to_record(plan)))
