@@ -80,7 +80,7 @@ assert [r["number"] for r in log.records] == [0]
 def test_replace_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
     durable.replace(path, b"one")
-    durable.replace(path, b"two", mode=0o600)
+    durable.replace(path, b"t", memoryview(b"wo"), mode=0o600)
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
     assert path.stat().st_mode & 0o777 == 0o600
