@@ -96,7 +96,7 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     The kernel lets go when the process ends, however it ends, so no lock is ever stale.
     """
     make_folder(folder)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,7 +124,7 @@ class Log:
         self.path, self.torn = path, b""
         data = path.read_bytes() if path.exists() else b""
         self.records, whole = _replay(path, data)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         if whole < len(data):
             self.torn = data[whole:]
             os.ftruncate(self._descriptor, whole)
@@ -157,6 +157,13 @@ class Log:
     def close(self) -> None:
         """Let go of the file; the log is not to be used again."""
         os.close(self._descriptor)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; mend the rights") from error
 
 
 def read_log(path: Path) -> list[Record]:

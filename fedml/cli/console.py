@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,16 @@ import typer
 from fedml.errors import FedmlError
 
 T = TypeVar("T")
-_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_INTERRUPTED, _TERMINATED = 130, 143  # what a shell reports for Ctrl-C and SIGTERM
 
 
 def guarded(command: Callable[[], object]) -> None:
     """Run the outermost call of a command line: an error becomes one line and a status.
 
-    Ours exit 1, wrong usage 2, Ctrl-C 130. `command` returns an exit status or None.
+    Ours exit 1, wrong usage 2, Ctrl-C 130, SIGTERM 143. `command` returns an exit status or None.
     """
     try:
+        signal.signal(signal.SIGTERM, _leave)
         status = command()
     except FedmlError as error:
         fail(str(error))
@@ -40,6 +42,11 @@ def guarded(command: Callable[[], object]) -> None:
         raise SystemExit(_INTERRUPTED) from None
     else:
         raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _leave(*_: object) -> NoReturn:
+    """End as SIGTERM asks, but by the way out: what was started is stopped, locks are let go."""
+    raise SystemExit(_TERMINATED)
 
 
 def fail(message: str) -> NoReturn:

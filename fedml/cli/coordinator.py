@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from fedml.protocol.operations import Invitation, SiteInfo
     from fedml.transport.link import Operations
 
-app = typer.Typer(help="Make a coordinator, run it, admit sites.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make a coordinator, run it, admit sites.\n\nExample: fedml coordinator init ./hub",
+    no_args_is_help=True,
+)
 Dir = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 from fedml import __version__
 from fedml.cli import coordinator, model, run, site
 from fedml.cli.console import guarded
 
+# plain help: rich takes its time to load, and typer then writes "\\[default: ...]"
+typer.core.HAS_RICH = False
 app = typer.Typer(
     name="fedml",
-    help="Federated learning that hospitals and banks can run: train, release, serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,7 +41,10 @@ def root(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
-    """Federated learning that hospitals and banks can run: train, release, serve."""
+    """Federated learning that hospitals and banks can run: train, release, serve.
+
+    Example: fedml demo
+    """
     if verbose:
         os.environ["FEDML_VERBOSE"] = "1"
 
@@ -48,14 +53,14 @@ def root(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
 )
-def simulate(ctx: typer.Context) -> None:
+def simulate(ctx: typer.Context) -> int:
     """Simulate a federation on this machine, composed by Hydra.
 
     Example: fedml simulate strategy=fedprox strategy.mu=0.1 privacy=record privacy.epsilon=3
     """
     from fedml.cli.compose import simulate as play
 
-    play(ctx.args)
+    return play(ctx.args)
 
 
 @app.command()

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from fedml.protocol.operations import ModelVersion
     from fedml.transport.link import Operations
 
-app = typer.Typer(help="See model versions, release them, roll back.", no_args_is_help=True)
+app = typer.Typer(
+    help="See model versions, release them, roll back.\n\n"
+    "Example: fedml model release breast_cancer 1",
+    no_args_is_help=True,
+)
 Name = Annotated[str, typer.Argument(help="The model's name.")]
 Version = Annotated[int, typer.Argument(help="The version's number.")]
 

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from fedml.protocol.operations import RunDetail, RunInfo
     from fedml.transport.link import Operations
 
-app = typer.Typer(help="Submit runs, follow them, stop them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Submit runs, follow them, stop them.\n\n"
+    "Example: fedml run submit task=breast_cancer --follow",
+    no_args_is_help=True,
+)
 Run = Annotated[str, typer.Argument(help="The run's id, as 'fedml run list' shows it.")]
 
 

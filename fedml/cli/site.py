@@ -11,9 +11,13 @@ import typer
 from fedml.cli.profile import JsonOption
 
 if TYPE_CHECKING:
+    from fedml.identity.certificates import Identity
     from fedml.site.policy import Policy
 
-app = typer.Typer(help="Join, train under your own policy, serve.", no_args_is_help=True)
+app = typer.Typer(
+    help="Join, train under your own policy, serve.\n\nExample: fedml site join TOKEN --dir ./bern",
+    no_args_is_help=True,
+)
 Dir = Annotated[Path, typer.Argument(help="The site's folder.")]
 
 
@@ -38,18 +42,33 @@ def join(
     from fedml.site.settings import Settings
     from fedml.transport.rpc import join as enrol
 
-    async def go() -> str:
-        identity = await enrol(token, folder / "identity")
+    async def go() -> Identity:
+        identity = _broken_off(folder, token) or await enrol(token, folder / "identity")
         durable.replace(folder / ROOT, await first_root(folder))
-        return identity.name
+        return identity
 
-    name = asyncio.run(go())
+    name = asyncio.run(go()).name
     address = Credentials.load(folder / "identity").address
     settings = Settings(name=name, coordinator=address, rest_port=rest_port, grpc_port=grpc_port)
     files.write(settings, folder / "site.toml")
     if not (folder / "policy.toml").exists():
         durable.replace(folder / "policy.toml", TEMPLATE.encode())
     typer.echo(f"{name} has joined {address}; now say in {folder / 'policy.toml'} what it allows")
+
+
+def _broken_off(folder: Path, token: str) -> Identity | None:
+    """Return who we are by a join that spent its token and went no further; it can go on."""
+    import time
+
+    from fedml.identity.certificates import Credentials, identity_of
+    from fedml.identity.enrolment import Token
+
+    if (folder / "site.toml").exists() or not (folder / "identity" / "identity.json").exists():
+        return None
+    credentials = Credentials.load(folder / "identity")
+    if credentials.ca.strip() != Token.parse(token).ca.strip():
+        return None
+    return identity_of(credentials.certificate, time.time())
 
 
 @app.command()

@@ -1,0 +1,130 @@
+"""A federation of real processes for tests: real TLS, real ports, real files; four hospitals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedml.cli.demo.federation import Federation, free_ports
+from fedml.cli.demo.hospitals import SPLIT_SEED, admit, allow
+from fedml.privacy.ledger import Entry, read
+from fedml.protocol.messages import RunId
+from fedml.protocol.operations import RunDetail, RunInfo
+
+PLAN = (
+    "task=breast_cancer", "privacy=record", "privacy.epsilon=0.5", "privacy.evaluation_epsilon=0.1",
+    "training.lr=2.0", "cohort.quorum=2", "cohort.deadline=60",
+)  # fmt: skip
+
+
+def fedml(*arguments: str, profile: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(*arguments, profile=profile), capture_output=True, text=True, timeout=60
+    )
+
+
+def command(*arguments: str, profile: Path | None = None) -> list[str]:
+    options = ["--profile", str(profile)] if profile else []
+    return [sys.executable, "-m", "fedml", *arguments, *options]
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line a failed command says."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the last line of a program that logged before; nowhere is there a traceback."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    *logs, line = done.stderr.splitlines()
+    assert all(log.startswith("{") for log in logs), done.stderr
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+class Town(Federation):
+    """Four hospitals that have joined and may train, and their coordinator, which is running."""
+
+    def found(self) -> None:
+        port, enrolment = free_ports(2)
+        self.command(
+            "coordinator", "init", str(self.hub),
+            "--port", str(port), "--enrolment-port", str(enrolment),
+        )  # fmt: skip
+        with (self.hub / "coordinator.toml").open("a") as file:
+            file.write("")
+        self.settle(heartbeat=0.5, grace=2.0)
+        self.start_coordinator()
+        case = admit("breast_cancer", None, self.folder / "sites", SPLIT_SEED)
+        self.names = [hospital.name for hospital in case.hospitals]
+        self.commands([self.joining(name, self.token(name)) for name in self.names])
+        self.commands([allow(case, h, self.site(h.name)) for h in case.hospitals])
+        for name in self.names:
+            self.open(name)
+        self.wait_for("coordinator", lambda: self.here() == set(self.names))
+
+    def settle(self, **changes: float) -> None:
+        """Change settings of the coordinator, for its next start."""
+        path = self.hub / "coordinator.toml"
+        lines = [
+            line for line in path.read_text().splitlines() if line.split(" ")[0] not in changes
+        ]
+        lines += [f"{key} = {value}" for key, value in changes.items()]
+        path.write_text("\n".join(lines) + "\n")
+
+    def token(self, name: str, ttl: float = 3600.0) -> str:
+        return self.ask(lambda c: c.invite(name, "site", ttl)).token
+
+    def joining(self, name: str, token: str) -> list[str]:
+        ports = ("--rest-port", "0", "--grpc-port", "0")
+        return ["site", "join", token, "--dir", str(self.site(name)), *ports]
+
+    def open(self, name: str) -> None:
+        self.start(name, "site", "run", str(self.site(name)))
+
+    def here(self) -> set[str]:
+        return {str(info.site) for info in self.ask(lambda c: c.list_sites()) if info.connected}
+
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
+    def end(self, name: str) -> int:
+        """Wait for a process to end by itself; return its status."""
+        return self._processes[name].wait(20)
+
+    def log(self, name: str) -> str:
+        return (self.folder / "logs" / f"{name}.log").read_text()
+
+    def submit(self, *overrides: str) -> RunId:
+        from fedml.cli.compose import compose_plan
+
+        plan = compose_plan("run", [*PLAN, *overrides]).to_json()
+        return self.ask(lambda c: c.submit(plan)).id
+
+    def until(self, run: RunId, test: Callable[[RunDetail], bool]) -> RunDetail:
+        """Return the run once `test` holds for it."""
+
+        def look() -> RunDetail | None:
+            detail = self.ask(lambda c: c.show_run(run))
+            return detail if test(detail) else None
+
+        found = self.wait_for("coordinator", look)
+        assert found is not None
+        return found
+
+    def finish(self, run: RunId) -> RunDetail:
+        return self.until(run, lambda d: d.info.state in ("done", "failed", "stopped"))
+
+    def ledger(self, name: str) -> Sequence[Entry]:
+        return read(self.site(name) / "ledger" / "breast_cancer.jsonl")
+
+
+def is_over(info: RunInfo) -> bool:
+    return info.state in ("done", "failed", "stopped")
