@@ -34,6 +34,13 @@ def guarded(command: Callable[[], object]) -> None:
         raise SystemExit(1) from None
     except OSError as error:  # a disk that is full, a folder that may not be read
         fail(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "fedml":
+            raise  # a bug of ours, not a missing extra
+        fail(
+            f"{error.name} is not installed, and this command needs it; a site: pip install "
+            "'fedml-consortium[site]', a coordinator: [coordinator], simulation and demo: [sim]"
+        )
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
