@@ -22,14 +22,14 @@ from fedml.errors import ConfigError, Corrupt
 Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meaning
 
 
-def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Make `path` hold exactly `data`, or leave it as it was; parent folders are created."""
+def replace(path: Path, *pieces: bytes | memoryview, mode: int = 0o644) -> None:
+    """Make `path` hold exactly `pieces`, or leave it as it was; parent folders are created."""
     make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -58,13 +58,11 @@ def copy(source: Path, path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, if they are not there; raises `ConfigError`."""
+    """Make `folder` and its parents unless they are there; raises `ConfigError` if it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"cannot make the folder {folder}: {error.strerror}; choose another, or mend the rights"
-        ) from error
+        raise ConfigError(f"cannot make {folder}: {error.strerror}; is the path right?") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,10 +13,13 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -151,6 +154,8 @@ class Params(Mapping[str, Tensor]):
         return self._combine(other, torch.sub)
 
     def __mul__(self, factor: float) -> Params:
+        if factor == 1:
+            return self
         return self.map(lambda buffer: buffer * factor)
 
     def _combine(self, other: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Params:
@@ -191,8 +196,8 @@ class Params(Mapping[str, Tensor]):
 
     def is_finite(self) -> bool:
         """True if no floating element is NaN or infinite."""
-        floats = (b for d, b in self.buffers.items() if d.is_floating_point)
-        return all(bool(torch.isfinite(b).all()) for b in floats)
+        floats = (b for d, b in self.buffers.items() if d.is_floating_point and b.numel())
+        return all(bool(torch.stack(b.aminmax()).isfinite().all()) for b in floats)  # NaN spreads
 
     def to(self, device: torch.device | str) -> Params:
         """Return the same values on `device`; no copy where they are there already."""
@@ -252,7 +257,7 @@ _Entry = tuple[torch.dtype, tuple[int, ...], int, int]  # dtype, shape, first by
 _Entries = dict[str, _Entry]
 
 
-def decode(data: bytes | bytearray | memoryview) -> dict[str, Params]:
+def decode(data: bytes | bytearray | memoryview | mmap) -> dict[str, Params]:
     """Return the parts of a safetensors file; raises `MalformedMessage` on anything odd.
 
     Files in our own order become views into `data`; others, valid but foreign, are copied.
@@ -276,6 +281,17 @@ def decode(data: bytes | bytearray | memoryview) -> dict[str, Params]:
         part, _, name = key.rpartition(":")
         parts.setdefault(part, {})[name] = entry
     return {part: _gather(entries, body) for part, entries in parts.items()}
+
+
+def read(path: Path) -> dict[str, Params]:
+    """Return the parts of a safetensors file, mapped and not copied; raises `MalformedMessage`.
+
+    Only what is looked at comes into memory, and may leave it again. The file may be deleted or
+    replaced meanwhile, but must never be written to or cut. Raises `OSError` as `open` does.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return decode(mmap(file.fileno(), size, access=ACCESS_READ) if size else b"")
 
 
 def _parse_header(text: bytes) -> _Entries:

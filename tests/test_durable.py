@@ -80,7 +80,7 @@ assert [r["number"] for r in log.records] == [0]
 def test_replace_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
     durable.replace(path, b"one")
-    durable.replace(path, b"two", mode=0o600)
+    durable.replace(path, b"t", memoryview(b"wo"), mode=0o600)
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
     assert path.stat().st_mode & 0o777 == 0o600
@@ -129,3 +129,15 @@ def test_a_damaged_json_file_says_so(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(Corrupt, match="restore it from a backup"):
         durable.read_json(path)
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "folder" / "log"
+    for make in (
+        lambda: durable.replace(inside, b""),
+        lambda: durable.Log(inside),
+        lambda: durable.lock(inside, "me").__enter__(),
+    ):
+        with pytest.raises(ConfigError, match=r"cannot make .*; is the path right"):
+            make()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedml.errors import ConfigError, MalformedMessage, MalformedUpdate
-from fedml.params import Params, decode, encode
+from fedml.params import Params, decode, encode, read
 
 
 def model() -> Params:
@@ -157,3 +158,25 @@ def test_lying_headers_are_refused(entry: object) -> None:
     header = json.dumps({"w": entry}).encode()
     with pytest.raises(MalformedMessage):
         decode(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+def test_a_file_is_read_as_it_was_encoded_and_outlives_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data_of({"": model(), "delta": model() * 2}))
+    parts = read(path)
+    path.unlink()
+    assert parts == {"": model(), "delta": model() * 2}
+
+
+def test_reading_a_file_that_is_empty_or_cut_is_malformed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    data = data_of({"": model()})
+    for stump in (b"", data[:5], data[:-1]):
+        path.write_bytes(stump)
+        with pytest.raises(MalformedMessage):
+            read(path)
+
+
+def test_reading_a_file_that_is_not_there_is_the_callers_to_explain(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "nothing")

@@ -29,15 +29,24 @@ def guarded(command: Callable[[], object]) -> None:
         status = command()
     except FedmlError as error:
         fail(str(error))
+    except BrokenPipeError:  # `fedml ... | head`
+        sys.stderr.close()
+        raise SystemExit(1) from None
+    except OSError as error:  # a disk that is full, a folder that may not be read
+        fail(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "fedml":
+            raise  # a bug of ours, not a missing extra
+        fail(
+            f"{error.name} is not installed, and this command needs it; a site: pip install "
+            "'fedml-consortium[site]', a coordinator: [coordinator], simulation and demo: [sim]"
+        )
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, click.Abort):
         typer.secho("stopped", fg="yellow", err=True)
         raise SystemExit(_INTERRUPTED) from None
-    except BrokenPipeError:  # `fedml ... | head`
-        sys.stderr.close()
-        raise SystemExit(1) from None
     else:
         raise SystemExit(status if isinstance(status, int) else 0)
 

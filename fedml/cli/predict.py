@@ -40,7 +40,7 @@ def read_rows(path: Path) -> list[list[float]]:
             table.append([float(cell) for cell in line])
         except ValueError as error:
             if number > 1:
-                raise ConfigError(f"{path}, line {number}: {error}") from error
+                raise ConfigError(f"{path}, line {number}: {str(error)[:80]}") from error
     if not table:
         raise ConfigError(f"{path}: no rows of numbers")
     if len({len(row) for row in table}) > 1:

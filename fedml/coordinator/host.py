@@ -19,7 +19,7 @@ from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.errors import FedmlError, MalformedMessage, Refused
-from fedml.params import decode, encode
+from fedml.params import encode, read
 from fedml.protocol.messages import (
     Assignment,
     Blob,
@@ -131,7 +131,7 @@ class Host:
             self.tell(UpdateArrived(update, digest))
 
     def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
-        parts = decode(self._holds.store.path(answer.update.digest).read_bytes())
+        parts = read(self._holds.store.path(answer.update.digest))
         if "delta" not in parts:
             raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
         delta = parts.pop("delta")
@@ -160,11 +160,15 @@ class Host:
                     if isinstance(command, End):
                         return command
                 self._changed(self.run.id)
-                commands.extend(self.run.handle(await self._inbox.get(), time.time()))
+                commands.extend(await self._decide(await self._inbox.get()))
         finally:
             for timer in self._timers:
                 timer.cancel()
             self._let_go()
+
+    async def _decide(self, event: Event) -> list[Command]:
+        """Let the run take an event in; an update is megabytes to add, so not on the loop."""
+        return await asyncio.to_thread(self.run.handle, event, time.time())
 
     async def _carry_out(self, command: Command) -> list[Command]:
         match command:

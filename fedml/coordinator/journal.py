@@ -15,7 +15,7 @@ from typing import cast
 
 from fedml import durable
 from fedml.errors import ConfigError, Corrupt, MalformedMessage
-from fedml.params import decode, encode
+from fedml.params import encode, read
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt, RunState
 from fedml.records import from_record, to_record
@@ -139,7 +139,7 @@ class Journal:
         name = f"{run}.{receipt.round}.safetensors" if state else ""
         if state:
             parts = {"": state.params, **state.slots}
-            durable.replace(self._states / name, b"".join(encode(parts)))
+            durable.replace(self._states / name, *encode(parts))
         before = self.runs[run].state
         self.append(RoundCommitted(run, receipt, name))
         if name and before not in ("", name):
@@ -152,7 +152,7 @@ class Journal:
             return None
         path = self._states / history.state
         try:
-            parts = decode(path.read_bytes())
+            parts = read(path)
         except OSError as error:
             raise Corrupt(f"{path}: {error.strerror}; restore the folder from a backup") from error
         except MalformedMessage as error:

@@ -45,7 +45,7 @@ class Mint:
         shutil.rmtree(work, ignore_errors=True)
         version = await self._archive.do(lambda r: r.next_version(run.plan.model))
         weights = work / "weights.safetensors"
-        durable.replace(weights, b"".join(encode({"": candidate.params})))
+        durable.replace(weights, *encode({"": candidate.params}))
         facts = self._facts(run, candidate, version)
         draft = work / f"draft-{secrets.token_hex(4)}"  # another press may not be quite dead
         await press.bundle(run.plan.recipe, weights, facts, draft)

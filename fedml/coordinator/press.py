@@ -81,18 +81,18 @@ def _init(job: Mapping[str, Any]) -> None:
 
     torch.manual_seed(job["seed"])
     module = load(RecipeId(**job["recipe"])).build()
-    durable.replace(Path(job["path"]), b"".join(encode({"": Params(module.state_dict())})))
+    durable.replace(Path(job["path"]), *encode({"": Params(module.state_dict())}))
 
 
 def _bundle(job: Mapping[str, Any]) -> None:
     from fedml.learning.recipe import load
-    from fedml.params import decode
+    from fedml.params import read
     from fedml.releases.bundle import build
     from fedml.releases.manifest import Manifest
 
     folder, recipe = Path(job["folder"]), load(RecipeId(**job["recipe"]))
     facts = Manifest.decode((folder / "facts.json").read_bytes())
-    params = decode(Path(job["weights"]).read_bytes())[""]
+    params = read(Path(job["weights"]))[""]
     build(folder, recipe.build(), params, recipe.example(_EXAMPLE_ROWS), facts)
 
 

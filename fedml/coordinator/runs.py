@@ -19,7 +19,7 @@ from fedml.coordinator.journal import Ended, History, Journal, Submitted
 from fedml.coordinator.mint import Mint
 from fedml.errors import ConfigError, FedmlError, Unreachable
 from fedml.learning.recipe import identify
-from fedml.params import Params, decode
+from fedml.params import Params, read
 from fedml.protocol.messages import Assignment, RunId, SiteId, TaskId
 from fedml.protocol.operations import RunDetail, RunInfo
 from fedml.releases.manifest import WEIGHTS
@@ -192,11 +192,11 @@ class Runs:
     async def _first_params(self, id: RunId, plan: Plan) -> Params:
         if plan.parent:
             bundle = await self._archive.do(lambda r: r.bundle(plan.model, plan.parent))
-            return decode((bundle / WEIGHTS).read_bytes())[""]
+            return read(bundle / WEIGHTS)[""]
         path = self._folder.path / "press" / f"{id}.first.safetensors"
         if not path.exists():
             await press.initial_params(plan.recipe, plan.seed, path)
-        return decode(path.read_bytes())[""]
+        return read(path)[""]
 
     def _answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
         host = self._hosts.get(order.run)

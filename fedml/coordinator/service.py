@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
+import torch
 
 from fedml import durable
 from fedml.coordinator.archive import Archive
@@ -32,10 +33,11 @@ async def run(path: Path, ready: Callable[[Server], None] = lambda _: None) -> N
     something in it is damaged.
     """
     read_settings(path)  # before the lock, which makes the folder
+    torch.set_num_threads(1)  # on a busy machine its threads wait for each other, 8 ms at a time
     with durable.lock(path, "a coordinator"):
         folder = Folder.open(path)
-        blobs = BlobStore(path / "blobs", folder.settings.blob_limit_mb * 2**20)
-        blobs.sweep(())  # what was on its way is sent again
+        limit = folder.settings.blob_limit_mb * 2**20
+        blobs = BlobStore.in_transit(path / "blobs", limit)  # what was on its way is sent again
         archive = Archive(folder.registry)
         runs = Runs(folder, archive, blobs)
         desks = _desks(folder, runs, archive, blobs)

@@ -43,8 +43,8 @@ class Updates:
             raise MalformedUpdate(f"weight {answer.weight}: must be finite and above 0")
         for part in (answer.delta, *answer.slots.values()):
             brief.params.check_like(part)
-            if not math.isfinite(norm := part.norm()):
-                raise MalformedUpdate(f"its norm is {norm}: training diverged")
+            if not part.is_finite():
+                raise MalformedUpdate(f"its norm is {part.norm()}: training diverged")
         self._reduction.add(answer)
 
     def result(self) -> Aggregate:

@@ -95,12 +95,13 @@ class Run:
         """Where the run stands, and one line about it for a person."""
         if self._end:
             return self._end.state, self._end.detail
-        if self._round is None:
+        current = self._round  # once: a host may ask while another thread handles an event
+        if current is None:
             return ("waiting", self._need) if self._patience else ("running", "committing a round")
-        opening = self._round.opening
+        opening = current.opening
         where = f"round {opening.number} of {self.plan.rounds}, attempt {opening.attempt}"
         state: RunState = "running" if opening.kind == "train" else "evaluating"
-        return state, f"{where}: {self._round.progress}"
+        return state, f"{where}: {current.progress}"
 
     @property
     def done(self) -> int:

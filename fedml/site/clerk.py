@@ -89,8 +89,8 @@ class Clerk:
         self._link, self._tell, self._backoff = link, tell, backoff
         self.installed: tuple[RecipeId, ...] = installed(policy.recipe_files)
         self._memory = Memory(folder)
-        self._blobs = BlobStore(folder / "blobs", _LARGEST_BLOB)
-        self._blobs.sweep(())  # what a task needs lies in its own folder
+        # what a task needs lies in its own folder
+        self._blobs = BlobStore.in_transit(folder / "blobs", _LARGEST_BLOB)
         self._foreman = Foreman(policy)
         self._jobs: dict[TaskId, _Job] = {}
         self._leaving: set[asyncio.Task[None]] = set()
@@ -259,9 +259,8 @@ class Clerk:
 
     async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
         """Give the task its own name for the blob: the store may drop it with an older task."""
-        if desk.model.exists():
-            return
         await self._link.download(order.model, self._blobs)
+        desk.model.unlink(missing_ok=True)  # from before a power loss, perhaps half of it
         try:
             desk.model.hardlink_to(self._blobs.path(order.model.digest))
         except (Refused, FileNotFoundError) as error:

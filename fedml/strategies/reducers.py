@@ -19,7 +19,7 @@ from fedml.protocol.tasks import Update
 from fedml.strategies.base import Aggregate
 
 GRID = 2.0**32  # steps per unit; a power of two, so scaling by it is exact
-_CHUNK = 2**20  # elements widened at a time: 8 MB of scratch, whatever the model
+_CHUNK = 2**18  # elements widened at a time: 4 MB of scratch, whatever the model
 _INT64 = 2**63
 _LEAST, _MOST = 2.0**-8, 1e15  # of all weights together, so the grid stays fine; of each weight
 _HUGE = 1e300  # of a metric times its weight: a sum of these cannot overflow
@@ -125,7 +125,7 @@ class _Sum:
             for start in range(0, len(values), _CHUNK):
                 # copy=True: a float64 buffer must not be scaled in place
                 piece = values[start : start + _CHUNK].to("cpu", torch.float64, copy=True)
-                piece.mul_(weight).mul_(GRID).round_()
+                piece.mul_(weight * GRID).round_()  # exact: GRID is a power of two
                 sums[start : start + _CHUNK].add_(piece.to(torch.int64))
         for dtype, values in part.buffers.items():
             if not dtype.is_floating_point:
@@ -143,6 +143,6 @@ class _Sum:
             mean = torch.empty(len(sums), dtype=dtype)
             for start in range(0, len(sums), _CHUNK):
                 piece = sums[start : start + _CHUNK].to(torch.float64)
-                mean[start : start + _CHUNK] = piece.div_(GRID).div_(weight)
+                mean[start : start + _CHUNK] = piece.div_(GRID * weight)
             buffers[dtype] = mean
         return Params.over(self.layout, buffers)

@@ -1,8 +1,8 @@
 """Blobs on disk, named by their SHA-256: written whole or in resumable pieces, never half.
 
-A name stands for verified, fsynced bytes, or for nothing. What has arrived of an unfinished blob
-lies beside it as a `.part` and survives a restart. All calls block; callers on an event loop use
-a thread.
+A name stands for verified bytes, or for nothing; they are fsynced unless the store is one for
+transit only. What has arrived of an unfinished blob lies beside it as a `.part` and survives a
+restart. All calls block; callers on an event loop use a thread.
 """
 
 from __future__ import annotations
@@ -26,11 +26,25 @@ from fedml.protocol.messages import Blob, check_digest, check_name
 class BlobStore:
     """A folder of blobs, each of at most `limit_bytes`."""
 
+    _lasting = True  # survives power loss, so all is fsynced
+
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._intakes: WeakValueDictionary[Path, Intake] = WeakValueDictionary()
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def in_transit(cls, folder: Path, limit_bytes: int) -> BlobStore:
+        """Return an empty store in `folder` for blobs that its owner can ask for again.
+
+        What an earlier owner left there is deleted, so nothing need be fsynced: after power loss
+        no name can stand for half a blob.
+        """
+        store = cls(folder, limit_bytes)
+        store._lasting = False
+        store.sweep(())
+        return store
 
     def has(self, digest: str) -> bool:
         """True if the blob is here, whole and verified."""
@@ -68,9 +82,11 @@ class BlobStore:
         """Forget the blob and what has arrived of it; it need not be here."""
         with _disk(self.folder):
             self._place(digest).unlink(missing_ok=True)
-            for part in self.folder.glob(f"{digest}.*.part"):
-                part.unlink(missing_ok=True)
-            sync_folder(self.folder)
+            for path in list(self.folder.iterdir()):
+                if path.name.startswith(f"{digest}."):
+                    path.unlink(missing_ok=True)
+            if self._lasting:
+                sync_folder(self.folder)
 
     def sweep(self, keep: Collection[str]) -> int:
         """Delete all but the digests in `keep` and their parts; return the bytes set free.
@@ -111,7 +127,7 @@ class BlobStore:
         part = self._part(blob, owner)
         if older := self._intakes.pop(part, None):
             older.close()
-        intake = Intake(blob, part, self._place(blob.digest))
+        intake = Intake(blob, part, self._place(blob.digest), lasting=self._lasting)
         self._intakes[part] = intake
         return intake
 
@@ -143,7 +159,7 @@ class BlobStore:
                         raise Refused(f"a blob of {size} bytes and more, limit {self.limit_bytes}")
                     total.update(piece)
                     file.write(piece)
-                _settle(file, draft, self._place(total.hexdigest()))
+                _settle(file, draft, self._place(total.hexdigest()), lasting=self._lasting)
         finally:
             draft.unlink(missing_ok=True)
         return Blob(total.hexdigest(), size)
@@ -152,8 +168,8 @@ class BlobStore:
 class Intake:
     """A blob on its way in. `offset` is where the next byte goes; `close` keeps what has come."""
 
-    def __init__(self, blob: Blob, part: Path, place: Path) -> None:
-        self.blob, self._part, self._place = blob, part, place
+    def __init__(self, blob: Blob, part: Path, place: Path, *, lasting: bool = True) -> None:
+        self.blob, self._part, self._place, self._lasting = blob, part, place, lasting
         self._lock = threading.Lock()
         self._hash: hashlib._Hash | None = None
         self._file: BinaryIO | None = None
@@ -209,7 +225,7 @@ class Intake:
                 self._drop()
                 raise Untrusted(f"blob {self.blob.digest[:12]}: the digest is wrong; dropped")
             with _disk(self._part):
-                _settle(file, self._part, self._place)
+                _settle(file, self._part, self._place, lasting=self._lasting)
                 file.close()
             self._file = None
 
@@ -233,11 +249,13 @@ class Intake:
             self._part.unlink(missing_ok=True)
 
 
-def _settle(file: BinaryIO, draft: Path, place: Path) -> None:
+def _settle(file: BinaryIO, draft: Path, place: Path, *, lasting: bool) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    if lasting:
+        os.fsync(file.fileno())
     draft.replace(place)
-    sync_folder(place.parent)
+    if lasting:
+        sync_folder(place.parent)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     made = fedml("coordinator", "init", str(tmp_path / "file" / "hub"))
     assert made.returncode == 1
     assert "Traceback" not in made.stderr
-    assert "Not a directory; choose another" in made.stderr.splitlines()[-1]
+    assert "Not a directory; is the path right?" in made.stderr.splitlines()[-1]
 
 
 # --- told to stop -------------------------------------------------------------------------------

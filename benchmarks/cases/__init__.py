@@ -1,0 +1,1 @@
+"""The benchmarks themselves, one file a subject; each module here is found and loaded."""

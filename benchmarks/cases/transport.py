@@ -1,0 +1,45 @@
+"""A round that only moves bytes: what it costs beside bare gRPC, and how much memory it takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from benchmarks import federation, wire
+from benchmarks.catalogue import Reading, Say, benchmark
+
+_MB = 10**6
+
+
+@benchmark("transport/1MB", "s")
+def small(quick: bool, say: Say) -> Reading:
+    """Measure the median round of a 1 MB model and four sites."""
+    return _round(1 * _MB, 3 if quick else 60, say)
+
+
+@benchmark("transport/100MB", "s")
+def large(quick: bool, say: Say) -> Reading:
+    """Measure the median round of a 100 MB model and four sites."""
+    return _round(100 * _MB, 3 if quick else 12, say)
+
+
+@benchmark("transport/memory", "MB")
+def memory(quick: bool, say: Say) -> Reading:
+    """Measure how far four updates of 100 MB raise the coordinator's memory; the limit is one."""
+    size = 100 * _MB
+    account = federation.play(size, 2 if quick else 6, say)
+    return Reading((account.peak - account.before) / _MB, size / _MB)
+
+
+def _round(size: int, rounds: int, say: Say) -> Reading:
+    """Return the median time of a round, and of the same bytes over bare gRPC."""
+    limits = wire.rounds(size, rounds)
+    say(f"  bare gRPC: {_spread(limits)}")
+    periods = federation.play(size, rounds, say).periods
+    say(f"  rounds:    {_spread(periods)}")
+    return Reading(statistics.median(periods), statistics.median(limits))
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+    return f"median {middle:.4g} s, {low:.4g} to {high:.4g} s over {len(seconds)} rounds"
