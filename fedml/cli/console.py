@@ -24,8 +24,9 @@ def guarded(command: Callable[[], object]) -> None:
 
     Ours exit 1, wrong usage 2, Ctrl-C 130, SIGTERM 143. `command` returns an exit status or None.
     """
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: _leave(told, number))
     try:
-        signal.signal(signal.SIGTERM, _leave)
         status = command()
     except FedmlError as error:
         fail(str(error))
@@ -46,14 +47,18 @@ def guarded(command: Callable[[], object]) -> None:
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, click.Abort):
         typer.secho("stopped", fg="yellow", err=True)
-        raise SystemExit(_INTERRUPTED) from None
+        raise SystemExit(_TERMINATED if told else _INTERRUPTED) from None
     else:
-        raise SystemExit(status if isinstance(status, int) else 0)
+        status = status if isinstance(status, int) else 0  # click makes 130 of Ctrl-C itself
+        raise SystemExit(_TERMINATED if told else status)
 
 
-def _leave(*_: object) -> NoReturn:
-    """End as SIGTERM asks, but by the way out: what was started is stopped, locks are let go."""
-    raise SystemExit(_TERMINATED)
+def _leave(told: list[int], number: int) -> None:
+    """Note a signal, and leave by the way of Ctrl-C: what was started is stopped."""
+    told.append(number)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)  # which an event loop takes calmly
 
 
 def fail(message: str) -> NoReturn:

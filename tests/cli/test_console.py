@@ -1,7 +1,11 @@
 """What goes wrong on the command line is one line and a status."""
 
+import signal
 import subprocess
 import sys
+import textwrap
+
+import pytest
 
 
 def fedml(*arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
@@ -32,3 +36,26 @@ def test_a_disk_s_error_is_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_terminated_it_leaves_by_the_way_out(ignored: bool) -> None:
+    """A shell's background jobs ignore Ctrl-C; SIGTERM must end them too."""
+    code = f"""
+        import os, signal, time
+        from fedml.cli.console import guarded
+        if {ignored}:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        def command():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            finally:
+                print("tidied up", flush=True)
+        guarded(command)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert (done.stdout, done.stderr) == ("tidied up\n", "stopped\n")

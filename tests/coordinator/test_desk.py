@@ -212,15 +212,15 @@ async def test_answers_to_tasks_of_others_or_to_old_ones_are_ignored() -> None:
 
 
 async def test_a_site_that_is_back_within_the_grace_was_never_lost() -> None:
-    office = Office(grace=0.02)
+    office = Office(grace=0.2)
     for _ in range(3):
         await (await office.attend()).hang_up()
     stream = await office.attend()
-    await asyncio.sleep(0.05)  # past every grace that began
+    await asyncio.sleep(0.25)  # past every grace that began
     assert office.losses.empty()
     await stream.hang_up()
     async with asyncio.timeout(5):
-        assert await office.losses.get() == (BERN, "away for more than 0.02 s")
+        assert await office.losses.get() == (BERN, "away for more than 0.2 s")
 
 
 async def test_three_heartbeats_of_silence_end_a_stream() -> None:
@@ -234,10 +234,10 @@ async def test_three_heartbeats_of_silence_end_a_stream() -> None:
 
 
 async def test_a_beat_in_time_keeps_a_stream_open() -> None:
-    office = Office(heartbeat=0.04)
+    office = Office(heartbeat=0.15)
     stream = await office.attend()
-    for _ in range(8):
-        await asyncio.sleep(0.02)
+    for _ in range(6):
+        await asyncio.sleep(0.1)
         stream.says.put_nowait(Beat())
     assert office.desk.statuses()[0].connected
     await stream.hang_up()

@@ -374,9 +374,9 @@ async def test_a_silent_coordinator_is_called_again(tmp_path: Path) -> None:
 
 async def test_beats_keep_a_quiet_stream_open(tmp_path: Path) -> None:
     wire = Wire()
-    async with running(tmp_path, wire, heartbeat=0.1):
-        for _ in range(8):
-            await asyncio.sleep(0.05)
+    async with running(tmp_path, wire, heartbeat=0.2):
+        for _ in range(7):
+            await asyncio.sleep(0.1)
             wire.say(Beat())
         assert wire.hellos.empty()
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,29 @@ def test_the_four_real_hospitals_do_as_well(tmp_path: Path) -> None:
     accuracy = summary["federated_accuracy"]
     assert isinstance(accuracy, float)
     assert accuracy >= 0.7
+
+
+def test_told_to_stop_it_leaves_nothing_running(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    words = tmp_path / "words"
+    with words.open("wb") as file:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "fedml", "demo", "--folder", str(folder)],
+            stderr=file,
+            stdout=file,
+        )
+    try:
+        while "training under" not in words.read_text():
+            assert demo.poll() is None, words.read_text()
+            time.sleep(0.05)
+        assert running_below(folder)
+        demo.send_signal(signal.SIGTERM)
+        assert demo.wait(20) == 143
+        assert "Traceback" not in words.read_text()
+        assert not [line for line in running_below(folder) if "fedml" in line]
+    finally:
+        demo.kill()
+        demo.wait()
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
