@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedml.transport.link import Operations
 
 T = TypeVar("T")
-_PATIENCE = 5.0  # seconds for a coordinator to answer, one that has just been started too
+_PATIENCE = 15.0  # seconds for a coordinator to answer, one that has just been started too
 ProfileOption = Annotated[
     Path | None,
     typer.Option(
