@@ -28,12 +28,11 @@ from fedml.errors import ConfigError, FedmlError
 from fedml.learning.recipe import load
 from fedml.params import Params
 from fedml.protocol.messages import RunId
-from fedml.protocol.operations import Receipt
 from fedml.records import to_record
-from fedml.rounds import Plan, Run
+from fedml.rounds import Commit, Plan, Run
 from fedml.simulation import results
 from fedml.simulation.engine import Engine, statuses
-from fedml.simulation.executors.base import MakeExecutor
+from fedml.simulation.executors.base import MakeExecutor, Memory
 from fedml.simulation.population import Data, Population
 from fedml.strategies import Strategy, describe
 
@@ -124,7 +123,7 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
         torch.manual_seed(plan.seed)
         params = Params(recipe.build().state_dict())
     run = Run.begin(RunId("simulation"), plan, params)
-    executor = stage.executor(plan, recipe, holdings)
+    executor = stage.executor(plan, recipe, holdings, Memory())
     engine = Engine(run, executor, statuses(plan, holdings), watch=_tell)
     outcome = engine.play()
     results.write(folder, plan, outcome)
@@ -135,7 +134,8 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
     return outcome.end.state == "done"
 
 
-def _tell(receipt: Receipt) -> None:
+def _tell(commit: Commit) -> None:
+    receipt = commit.receipt
     numbers = {**receipt.metrics, **receipt.scores}
     shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
     what = "round" if receipt.kind == "train" else "scores after round"

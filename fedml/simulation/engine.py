@@ -63,13 +63,13 @@ def statuses(plan: Plan, sites: Iterable[SiteId]) -> tuple[SiteStatus, ...]:
 
 @dataclass
 class Engine:
-    """Plays one run to its end; `watch` sees each receipt as it is committed."""
+    """Plays one run to its end; `watch` sees each commit, and must have kept it when it returns."""
 
     run: Run
     executor: Executor
     sites: Sequence[SiteStatus]
     delay: Delay = lambda task: 0.0
-    watch: Callable[[Receipt], None] = lambda receipt: None
+    watch: Callable[[Commit], None] = lambda commit: None
     now: float = 0.0
     _agenda: list[tuple[float, int, Event]] = field(default_factory=list)
     _serial: itertools.count[int] = field(default_factory=itertools.count)
@@ -96,8 +96,8 @@ class Engine:
                     tasks.append(task)
                 case WakeAt(seconds, token):
                     self._later(seconds, Tick(token))
-                case Commit(receipt, _):
-                    self.watch(receipt)
+                case Commit():
+                    self.watch(command)
                     self._later(0.0, Committed())
                 case Candidate():
                     self._candidate = command

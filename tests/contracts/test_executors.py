@@ -10,7 +10,7 @@ from fedml.errors import Refused
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId
 from fedml.protocol.tasks import Brief, Report, Slots, Task, Update
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import Answer, MakeExecutor
+from fedml.simulation.executors.base import Answer, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
 from tests.simulation.worlds import holdings, plan, recipe, start
 
@@ -36,7 +36,9 @@ def tasks(kind: str = "train", number: int = 1, rule: str = "plain") -> list[Tas
 
 
 def answers(make: MakeExecutor, a_plan: Plan, work: list[Task]) -> dict[SiteId, Answer]:
-    found = {answer.site: answer for answer in make(a_plan, recipe(), holdings()).run(work)}
+    found = {
+        answer.site: answer for answer in make(a_plan, recipe(), holdings(), Memory()).run(work)
+    }
     assert found.keys() == {task.site for task in work}
     return found
 
@@ -84,7 +86,7 @@ def test_a_site_that_cannot_is_lost_and_the_others_are_not(make: MakeExecutor) -
 
 def test_private_noise_never_repeats_and_its_cost_adds_up(make: MakeExecutor) -> None:
     private = plan(privacy=RECORD)
-    executor = make(private, recipe(), holdings())
+    executor = make(private, recipe(), holdings(), Memory())
     first, second = list(executor.run(tasks())), list(executor.run(tasks()))
     spent = []
     for one, two in zip(first, second, strict=True):
@@ -125,7 +127,7 @@ def test_each_site_has_a_memory_of_its_own(
     from fedml.strategies import catalogue
 
     monkeypatch.setitem(catalogue.RULES, "remembering", Remembering())
-    executor = make(plan(), recipe(), holdings())
+    executor = make(plan(), recipe(), holdings(), Memory())
     work = tasks(rule="remembering")
     assert all(isinstance(one, Update) for one in executor.run(work[:2]))
     kinds = [type(one) for one in executor.run(work)]

@@ -86,9 +86,9 @@ def test_a_private_run_spends_its_epsilon_and_no_more() -> None:
     assert all(4.5 < one.epsilon <= 5.0 for one in last.counted)
 
 
-def test_watchers_see_each_receipt_once() -> None:
+def test_watchers_see_each_commit_once() -> None:
     watched = engine(plan())
     seen: list[int] = []
-    watched.watch = lambda receipt: seen.append(receipt.round)
+    watched.watch = lambda commit: seen.append(commit.receipt.round)
     watched.play()
     assert seen == [1, 2, 3, 3]

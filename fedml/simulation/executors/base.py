@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedml.learning.recipe import Recipe, Rows
 from fedml.protocol.messages import SiteId
-from fedml.protocol.tasks import Report, Task, Update
+from fedml.protocol.tasks import Report, Slots, Task, Update
 from fedml.rounds import Plan, SiteLost
 
 Answer = Update | Report | SiteLost
@@ -20,6 +20,18 @@ class Holding:
 
     train: Rows
     held_out: Rows
+
+
+@dataclass
+class Memory:
+    """What simulated sites remember between tasks; with it a simulation goes on where it was.
+
+    `slots` is what a site's rule keeps. `releases` counts, by site and kind of task, what a
+    site's ledger would have charged.
+    """
+
+    slots: dict[SiteId, Slots] = field(default_factory=dict)
+    releases: dict[tuple[SiteId, str], int] = field(default_factory=dict)
 
 
 class Executor(Protocol):
@@ -35,5 +47,7 @@ class Executor(Protocol):
 class MakeExecutor(Protocol):
     """How a configuration names an executor: a class that is given the federation."""
 
-    def __call__(self, plan: Plan, recipe: Recipe, holdings: Mapping[SiteId, Holding]) -> Executor:
-        """Return an executor for these sites."""
+    def __call__(
+        self, plan: Plan, recipe: Recipe, holdings: Mapping[SiteId, Holding], memory: Memory
+    ) -> Executor:
+        """Return an executor for these sites; it reads and keeps what they remember in `memory`."""

@@ -11,14 +11,14 @@ from fedml.learning.recipe import Recipe
 from fedml.learning.trainer import Trainer
 from fedml.privacy.accounting import Event, epsilon, evaluation_event, training_event
 from fedml.protocol.messages import SiteId
-from fedml.protocol.tasks import Report, Slots, Task, Update
+from fedml.protocol.tasks import Report, Task, Update
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import Answer, Holding
+from fedml.simulation.executors.base import Answer, Holding, Memory
 
 
 @dataclass
 class Inline:
-    """Works through tasks one by one, and keeps what each site would remember.
+    """Works through tasks one by one, on one device.
 
     Under record privacy it adds up each site's epsilon as the site's ledger would; the number of
     rows counts as public.
@@ -27,9 +27,8 @@ class Inline:
     plan: Plan
     recipe: Recipe
     holdings: Mapping[SiteId, Holding]
+    memory: Memory = field(default_factory=Memory)
     device: str = "cpu"
-    _memory: dict[SiteId, Slots] = field(default_factory=dict)
-    _events: dict[tuple[SiteId, str], list[Event]] = field(default_factory=dict)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield answers in the order of `tasks`."""
@@ -43,10 +42,10 @@ class Inline:
     def _train(self, task: Task) -> Update:
         plan, site, rows = self.plan, task.site, self.holdings[task.site].train
         trainer = Trainer(self.recipe, plan.training, plan.privacy, self.device)
-        update, self._memory[site] = trainer.train(
+        update, self.memory.slots[site] = trainer.train(
             task,
             rows,
-            self._memory.get(site, {}),
+            self.memory.slots.get(site, {}),
             seed=plan.task_seed(task.round, site),
             public_rows=len(rows),
         )
@@ -64,6 +63,7 @@ class Inline:
         return replace(report, epsilon=self._spend(task, evaluation_event(privacy)))
 
     def _spend(self, task: Task, event: Event) -> float:
-        events = self._events.setdefault((task.site, task.kind), [])
-        events.append(event)
-        return epsilon(events, self.plan.privacy.delta)
+        place = (task.site, task.kind)
+        releases = self.memory.releases.get(place, 0) + 1
+        self.memory.releases[place] = releases
+        return epsilon([event] * releases, self.plan.privacy.delta)
