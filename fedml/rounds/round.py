@@ -16,7 +16,7 @@ from typing import Literal
 from fedml.errors import ConfigError, MalformedMessage, QuorumLost, RoundFailed
 from fedml.protocol.messages import RunId, Scores, SiteId, TaskId
 from fedml.protocol.operations import Counted
-from fedml.protocol.tasks import Brief, Report, Task, Update
+from fedml.protocol.tasks import Brief, Report, Stack, Task, Update
 from fedml.rounds.answers import Answers, Reports, Updates
 from fedml.strategies import Aggregate, Reducer
 
@@ -32,6 +32,14 @@ class UpdateArrived:
 
     update: Update
     digest: str = ""
+
+
+@dataclass(frozen=True)
+class StackArrived:
+    """Many simulated sites answered at once; `digests` has one a row, or none at all."""
+
+    stack: Stack
+    digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class DeadlinePassed:
     """The time asked for by `WakeAt` has come."""
 
 
-Event = UpdateArrived | ReportArrived | SiteLost | DeadlinePassed
+Event = UpdateArrived | StackArrived | ReportArrived | SiteLost | DeadlinePassed
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -198,6 +206,8 @@ class Round:
         match event:
             case UpdateArrived(update, digest):
                 self._count(update, update.weight, digest)
+            case StackArrived(stack, digests):
+                self._count_stack(stack, digests or ("",) * len(stack))
             case ReportArrived(report):
                 self._count(report, report.count, "")
             case SiteLost(site, reason, final, task):
@@ -227,6 +237,29 @@ class Round:
             return
         self._waiting.discard(site)
         self._counted[site] = Counted(site, weight, digest, answer.epsilon)
+
+    def _count_stack(self, stack: Stack, digests: tuple[str, ...]) -> None:
+        """Count each row as `_count` would, in the stack's order."""
+        assert self._brief is not None, "handle() before open()"
+        prefix = self.opening.task_id(SiteId(""))
+        rows: dict[SiteId, int] = {}  # of each site the first
+        for row, (site, task) in enumerate(zip(stack.sites, stack.tasks, strict=True)):
+            if site in self._waiting and task == prefix + site:
+                rows.setdefault(site, row)
+        due = stack.take([*rows.values()])
+        if stack.round != self.opening.number:
+            refused: Mapping[int, str] = dict.fromkeys(
+                range(len(due)), f"it is for round {stack.round}"
+            )
+        else:
+            refused = self._answers.add_stack(due, self._brief) if rows else {}
+        for number, (site, row) in enumerate(rows.items()):
+            if number in refused:
+                self._lose(site, f"answer refused: {refused[number]}")
+            else:
+                self._waiting.discard(site)
+                weight, epsilon = stack.weights[row], stack.epsilon(row)
+                self._counted[site] = Counted(site, weight, digests[row], epsilon)
 
     def _lose(self, site: SiteId, reason: str, *, final: bool = False) -> None:
         if site in self._waiting:
