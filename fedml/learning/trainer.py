@@ -30,10 +30,10 @@ def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice
     size = training.batch_size or rows
     passes = range(training.epochs) if training.epochs else itertools.count()
     steps = training.steps or math.inf
-    generator = torch.Generator().manual_seed(seed)
+    generator = None if size >= rows else torch.Generator().manual_seed(seed)
     done = 0
     for _ in passes:
-        if size >= rows:
+        if generator is None:
             parts: tuple[Tensor | slice, ...] = (slice(None),)
         else:
             parts = torch.split(torch.randperm(rows, generator=generator), size)
@@ -77,8 +77,8 @@ class Trainer:
         rule = find_rule(task.brief.rule)
         device = torch.device(self.device)
         memory = {name: slot.to(device) for name, slot in memory.items()}
-        brief = _on(task.brief, device)
-        with _seeded(seed, device), _failures_named(task):
+        brief = on_device(task.brief, device)
+        with seeded(seed, device), _failures_named(task):
             model = self.recipe.build().to(device).train()
             x, y = rows.x.to(device), rows.y.to(device)
             descent = Descent(model, brief, memory, self.training)
@@ -114,7 +114,7 @@ class Trainer:
         path = torch.stack(losses)
         if not (delta.is_finite() and bool(path.isfinite().all())):
             bad = (~path.isfinite()).nonzero()
-            raise _diverged(int(bad[0]) + 1 if len(bad) else descent.steps, descent.steps)
+            raise diverged(int(bad[0]) + 1 if len(bad) else descent.steps, descent.steps)
         return delta, float(len(rows)), {"loss": float(path.double().mean())}
 
     def _privately(
@@ -139,25 +139,27 @@ class Trainer:
             if name in delta:
                 delta[name].zero_()  # whatever a buffer picked up stays here
         if not delta.is_finite():
-            raise _diverged(descent.steps, descent.steps)
+            raise diverged(descent.steps, descent.steps)
         metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
         return delta, float(public_rows), metrics
 
 
-def _diverged(step: int, steps: int) -> TaskFailed:
+def diverged(step: int, steps: int) -> TaskFailed:
+    """Return the failure of training that left the finite numbers at `step` of `steps`."""
     return TaskFailed(
         f"training left the finite numbers at step {step} of {steps}; "
         "lower training.lr or check the scaling of the inputs"
     )
 
 
-def _on(brief: Brief, device: torch.device) -> Brief:
+def on_device(brief: Brief, device: torch.device) -> Brief:
+    """Return the brief with its tensors on `device`."""
     slots = {name: slot.to(device) for name, slot in brief.slots.items()}
     return Brief(brief.params.to(device), brief.rule, brief.settings, slots)
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators (weights, dropout) within, and leave the caller's alone."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
