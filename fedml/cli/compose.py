@@ -34,11 +34,12 @@ from fedml.simulation import results
 from fedml.simulation.engine import Engine, statuses
 from fedml.simulation.executors.base import MakeExecutor, Memory
 from fedml.simulation.population import Data, Population
+from fedml.simulation.world import MakeWorld
 from fedml.strategies import Strategy, describe
 
 _VERSION = "1.3"  # of Hydra's behaviour
 _PLAN = tuple(field.name for field in fields(Plan))
-_STAGE = ("data", "population", "executor")  # what a simulation needs beside the plan
+_STAGE = ("data", "population", "world", "executor")  # what a simulation needs beside the plan
 
 
 def configs() -> Path:
@@ -110,6 +111,7 @@ class _Stage:
 
     data: Data | None
     population: Population
+    world: MakeWorld
     executor: MakeExecutor
 
 
@@ -124,7 +126,8 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
         params = Params(recipe.build().state_dict())
     run = Run.begin(RunId("simulation"), plan, params)
     executor = stage.executor(plan, recipe, holdings, Memory())
-    engine = Engine(run, executor, statuses(plan, holdings), watch=_tell)
+    world = stage.world(plan, holdings)
+    engine = Engine(run, executor, statuses(plan, holdings), world, watch=_tell)
     outcome = engine.play()
     results.write(folder, plan, outcome)
     resolved = OmegaConf.to_yaml(config, resolve=True)
