@@ -31,6 +31,7 @@ from fedml.protocol.messages import RunId
 from fedml.records import to_record
 from fedml.rounds import Commit, Plan, Run
 from fedml.simulation import results
+from fedml.simulation.attackers import Attackers
 from fedml.simulation.engine import Engine, statuses
 from fedml.simulation.executors.base import MakeExecutor, Memory
 from fedml.simulation.population import Data, Population
@@ -39,7 +40,13 @@ from fedml.strategies import Strategy, describe
 
 _VERSION = "1.3"  # of Hydra's behaviour
 _PLAN = tuple(field.name for field in fields(Plan))
-_STAGE = ("data", "population", "world", "executor")  # what a simulation needs beside the plan
+_STAGE = (
+    "data",
+    "population",
+    "world",
+    "attackers",
+    "executor",
+)  # what a simulation needs beside the plan
 
 
 def configs() -> Path:
@@ -112,6 +119,7 @@ class _Stage:
     data: Data | None
     population: Population
     world: MakeWorld
+    attackers: Attackers | None
     executor: MakeExecutor
 
 
@@ -125,7 +133,8 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
         torch.manual_seed(plan.seed)
         params = Params(recipe.build().state_dict())
     run = Run.begin(RunId("simulation"), plan, params)
-    executor = stage.executor(plan, recipe, holdings, Memory())
+    make = stage.attackers.take_over(stage.executor) if stage.attackers else stage.executor
+    executor = make(plan, recipe, holdings, Memory())
     world = stage.world(plan, holdings)
     engine = Engine(run, executor, statuses(plan, holdings), world, watch=_tell)
     outcome = engine.play()
