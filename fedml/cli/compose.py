@@ -34,7 +34,7 @@ from fedml.simulation import results
 from fedml.simulation.attackers import Attackers
 from fedml.simulation.engine import Engine, statuses
 from fedml.simulation.executors.base import MakeExecutor, Memory
-from fedml.simulation.population import Data, Population
+from fedml.simulation.population import Data, Population, Split
 from fedml.simulation.world import MakeWorld
 from fedml.strategies import Strategy, describe
 
@@ -129,6 +129,8 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
     plan = _plan(values)
     recipe = load(plan.recipe)
     holdings = stage.population.deal(recipe, stage.data)
+    for note in holdings.notes if isinstance(holdings, Split) else ():
+        print(note)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         params = Params(recipe.build().state_dict())

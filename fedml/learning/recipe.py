@@ -55,6 +55,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __reduce__(self) -> tuple[type[Rows], tuple[Tensor, Tensor]]:
+        return Rows, (_alone(self.x), _alone(self.y))
+
     def take(self, indices: Sequence[int] | Tensor) -> Rows:
         """Return the rows at `indices`, in that order."""
         return Rows(self.x[indices], self.y[indices])
@@ -75,6 +78,11 @@ class Rows:
         apart = [int.from_bytes(digest.digest()[:8]) < bound for digest in digests]
         kept = [place for place, away in enumerate(apart) if not away]
         return self.take(kept), self.take([place for place, away in enumerate(apart) if away])
+
+
+def _alone(values: Tensor) -> Tensor:
+    """Return `values` without the larger storage they may be a view of, which pickling copies."""
+    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
 class Recipe(Protocol):
