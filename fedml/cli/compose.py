@@ -31,14 +31,22 @@ from fedml.protocol.messages import RunId
 from fedml.records import to_record
 from fedml.rounds import Commit, Plan, Run
 from fedml.simulation import results
+from fedml.simulation.attackers import Attackers
 from fedml.simulation.engine import Engine, statuses
 from fedml.simulation.executors.base import MakeExecutor, Memory
-from fedml.simulation.population import Data, Population
+from fedml.simulation.population import Data, Population, Split
+from fedml.simulation.world import MakeWorld
 from fedml.strategies import Strategy, describe
 
 _VERSION = "1.3"  # of Hydra's behaviour
 _PLAN = tuple(field.name for field in fields(Plan))
-_STAGE = ("data", "population", "executor")  # what a simulation needs beside the plan
+_STAGE = (
+    "data",
+    "population",
+    "world",
+    "attackers",
+    "executor",
+)  # what a simulation needs beside the plan
 
 
 def configs() -> Path:
@@ -110,6 +118,8 @@ class _Stage:
 
     data: Data | None
     population: Population
+    world: MakeWorld
+    attackers: Attackers | None
     executor: MakeExecutor
 
 
@@ -119,12 +129,16 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
     plan = _plan(values)
     recipe = load(plan.recipe)
     holdings = stage.population.deal(recipe, stage.data)
+    for note in holdings.notes if isinstance(holdings, Split) else ():
+        print(note)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         params = Params(recipe.build().state_dict())
     run = Run.begin(RunId("simulation"), plan, params)
-    executor = stage.executor(plan, recipe, holdings, Memory())
-    engine = Engine(run, executor, statuses(plan, holdings), watch=_tell)
+    make = stage.attackers.take_over(stage.executor) if stage.attackers else stage.executor
+    executor = make(plan, recipe, holdings, Memory())
+    world = stage.world(plan, holdings)
+    engine = Engine(run, executor, statuses(plan, holdings), world, watch=_tell)
     outcome = engine.play()
     results.write(folder, plan, outcome)
     resolved = OmegaConf.to_yaml(config, resolve=True)

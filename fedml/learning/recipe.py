@@ -56,6 +56,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __reduce__(self) -> tuple[type[Rows], tuple[Tensor, Tensor]]:
+        return Rows, (_alone(self.x), _alone(self.y))
+
     def take(self, indices: Sequence[int] | Tensor) -> Rows:
         """Return the rows at `indices`, in that order."""
         return Rows(self.x[indices], self.y[indices])
@@ -113,6 +116,11 @@ class RowStack:
     def to(self, device: torch.device) -> RowStack:
         """Return the same rows on `device`."""
         return RowStack(self.x.to(device), self.y.to(device), self.counts)
+
+
+def _alone(values: Tensor) -> Tensor:
+    """Return `values` without the larger storage they may be a view of, which pickling copies."""
+    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
 class Recipe(Protocol):

@@ -12,6 +12,7 @@ import pytest
 from fedml.cli.compose import compose_plan, configs, simulate
 from fedml.errors import ConfigError, Contradiction, FedmlError
 from fedml.rounds import Gate, Plan
+from fedml.simulation.population import ShippedData
 from fedml.strategies import FedAdam, FedProx, describe
 
 RUN = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=60"]
@@ -19,7 +20,12 @@ GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in configs().glob("*/
 NEEDED = {
     "privacy=record": ["privacy.epsilon=3"],
     "population=files": ["population.files={bern: bern.csv}"],
+    "population=column": ["population.column=target"],
+    "population=shards": ["population.drop_rest=true"],
 }
+STAGED = [
+    choice for choice in GROUPS if choice.split("=")[0] in ("population", "world", "attackers")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +44,15 @@ def run_simulation(*overrides: str) -> dict[str, object]:
 def test_every_configuration_builds(choice: str) -> None:
     plan = compose_plan("simulate", [choice, *NEEDED.get(choice, [])])
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("choice", STAGED)
+def test_every_population_world_and_attack_plays_a_round(choice: str, tmp_path: Path) -> None:
+    if choice == "population=files":
+        with ShippedData("breast_cancer").file() as path:
+            (tmp_path / "bern.csv").write_bytes(path.read_bytes())
+    summary = run_simulation(choice, *NEEDED.get(choice, []), "rounds=1")
+    assert (summary["state"], summary["rounds"]) == ("done", 1)
 
 
 def test_every_strategy_has_a_configuration_with_its_defaults() -> None:

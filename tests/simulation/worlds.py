@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedml.learning.recipe import Recipe, identify, load
 from fedml.params import Params
@@ -14,6 +15,7 @@ from fedml.simulation.engine import Engine, Outcome, statuses
 from fedml.simulation.executors.base import Executor, Holding
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
+from fedml.simulation.world import Fate
 from fedml.strategies import FedAvg
 
 
@@ -69,3 +71,16 @@ def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:
 
 def play(a_plan: Plan) -> Outcome:
     return engine(a_plan).play()
+
+
+@dataclass
+class Late:
+    """A world where answers take `delay` seconds and all sites are there."""
+
+    delay: Callable[[Task], float]
+
+    def fates(self, tasks: Sequence[Task], now: float) -> Sequence[Fate]:
+        return [Fate(self.delay(task)) for task in tasks]
+
+    def away(self, sites: Iterable[SiteId], now: float) -> Mapping[SiteId, float]:
+        return {}

@@ -26,7 +26,14 @@ from fedml.privacy.accounting import Event, evaluation_event, training_event
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Brief, Slots, Stack, Task
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import Answer, Holding, Memory, count_rows, stack_rows
+from fedml.simulation.executors.base import (
+    Answer,
+    CutTask,
+    Holding,
+    Memory,
+    count_rows,
+    stack_rows,
+)
 from fedml.simulation.executors.inline import Inline
 from fedml.stacked import Stacked
 from fedml.strategies import RULES
@@ -103,14 +110,18 @@ class Vectorised:
 
     def _sorted(self, tasks: Sequence[Task]) -> Iterator[tuple[bool, list[Task]]]:
         """Yield lists of tasks that share a brief and what their sites remember."""
-        alike: dict[tuple[int, str, frozenset[str]], list[Task]] = {}
+        alike: dict[tuple[int, str, frozenset[str], bool], list[Task]] = {}
         slots = self.memory.slots
         nothing: Slots = {}
         for task in tasks:
             kept = frozenset(slots.get(task.site, nothing)) if slots else frozenset()
-            alike.setdefault((id(task.brief), task.kind, kept), []).append(task)
+            alike.setdefault(
+                (id(task.brief), task.kind, kept, isinstance(task, CutTask)), []
+            ).append(task)
         for some in alike.values():
             reason = self.why_not(some[0].brief) if some[0].kind == "train" else ""
+            if isinstance(some[0], CutTask):
+                reason = "some sites have time for a part of their steps alone"
             if reason:
                 self._say(reason)
             yield not reason, some
