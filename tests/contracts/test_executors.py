@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from fedml.errors import Refused
-from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId
+from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Brief, Report, Slots, Task, Update
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import MakeExecutor, Memory
+from fedml.simulation.executors.base import CutTask, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
 from tests.simulation.worlds import Single, holdings, plan, recipe, singles, start
@@ -37,7 +39,7 @@ def tasks(kind: str = "train", number: int = 1, rule: str = "plain") -> list[Tas
     ]  # fmt: skip
 
 
-def answers(make: MakeExecutor, a_plan: Plan, work: list[Task]) -> dict[SiteId, Single]:
+def answers(make: MakeExecutor, a_plan: Plan, work: Sequence[Task]) -> dict[SiteId, Single]:
     found = {one.site: one for one in singles(make(a_plan, recipe(), holdings(), Memory()), work)}
     assert found.keys() == {task.site for task in work}
     return found
@@ -80,6 +82,21 @@ def test_the_order_of_tasks_changes_no_bit(make: MakeExecutor) -> None:
 def test_a_seed_orders_batches(make: MakeExecutor) -> None:
     other = replace(plan(), seed=1)
     assert digests(answers(make, other, tasks())) != digests(answers(make, plan(), tasks()))
+
+
+def test_a_task_cut_short_is_the_start_of_the_whole(make: MakeExecutor) -> None:
+    epochs = replace(plan(), training=Training(lr=1.0, epochs=4, batch_size=32, momentum=0.5))
+    for work, done in ((0.25, replace(epochs.training, epochs=1)), (0.75, None), (0.001, None)):
+        batches = {site: math.ceil(len(one.train) / 32) for site, one in holdings().items()}
+        cut = [CutTask(t.id, t.run, t.round, t.site, t.kind, t.brief, work) for t in tasks()]
+        found = digests(answers(make, epochs, cut))
+        for task in tasks():
+            steps = max(1, round(work * 4 * batches[task.site]))
+            training = done or replace(epochs.training, epochs=0, steps=steps)
+            expected = answers(Inline, replace(epochs, training=training), tasks())
+            assert found[task.site] == digests(expected)[task.site]
+    whole = digests(answers(make, epochs, tasks()))
+    assert not set(whole.values()) & set(found.values())
 
 
 def test_a_site_that_cannot_is_lost_and_the_others_are_not(make: MakeExecutor) -> None:

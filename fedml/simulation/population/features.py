@@ -76,8 +76,8 @@ class FeatureShift:
         if self.kind == "noise":
             noise = torch.randn(x.shape, generator=random, dtype=torch.float64)
             return (x + noise * sd * math.sqrt(amount)).to(x)
-        a, b = torch.randn(2, *sd.shape, generator=random, dtype=torch.float64) * self.strength
-        return (x * a.exp() + b * sd).to(x)
+        draws = torch.randn(2, *sd.shape, generator=random, dtype=torch.float64) * self.strength
+        return (x * draws[0].exp() + draws[1] * sd).to(x)
 
 
 def _rotate(x: Tensor, degrees: float) -> Tensor:
