@@ -98,6 +98,8 @@ class Engine:
             match command:
                 case SendTask(task):
                     tasks.append(task)
+                case ForgetTask():
+                    pass  # nothing here outlives a crash
                 case WakeAt(seconds, token):
                     self._later(seconds, Tick(token))
                 case Commit():
@@ -107,8 +109,8 @@ class Engine:
                     self._candidate = command
                 case End():
                     self._end = command
-                case Opened() | CancelTask() | ForgetTask():
-                    pass  # nothing here outlives a crash, and no work is under way
+                case Opened() | CancelTask():
+                    pass  # no work is under way
         self._hand_out(tasks)
 
     def _hand_out(self, tasks: Sequence[Task]) -> None:
@@ -130,10 +132,9 @@ def _arrivals(answer: Answer, delays: Mapping[TaskId, float]) -> Iterator[tuple[
     if not isinstance(answer, Stack):
         yield (delays[answer.task] if answer.task is not None else 0.0), _event(answer)
         return
-    rows: dict[float, list[int]] = {}
-    for row, task in enumerate(answer.tasks):
-        rows.setdefault(delays[task], []).append(row)
-    for seconds, some in rows.items():
+    times = [delays[task] for task in answer.tasks]
+    for seconds in sorted({*times}):
+        some = [row for row, time in enumerate(times) if time == seconds]
         yield seconds, _event(answer.take(some))
 
 
