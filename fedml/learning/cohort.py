@@ -7,12 +7,14 @@ the same distribution and other bits.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.func import grad, vmap
 
 from fedml.errors import ConfigError
 from fedml.learning.descent import find_rule
@@ -169,7 +171,25 @@ class CohortTrainer:
         self.dtype = _moving_dtype(self.model)
         _check(recipe, self.model, self._example)
         self.layout = Layout.of(self.model.state_dict())
+        self._check_batches()
         self._layers = layers_of(self.model) if self.mixes_no_rows else None
+
+    def _check_batches(self) -> None:
+        """Raise `ConfigError` where torch would only loop: it warns, and falls behind `Trainer`."""
+        params = Params(self.model.state_dict())
+        frame = Frame(self.recipe, self.model, self.layout, self.dtype, params, self.precision)
+
+        def total(flat: Tensor) -> Tensor:
+            return frame.forward(flat, self._example).sum()
+
+        values = params.buffers[self.dtype].repeat(2, 1)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="There is a performance drop")
+            try:
+                vmap(grad(total), randomness="different")(values)
+            except (RuntimeError, UserWarning) as error:
+                line = str(error).partition(". Please")[0].splitlines()
+                raise ConfigError(line[0] if line else type(error).__name__) from error
 
     @cached_property
     def mixes_no_rows(self) -> bool:
@@ -218,7 +238,8 @@ class CohortTrainer:
 
     def frame(self, brief: Brief) -> Frame:
         """Return what gradients of models like the brief's share; raises `MalformedUpdate`."""
-        Params(self.model.state_dict()).check_like(brief.params)
+        if self.layout != brief.params.layout:
+            Params(self.model.state_dict()).check_like(brief.params)
         return Frame(
             self.recipe, self.model, self.layout, self.dtype, brief.params, self.precision
         )  # fmt: skip

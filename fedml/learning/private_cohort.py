@@ -58,7 +58,7 @@ def train_privately(
 
 def _check(trainer: CohortTrainer, brief: Brief) -> None:
     model = trainer.recipe.build().to(trainer.device).train()
-    descent = Descent(model, brief, {}, Training(lr=0.0, steps=1))
+    descent = Descent(model, brief, {}, Training(lr=1.0, steps=1))
     check_fit(descent, trainer.recipe.example(4).to(trainer.device))
 
 

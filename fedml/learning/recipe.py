@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Rows:
                 "both need one entry a row"
             )
         for name, values in (("inputs", self.x), ("targets", self.y)):
-            if values.is_floating_point() and not bool(values.isfinite().all()):
+            if not _is_finite(values):
                 bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()
                 raise ConfigError(f"{name}: row {int(bad[0])} has NaN or infinity; mend the data")
 
@@ -81,6 +82,12 @@ class Rows:
         return self.take(kept), self.take([place for place, away in enumerate(apart) if away])
 
 
+def _is_finite(values: Tensor) -> bool:
+    if not (values.is_floating_point() and values.numel()):
+        return True
+    return all(math.isfinite(float(end)) for end in values.aminmax())  # NaN spreads
+
+
 @dataclass(frozen=True)
 class RowStack:
     """Rows of several sites: `x` and `y` are [sites, n, ...], a site's own the first `counts`.
@@ -101,7 +108,7 @@ class RowStack:
                 f"rows of {len(self.counts)} sites"
             )
         for name, values in (("inputs", self.x), ("targets", self.y)):
-            if values.is_floating_point() and not bool(values.isfinite().all()):
+            if not _is_finite(values):
                 raise ConfigError(f"{name} of a cohort hold NaN or infinity; mend the data")
 
     @staticmethod

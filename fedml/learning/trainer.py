@@ -163,7 +163,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators (weights, dropout) within, and leave the caller's alone."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -24,7 +24,7 @@ class Brief:
     slots: Slots = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One site's work order for one round: train on the brief, or score its parameters."""
 

@@ -66,7 +66,7 @@ class Commit:
     state: ServerState | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ForgetTask:
     """Tell `site` that its round is committed or void: it may delete what it kept for `task`."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from fedml.errors import ConfigError, MalformedMessage, QuorumLost, RoundFailed
@@ -73,7 +74,7 @@ Event = UpdateArrived | StackArrived | ReportArrived | SiteLost | DeadlinePassed
 # --- commands ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SendTask:
     """Give `task` to its site, now or when it is back; the site does it once."""
 
@@ -151,7 +152,7 @@ class Opening:
                 "ask each site once, and at least the quorum"
             )
 
-    @property
+    @cached_property
     def token(self) -> str:
         """What the deadline's `WakeAt` carries."""
         mark = "e" if self.kind == "evaluate" else ""
@@ -159,7 +160,11 @@ class Opening:
 
     def task_id(self, site: SiteId) -> TaskId:
         """Return the id of a site's task: `run.round.attempt.site`, an `e` marks evaluations."""
-        return TaskId(f"{self.run}.{self.token}.{site}")
+        return TaskId(self._prefix + site)
+
+    @cached_property
+    def _prefix(self) -> str:
+        return f"{self.run}.{self.token}."
 
 
 class Round:
@@ -241,25 +246,31 @@ class Round:
     def _count_stack(self, stack: Stack, digests: tuple[str, ...]) -> None:
         """Count each row as `_count` would, in the stack's order."""
         assert self._brief is not None, "handle() before open()"
-        prefix = self.opening.task_id(SiteId(""))
-        rows: dict[SiteId, int] = {}  # of each site the first
-        for row, (site, task) in enumerate(zip(stack.sites, stack.tasks, strict=True)):
-            if site in self._waiting and task == prefix + site:
-                rows.setdefault(site, row)
-        due = stack.take([*rows.values()])
+        rows = self._due(stack)
+        due = stack.take(rows)
         if stack.round != self.opening.number:
-            refused: Mapping[int, str] = dict.fromkeys(
-                range(len(due)), f"it is for round {stack.round}"
-            )
+            why = f"it is for round {stack.round}"
+            refused: Mapping[int, str] = dict.fromkeys(range(len(rows)), why)
         else:
             refused = self._answers.add_stack(due, self._brief) if rows else {}
-        for number, (site, row) in enumerate(rows.items()):
-            if number in refused:
-                self._lose(site, f"answer refused: {refused[number]}")
-            else:
-                self._waiting.discard(site)
-                weight, epsilon = stack.weights[row], stack.epsilon(row)
-                self._counted[site] = Counted(site, weight, digests[row], epsilon)
+        for number, reason in refused.items():
+            self._lose(due.sites[number], f"answer refused: {reason}")
+        told = [digests[row] for row in rows]
+        spent = due.epsilons or (0.0,) * len(rows)
+        counted = map(Counted, due.sites, due.weights, told, spent)
+        self._counted.update(
+            {one.site: one for number, one in enumerate(counted) if number not in refused}
+        )
+        self._waiting.difference_update(due.sites)
+
+    def _due(self, stack: Stack) -> list[int]:
+        """Return the rows that answer a task of ours, of each site the first."""
+        prefix = self.opening.task_id(SiteId(""))
+        rows: dict[SiteId, int] = {}
+        for row, (site, task) in enumerate(zip(stack.sites, stack.tasks, strict=True)):
+            if site in self._waiting and site not in rows and task == prefix + site:
+                rows[site] = row
+        return [*rows.values()]
 
     def _lose(self, site: SiteId, reason: str, *, final: bool = False) -> None:
         if site in self._waiting:

@@ -122,6 +122,8 @@ class Engine:
             match command:
                 case SendTask(task):
                     tasks.append(task)
+                case ForgetTask():
+                    pass  # nothing here outlives a crash
                 case WakeAt(seconds, token):
                     self._later(seconds, Tick(token))
                 case Commit():
@@ -131,8 +133,8 @@ class Engine:
                     self._candidate = command
                 case End():
                     self._end = command
-                case Opened() | CancelTask() | ForgetTask():
-                    pass  # nothing here outlives a crash, and no work is under way
+                case Opened() | CancelTask():
+                    pass  # no work is under way
         self._hand_out(tasks)
 
     def _hand_out(self, tasks: Sequence[Task]) -> None:

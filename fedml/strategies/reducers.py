@@ -63,17 +63,19 @@ class _RunningMean:
         self._parts = sums
         self._weights.append(weight)
         for name, value in update.metrics.items():
-            self._note(name, value, weight)
+            if _is_sane(value, weight):
+                self._metrics.setdefault(name, []).append((value, weight))
 
     def add_stack(self, stack: Stack) -> Mapping[int, str]:
         refused: dict[int, str] = {}
         parts = {"": stack.delta, **stack.slots}
         peaks: dict[str, list[int]] = {name: [] for name in parts}
-        for row, weight in enumerate(stack.weights):
-            try:
-                _check_weight(weight)
-            except MalformedUpdate as error:
-                refused[row] = str(error)
+        if not all(0 < weight <= _MOST for weight in stack.weights):
+            for row, weight in enumerate(stack.weights):
+                try:
+                    _check_weight(weight)
+                except MalformedUpdate as error:
+                    refused[row] = str(error)
         try:
             sums = self._sums_for(parts)
             for name, part in parts.items():
@@ -89,8 +91,9 @@ class _RunningMean:
         self._parts = sums
         self._weights += sound.weights
         for name, values in sound.metrics.items():
-            for value, weight in zip(values, sound.weights, strict=True):
-                self._note(name, value, weight)
+            pairs = self._metrics.setdefault(name, [])
+            pairs += [(v, w) for v, w in zip(values, sound.weights, strict=True) if _is_sane(v, w)]
+        self._metrics = {name: pairs for name, pairs in self._metrics.items() if pairs}
         return refused
 
     def _sums_for(self, parts: Mapping[str, Params]) -> dict[str, _Sum]:
@@ -98,10 +101,6 @@ class _RunningMean:
             names = sorted(parts.keys() ^ self._parts.keys())
             raise MalformedUpdate(f"slots {names} are reported by some sites and not by others")
         return self._parts or {name: _Sum(part.layout) for name, part in parts.items()}
-
-    def _note(self, name: str, value: float, weight: float) -> None:
-        if abs(value * weight) < _HUGE:
-            self._metrics.setdefault(name, []).append((value, weight))
 
     def result(self) -> Aggregate:
         if not self._weights:
@@ -121,6 +120,10 @@ class _RunningMean:
 def _check_weight(weight: float) -> None:
     if not 0 < weight <= _MOST:
         raise MalformedUpdate(f"weight {weight}: must be above 0 and at most {_MOST:g}")
+
+
+def _is_sane(value: float, weight: float) -> bool:
+    return abs(value * weight) < _HUGE
 
 
 def _mean(pairs: list[tuple[float, float]]) -> float:
@@ -174,6 +177,9 @@ class _Sum:
                 low, high = buffer.aminmax(dim=1)  # NaN spreads, also through maximum
                 largest = torch.maximum(low.abs(), high.abs())
                 peaks = torch.maximum(peaks, largest.to("cpu", torch.float64))
+        scaled = peaks * torch.tensor(weights, dtype=torch.float64) * GRID
+        if bool((scaled < _INT64).all()):
+            return list(map(int, scaled.round().tolist()))
         reaches = []
         for row, (peak, weight) in enumerate(zip(peaks.tolist(), weights, strict=True)):
             try:

@@ -24,7 +24,7 @@ from fedml.learning.recipe import Recipe, Rows, RowStack
 from fedml.learning.trainer import diverged, on_device, seeded
 from fedml.privacy.accounting import Event, evaluation_event, training_event
 from fedml.protocol.messages import SiteId
-from fedml.protocol.tasks import Brief, Slots, Stack, Task
+from fedml.protocol.tasks import Brief, Stack, Task
 from fedml.rounds import Plan, SiteLost
 from fedml.simulation.executors.base import (
     Answer,
@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 _CPU_BYTES = 2**30  # for one chunk, unless `bytes` says otherwise
 _GPU_SHARE = 0.6  # of what is free
 _ROWS_AT_ONCE = 2**16  # scored together
+_NOTHING: frozenset[str] = frozenset()
 _SMALL = 2**24  # multiplications of a step below which threads cost more than they bring
 _UNBATCHED = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 
@@ -110,14 +111,12 @@ class Vectorised:
 
     def _sorted(self, tasks: Sequence[Task]) -> Iterator[tuple[bool, list[Task]]]:
         """Yield lists of tasks that share a brief and what their sites remember."""
-        alike: dict[tuple[int, str, frozenset[str], bool], list[Task]] = {}
+        alike: dict[tuple[object, ...], list[Task]] = {}
         slots = self.memory.slots
-        nothing: Slots = {}
         for task in tasks:
-            kept = frozenset(slots.get(task.site, nothing)) if slots else frozenset()
-            alike.setdefault(
-                (id(task.brief), task.kind, kept, isinstance(task, CutTask)), []
-            ).append(task)
+            kept = frozenset(slots[task.site]) if task.site in slots else _NOTHING
+            cut = isinstance(task, CutTask)
+            alike.setdefault((id(task.brief), task.kind, kept, cut), []).append(task)
         for some in alike.values():
             reason = self.why_not(some[0].brief) if some[0].kind == "train" else ""
             if isinstance(some[0], CutTask):
@@ -138,19 +137,15 @@ class Vectorised:
         counts = count_rows(self.holdings, [task.site for task in tasks])
         order = sorted(range(len(tasks)), key=lambda place: -counts[place])
         budget, batch = self._budget(), self.plan.training.batch_size
-        chunk: list[Task] = []
-        room = width = 0
-        for place in order:
-            rows = counts[place]
-            own = min(rows, batch or rows)
-            if chunk and (len(chunk) >= room or 2 * own < width):
-                yield chunk
-                chunk = []
-            if not chunk:
-                width, room = own, max(1, budget // trainer.site_bytes(rows))
-            chunk.append(tasks[place])
-        if chunk:
-            yield chunk
+        while order:
+            most = counts[order[0]]
+            width = min(most, batch or most)
+            room = max(1, budget // trainer.site_bytes(most))
+            chunk = order[:room]
+            if min(counts[chunk[-1]], width) * 2 < width:
+                chunk = [place for place in chunk if counts[place] * 2 >= width]
+            yield [tasks[place] for place in chunk]
+            order = order[len(chunk) :]
 
     def _budget(self) -> int:
         if self.bytes:
@@ -181,9 +176,10 @@ class Vectorised:
         if min(rows.counts) == 0:
             raise ConfigError("some sites have no rows")
         brief = on_device(tasks[0].brief, trainer.device)
-        kept = [self.memory.slots.get(site, {}) for site in sites]
+        slots = self.memory.slots  # all of these sites remember slots of the same names
         memory = {
-            name: Stacked([slots[name] for slots in kept]).to(trainer.device) for name in kept[0]
+            name: Stacked([slots[site][name] for site in sites]).to(trainer.device)
+            for name in slots.get(sites[0], {})
         }
         seed = self.plan.task_seed
         with seeded(seed(tasks[0].round, sites[0]), trainer.device):
@@ -244,10 +240,10 @@ class Vectorised:
             epsilons = [spend(tasks[row], told.events[row], share) for row in sound]
         stack = Stack(
             ours[0].round,
-            tuple(task.site for task in ours),
-            tuple(task.id for task in ours),
+            tuple([task.site for task in ours]),
+            tuple([task.id for task in ours]),
             delta,
-            tuple(told.weights[row] for row in sound),
+            tuple([told.weights[row] for row in sound]),
             slots,
             {name: [values[row] for row in sound] for name, values in told.metrics.items()},
             epsilons,
