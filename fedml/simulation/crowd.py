@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedml.errors import ConfigError
-from fedml.learning.recipe import Recipe, Rows, RowStack
+from fedml.learning.recipe import Recipe, Rows
+from fedml.learning.rowstack import RowStack
 from fedml.protocol.messages import SiteId
 from fedml.rounds import Muster, Plan, Selection
 from fedml.rounds.selection import Reasons
