@@ -44,8 +44,8 @@ def w2(quick: bool, say: Say) -> Reading:
 def scale(quick: bool, say: Say) -> Reading:
     """Measure W2's round with 10^3 to 10^6 users: the slowest crowd's, beside the fastest's.
 
-    Each is the least of a few fresh processes' medians. Raises `TaskFailed` if memory exceeds
-    1.5 GB.
+    Each is the least of a few fresh processes' fastest tenth of rounds, which other work on the
+    machine disturbs least. Raises `TaskFailed` if memory exceeds 1.5 GB.
     """
     rounds = 50 if quick else 300
     best = dict.fromkeys(_CROWDS, float("inf"))
@@ -60,14 +60,14 @@ def scale(quick: bool, say: Say) -> Reading:
 
 
 def _alone(users: int, rounds: int) -> tuple[float, float]:
-    """Return a round's median seconds and the peak memory, from a fresh process."""
+    """Return the seconds that a tenth of the rounds stay below, and the peak memory."""
     command = [sys.executable, "-m", "benchmarks.logistic", str(users), str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise TaskFailed(f"{users} users: {lines[-1] if lines else 'ended without a word'}")
     told = json.loads(done.stdout)
-    return statistics.median(told["rounds"]), float(told["peak"])
+    return statistics.quantiles(told["rounds"], n=10)[0], float(told["peak"])
 
 
 def _ms(seconds: list[float]) -> str:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedml.learning.cohort import CohortTrainer, Descents, Trained
+from fedml.learning.cohort import CohortTrainer, Trained
 from fedml.learning.descent import Descent
+from fedml.learning.descents import Descents
 from fedml.learning.gradients import Frame, Functional
 from fedml.learning.private import MOST_FLOATS, check_fit
-from fedml.learning.recipe import RowStack
+from fedml.learning.rowstack import RowStack
 from fedml.privacy.accounting import SampledGaussian
 from fedml.privacy.noise import SecureNoise
 from fedml.protocol.messages import Training

@@ -15,7 +15,8 @@ from fedml.errors import ConfigError
 from fedml.learning.cohort import CohortTrainer, Trained
 from fedml.learning.gradients import Frame, Functional, Layered, layers_of
 from fedml.learning.private_cohort import Release, train_privately
-from fedml.learning.recipe import Rows, RowStack
+from fedml.learning.recipe import Rows
+from fedml.learning.rowstack import RowStack
 from fedml.params import Params
 from fedml.privacy.accounting import SampledGaussian
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
