@@ -82,12 +82,12 @@ class Engine:
         self._act(self.run.open(self.now))
         self._look()
         while self._end is None:
+            self._await_sites()
             self.now, _, event = heapq.heappop(self._agenda)
             if isinstance(event, Committed | SitesChanged):  # a round may open
                 self._look()
             if not isinstance(event, SitesChanged):
                 self._act(self.run.handle(event, self.now))
-            self._await_sites()
         return Outcome(self._end, tuple(self.run.receipts), self._candidate, self.now)
 
     def _look(self) -> None:
