@@ -21,6 +21,7 @@ NEEDED = {
     "privacy=record": ["privacy.epsilon=3"],
     "population=files": ["population.files={bern: bern.csv}"],
     "population=column": ["population.column=target"],
+    "population=crowd": ["cohort.size=5"],
     "population=shards": ["population.drop_rest=true"],
 }
 STAGED = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from fedml.errors import ConfigError
 from fedml.learning.recipe import Rows
 from fedml.params import Params
 from fedml.protocol.messages import SiteId
-from fedml.protocol.tasks import Report, Update
+from fedml.protocol.tasks import Report, Task, Update
 from fedml.simulation.attackers import (
     Attack,
     Attackers,
@@ -23,7 +24,7 @@ from fedml.simulation.attackers import (
     SignFlip,
 )
 from fedml.simulation.engine import Outcome
-from fedml.simulation.executors.base import Holding, Memory
+from fedml.simulation.executors.base import Answer, Holding, Memory
 from fedml.simulation.executors.inline import Inline
 from tests.contracts.test_executors import answers, tasks
 from tests.simulation.worlds import engine, holdings, plan, play, recipe, start
@@ -63,7 +64,7 @@ def test_noise_has_its_deviation_and_whole_numbers_are_left_alone() -> None:
     assert bool(NotANumber().bend(wide, torch.Generator())["w"].isnan().all())
 
 
-def test_only_attackers_updates_change_and_every_slot_of_theirs() -> None:
+def test_only_attackers_updates_change() -> None:
     make = Attackers(SignFlip(2.0), sites=(BAD,)).take_over(Inline)
     honest, bent = (answers(one, plan(), tasks()) for one in (Inline, make))
     for site, update in honest.items():
@@ -74,6 +75,22 @@ def test_only_attackers_updates_change_and_every_slot_of_theirs() -> None:
     reports = answers(make, plan(), tasks("evaluate"))
     assert all(isinstance(one, Report) for one in reports.values())
     assert reports == answers(Inline, plan(), tasks("evaluate"))
+
+
+class Slotted(Inline):
+    """Sites whose algorithm reports a slot beside the delta."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
+        for task in tasks:
+            yield Update(task.id, task.round, task.site, SENT, 1.0, {"control": SENT})
+
+
+def test_slots_are_bent_as_the_delta_is() -> None:
+    found = answers(Attackers(FreeRide(), sites=(BAD,)).take_over(Slotted), plan(), tasks())
+    for site, update in found.items():
+        assert isinstance(update, Update)
+        expected = SENT.zeros() if site == BAD else SENT
+        assert update.delta == update.slots["control"] == expected
 
 
 def test_a_share_of_the_sites_attacks_and_a_seed_says_who() -> None:
