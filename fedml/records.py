@@ -36,6 +36,16 @@ def to_record(value: object) -> object:
     return value
 
 
+def flatten(record: object, prefix: str = "") -> dict[str, str]:
+    """Return nested settings as one level of dotted names, as a tracking page shows them."""
+    if isinstance(record, dict):
+        flat: dict[str, str] = {}
+        for key, value in record.items():
+            flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: str(record)}
+
+
 def _plain(value: object, hint: object) -> object:
     floats = hint is float or float in get_args(hint)
     if floats and isinstance(value, int) and not isinstance(value, bool):

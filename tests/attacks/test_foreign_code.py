@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from fedml.cli.compose import compose_plan, simulate
+from fedml.cli.compose import compose_plan
+from fedml.cli.simulate import simulate
 from fedml.errors import ConfigError, FedmlError
 from fedml.rounds import Plan
 from tests.rounds.worlds import plan

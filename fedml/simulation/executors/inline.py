@@ -13,7 +13,7 @@ from fedml.privacy.accounting import Event, epsilon, evaluation_event, training_
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Report, Task, Update
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import Answer, Holding, Memory
+from fedml.simulation.executors.base import Answer, Holding, Memory, check_device
 
 
 @dataclass
@@ -29,6 +29,9 @@ class Inline:
     holdings: Mapping[SiteId, Holding]
     memory: Memory = field(default_factory=Memory)
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield answers in the order of `tasks`."""

@@ -1,0 +1,70 @@
+"""What is seen of simulated sites while they work: beyond what a receipt may hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedml.protocol.messages import SiteId
+from fedml.protocol.tasks import Brief, Report, Task, Update
+from fedml.simulation.executors.base import Answer, Executor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One site's part in a round: its own numbers, bytes down and up, seconds of computing.
+
+    `metrics` come with updates (such as `loss`), `scores` are means over its own held-out rows.
+    Seconds are those of this machine between two answers: a batched executor's come at once.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    down: int = 0
+    up: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Witness:
+    """An executor that lets another one work, and notes what its sites answered."""
+
+    executor: Executor
+    _seen: dict[SiteId, Seen] = field(default_factory=dict)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
+        """Yield what the executor yields, and note it."""
+        sizes: dict[int, int] = {}  # by brief: a cohort shares a few at most
+        down = {task.site: _memo(sizes, task.brief) for task in tasks}
+        before = time.perf_counter()
+        for answer in self.executor.run(tasks):
+            now = time.perf_counter()
+            self._seen[answer.site] = _note(answer, down.get(answer.site, 0), now - before)
+            yield answer
+            before = time.perf_counter()
+
+    def take(self) -> Mapping[SiteId, Seen]:
+        """Return what was seen since the last time, by site."""
+        seen, self._seen = self._seen, {}
+        return seen
+
+
+def _memo(sizes: dict[int, int], brief: Brief) -> int:
+    if id(brief) not in sizes:
+        parts = (brief.params, *brief.slots.values())
+        sizes[id(brief)] = sum(part.layout.bytes for part in parts)
+    return sizes[id(brief)]
+
+
+def _note(answer: Answer, down: int, seconds: float) -> Seen:
+    match answer:
+        case Update():
+            up = sum(part.layout.bytes for part in (answer.delta, *answer.slots.values()))
+            return Seen(answer.metrics, {}, down, up, seconds)
+        case Report():
+            rows = max(answer.count, 1.0)  # noised under privacy, it may vanish
+            means = {name: total / rows for name, total in answer.totals.items()}
+            return Seen({}, means, down, 0, seconds)
+        case _:
+            return Seen({}, {}, down, 0, seconds)
