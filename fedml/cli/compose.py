@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_type_hints
 
 import hydra
 from hydra.errors import HydraException
@@ -22,7 +22,7 @@ import fedml
 from fedml import durable
 from fedml.cli.misspelt import meant, mend
 from fedml.errors import ConfigError, FedmlError
-from fedml.records import to_record
+from fedml.records import SCALARS, to_record
 from fedml.rounds import Plan
 from fedml.strategies import Strategy, describe
 
@@ -78,11 +78,11 @@ def build(
     """Return the configuration's top keys as objects, built of nothing but `targets`."""
     plain = cast(dict[str, object], OmegaConf.to_container(_known(config, without), resolve=True))
     _register(plain.get("recipe"), config.get("recipes"))
-    _check_targets(plain, "", targets)
     missing = sorted(OmegaConf.missing_keys(_known(config, without)))
     if missing:
         wanted = " ".join(f"{key}=..." for key in missing)
         raise ConfigError(f"{', '.join(missing)} must be given: add {wanted}")
+    _check_targets(plain, "", targets)
     values, problems = {}, list[str]()
     for key, value in plain.items():
         try:
@@ -121,11 +121,23 @@ def _check_targets(value: object, where: str, targets: Sequence[str]) -> None:
                 found = get_object(target)
             if not str(getattr(found, "__module__", "")).startswith(allowed):
                 raise ConfigError(f"{told}: that is not fedml's own")
+            _check_types(found, value, where)
         for key, item in value.items():
             _check_targets(item, f"{where}.{key}" if where else str(key), targets)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             _check_targets(item, f"{where}[{number}]", targets)
+
+
+def _check_types(kind: object, settings: Mapping[str, object], where: str) -> None:
+    """Refuse a number, text or switch that is of another type than the dataclass `kind` says."""
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return
+    for name, hint in get_type_hints(kind).items():
+        value, scalar = settings.get(name), SCALARS.get(hint)
+        fits = type(value) is hint or (hint is float and type(value) is int)
+        if scalar and name in settings and not fits:
+            raise ConfigError(f"{where}.{name} {value!r:.60}: must be {scalar}")
 
 
 def plan_of(values: Mapping[str, object]) -> Plan:

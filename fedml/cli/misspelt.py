@@ -33,13 +33,16 @@ def mend(text: str, folder: str, overrides: Sequence[str]) -> str:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?", or what there is if nothing comes close."""
-    names = sorted(known)
-    if close := get_close_matches(word, names, n=3, cutoff=0.6):
+    """Return "did you mean ...?", or what there is beside it if nothing comes close."""
+    names = sorted(set(known))
+    home, _, last = word.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == home}
+    close = [beside[name] for name in get_close_matches(last, beside, n=2, cutoff=0.65)]
+    if not beside:
+        close = get_close_matches(word, names, n=2)
+    if close:
         return f"did you mean {' or '.join(close)}?"
-    home = word.rpartition(".")[0]
-    beside = [name for name in names if name.rpartition(".")[0] == home]
-    return f"there are {', '.join(beside or names)}"
+    return f"there are {', '.join([*beside.values()] or names)}"
 
 
 def _keys(folder: str, overrides: Sequence[str]) -> list[str]:

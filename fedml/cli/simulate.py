@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -210,7 +211,9 @@ def _prepare(config: DictConfig, folder: Path, multirun: Path | None) -> _Job:
     population = cast(Population, values.pop("population"))
     make = cast(MakeExecutor, values.pop("executor"))
     tracking = cast(Tracking, values.pop("tracking"))
-    seconds, recipes = float(cast(float, values.pop("checkpoint"))), values.pop("recipes", None)
+    seconds, recipes = values.pop("checkpoint"), values.pop("recipes", None)
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ConfigError(f"checkpoint {seconds!r}: give the seconds between two, 0 or more")
     values.pop("resume", None)
     plan = plan_of(values)
     recipe = load(plan.recipe, cast(Mapping[str, str], recipes or {}))
@@ -220,7 +223,7 @@ def _prepare(config: DictConfig, folder: Path, multirun: Path | None) -> _Job:
     digest = known.digest if known else of_holdings(holdings)
     settings = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     story = Story(plan, settings, folder, digest, multirun)
-    return _Job(plan, recipe, holdings, make, tracking, story, seconds)
+    return _Job(plan, recipe, holdings, make, tracking, story, float(seconds))
 
 
 def _check_cohort(plan: Plan, holdings: Mapping[SiteId, Holding]) -> None:
