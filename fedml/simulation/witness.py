@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Brief, Report, Task, Update
+from fedml.rounds import SiteLost
 from fedml.simulation.executors.base import Answer, Executor
 
 
@@ -39,8 +40,7 @@ class Witness:
         down = {task.site: _memo(sizes, task.brief) for task in tasks}
         before = time.perf_counter()
         for answer in self.executor.run(tasks):
-            now = time.perf_counter()
-            self._seen[answer.site] = _note(answer, down.get(answer.site, 0), now - before)
+            self._seen.update(_notes(answer, down, time.perf_counter() - before))
             yield answer
             before = time.perf_counter()
 
@@ -57,14 +57,17 @@ def _memo(sizes: dict[int, int], brief: Brief) -> int:
     return sizes[id(brief)]
 
 
-def _note(answer: Answer, down: int, seconds: float) -> Seen:
+def _notes(
+    answer: Answer, down: Mapping[SiteId, int], seconds: float
+) -> Iterator[tuple[SiteId, Seen]]:
+    sent = down.get(answer.site, 0)
     match answer:
         case Update():
             up = sum(part.layout.bytes for part in (answer.delta, *answer.slots.values()))
-            return Seen(answer.metrics, {}, down, up, seconds)
+            yield answer.site, Seen(answer.metrics, {}, sent, up, seconds)
         case Report():
             rows = max(answer.count, 1.0)  # noised under privacy, it may vanish
             means = {name: total / rows for name, total in answer.totals.items()}
-            return Seen({}, means, down, 0, seconds)
-        case _:
-            return Seen({}, {}, down, 0, seconds)
+            yield answer.site, Seen({}, means, sent, 0, seconds)
+        case SiteLost():
+            yield answer.site, Seen({}, {}, sent, 0, seconds)
