@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -14,12 +15,12 @@ from tests.simulation.worlds import chronicle, plan
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Keep each figure that is saved, by its file's name."""
-    figures: dict[str, Figure] = {}
+    figures: dict[str, Any] = {}
     save = Figure.savefig
 
-    def keep(figure: Figure, path: Path, **settings: object) -> None:
+    def keep(figure: Figure, path: Path, **settings: Any) -> None:
         figures[Path(path).name.removeprefix(".")] = figure
         save(figure, path, **settings)
 
@@ -27,9 +28,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     return figures
 
 
-def test_scores_loss_and_epsilon_are_drawn_by_round(
-    tmp_path: Path, drawn: dict[str, Figure]
-) -> None:
+def test_scores_loss_and_epsilon_are_drawn_by_round(tmp_path: Path, drawn: dict[str, Any]) -> None:
     engine, told = chronicle(plan(every=1))
     engine.play()
     files = plots.draw(tmp_path, "a title", told.entries)
@@ -45,7 +44,7 @@ def test_scores_loss_and_epsilon_are_drawn_by_round(
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
-def test_epsilon_is_drawn_if_it_is_spent(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+def test_epsilon_is_drawn_if_it_is_spent(tmp_path: Path, drawn: dict[str, Any]) -> None:
     privacy = Privacy("record", epsilon=5.0, delta=1e-5, rounds=2, evaluation_epsilon=1.0)
     engine, told = chronicle(plan(rounds=2, privacy=privacy))
     engine.play()
@@ -62,7 +61,7 @@ def job(number: int, epsilon: float, seed: int, accuracy: float) -> Job:
 
 
 def test_the_trade_of_privacy_for_score_has_means_and_error_bars(
-    tmp_path: Path, drawn: dict[str, Figure]
+    tmp_path: Path, drawn: dict[str, Any]
 ) -> None:
     jobs = [job(0, 1.0, 0, 0.6), job(1, 1.0, 1, 0.8), job(2, 8.0, 0, 0.9), job(3, 8.0, 1, 0.9)]
     public = Job(
