@@ -172,16 +172,17 @@ def _distribution(key: str, override: Override) -> BaseDistribution:
     log = "log" in getattr(value, "tags", ())
     try:
         if isinstance(value, IntervalSweep):
-            low, high = value.start, value.end
-            if isinstance(low, int) and isinstance(high, int) and "int" in value.tags:
-                return IntDistribution(low, high, log=log)
-            return FloatDistribution(float(low or 0), float(high or 0), log=log)
+            low, high = float(value.start or 0), float(value.end or 0)
+            if "int" in value.tags:
+                return IntDistribution(int(low), int(high), log=log)
+            return FloatDistribution(low, high, log=log)
         if isinstance(value, RangeSweep) and value.start is not None and value.stop is not None:
             if all(isinstance(n, int) for n in (value.start, value.stop, value.step)):
-                return IntDistribution(int(value.start), int(value.stop) - 1, step=int(value.step))
+                numbers = range(int(value.start), int(value.stop), int(value.step))
+                return IntDistribution(numbers[0], numbers[-1], step=numbers.step)
             return FloatDistribution(value.start, value.stop - value.step, step=value.step)
         if isinstance(value, ChoiceSweep):
             return CategoricalDistribution([*override.sweep_string_iterator()])
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise ConfigError(f"{key}: {error}") from error
     raise ConfigError(f"{key}: Optuna cannot search {value}; use interval(a,b) or choice(...)")

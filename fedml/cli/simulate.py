@@ -16,7 +16,6 @@ from typing import cast
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,7 +32,6 @@ from fedml.cli.compose import (
 )
 from fedml.cli.live import Live
 from fedml.cli.misspelt import mend
-from fedml.cli.optuna import OptunaSweeper
 from fedml.errors import ConfigError, FedmlError
 from fedml.learning.recipe import Recipe, load
 from fedml.params import Params
@@ -64,7 +62,6 @@ def simulate(argv: Sequence[str]) -> int:
     command = hydra.main(config_path=str(configs()), config_name="simulate", version_base=VERSION)(
         jobs.play
     )
-    Plugins.instance().register(OptunaSweeper)
     overrides = [word for word in argv if "=" in word and not word.startswith("-")]
 
     def mended(text: str) -> str:

@@ -162,6 +162,7 @@ def write(
 
 def write_table(path: Path, entries: Sequence[Entry]) -> None:
     """Write all rows to a parquet file, some at a time; the old file stays until it is whole."""
+    durable.make_folder(path.parent)
     schema = _schema(entries)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
