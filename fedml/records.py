@@ -17,7 +17,12 @@ from fedml.errors import ConfigError, Contradiction
 
 T = TypeVar("T")
 Reader = Callable[[object], object]
-_SCALARS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+SCALARS: Mapping[object, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 def to_record(value: object) -> object:
@@ -34,6 +39,16 @@ def to_record(value: object) -> object:
     if isinstance(value, tuple | list):
         return [to_record(item) for item in value]
     return value
+
+
+def flatten(record: object, prefix: str = "") -> dict[str, str]:
+    """Return nested settings as one level of dotted names, as a tracking page shows them."""
+    if isinstance(record, dict):
+        flat: dict[str, str] = {}
+        for key, value in record.items():
+            flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: str(record)}
 
 
 def _plain(value: object, hint: object) -> object:
@@ -68,7 +83,7 @@ class _Reading:
             return self.build(lambda: self.readers[hint](raw), what)
         if isinstance(hint, NewType):
             return self.read(hint.__supertype__, raw, what)
-        if isinstance(hint, type) and hint in _SCALARS:
+        if isinstance(hint, type) and hint in SCALARS:
             return self.scalar(hint, raw, what)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return self.record(hint, raw, what)
@@ -100,7 +115,7 @@ class _Reading:
                 return float(raw)
         elif type(raw) is kind:
             return raw
-        self.problems.append(f"{what} {raw!r:.60}: must be {_SCALARS[kind]}")
+        self.problems.append(f"{what} {raw!r:.60}: must be {SCALARS[kind]}")
         return None
 
     def record(self, kind: type, raw: object, what: str) -> object:

@@ -1,4 +1,4 @@
-"""From Hydra configurations to our objects. The only module that knows Hydra.
+"""From Hydra configurations to our objects.
 
 Configurations are typed objects: `_target_` names a class of ours, its fields are the settings.
 Whatever is wrong with a name, a key or a value becomes one `ConfigError` line.
@@ -6,17 +6,13 @@ Whatever is wrong with a name, a key or a value becomes one `ConfigError` line.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_type_hints
 
 import hydra
-import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -24,29 +20,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fedml
 from fedml import durable
+from fedml.cli.misspelt import meant, mend
 from fedml.errors import ConfigError, FedmlError
-from fedml.learning.recipe import load
-from fedml.params import Params
-from fedml.protocol.messages import RunId
-from fedml.records import to_record
-from fedml.rounds import Commit, Plan, Run
-from fedml.simulation import results
-from fedml.simulation.attackers import Attackers
-from fedml.simulation.engine import Engine, statuses
-from fedml.simulation.executors.base import MakeExecutor, Memory
-from fedml.simulation.population import Data, Population, Split
-from fedml.simulation.world import MakeWorld
+from fedml.records import SCALARS, to_record
+from fedml.rounds import Plan
 from fedml.strategies import Strategy, describe
 
-_VERSION = "1.3"  # of Hydra's behaviour
+VERSION = "1.3"  # of Hydra's behaviour
 _PLAN = tuple(field.name for field in fields(Plan))
 _STAGE = (
-    "data",
-    "population",
-    "world",
-    "attackers",
-    "executor",
-)  # what a simulation needs beside the plan
+    "data", "population", "world", "attackers", "executor", "tracking", "checkpoint", "resume",
+    "recipes",
+)  # fmt: skip
+_OURS = ("fedml.",)  # below which a `_target_` may lie
+SIMULATIONS = (*_OURS, "simulations.")  # the same for a simulation, which runs its user's own code
+_IDENTIFY = "fedml.learning.recipe.identify"
 
 
 def configs() -> Path:
@@ -56,6 +44,11 @@ def configs() -> Path:
         if (folder / "simulate.yaml").is_file():
             return folder
     raise ConfigError(f"no configs in {package} nor beside it; install fedml-consortium again")
+
+
+def has_own(home: Path) -> bool:
+    """True if `home` holds a folder of experiments, whose classes a configuration may name."""
+    return (home / "simulations").is_dir()
 
 
 def compose_plan(
@@ -76,101 +69,27 @@ def compose_plan(
         quoted = str(other).replace("'", r"\'")  # as Hydra's grammar has it
         searched.append(f"hydra.searchpath=['file://{quoted}']")
     with (
-        _clear_errors(),
-        hydra.initialize_config_dir(str(home), version_base=_VERSION, job_name="fedml"),
+        clear_errors(lambda text: mend(text, str(home), overrides)),
+        hydra.initialize_config_dir(str(home), version_base=VERSION, job_name="fedml"),
     ):
-        return _plan(_values(hydra.compose(config_name, searched), _STAGE))
+        return plan_of(build(hydra.compose(config_name, searched), _STAGE))
 
 
-def simulate(argv: Sequence[str]) -> int:
-    """Run `fedml simulate` with Hydra's own command line; return the exit status.
-
-    Prints one line a round; results lie in Hydra's output folder. Raises `ConfigError` in one
-    line. Several jobs (`-m`) all run; the first error is raised when they are through.
-    """
-    ends: list[bool] = []
-    errors: list[FedmlError] = []
-
-    def job(config: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        try:
-            with _clear_errors():
-                ends.append(_simulate_once(config, folder))
-        except FedmlError as error:  # kept from Hydra, which would print a traceback
-            errors.append(error)
-
-    command = hydra.main(config_path=str(configs()), config_name="simulate", version_base=_VERSION)(
-        job
-    )
-    with _command_line(argv), _clear_errors():
-        try:
-            command()
-        except SystemExit as leave:  # --help, --info and argparse's own complaints
-            return leave.code if isinstance(leave.code, int) else int(bool(leave.code))
-    if errors:
-        raise errors[0]
-    return 0 if all(ends) else 1
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A simulation's settings beside the plan."""
-
-    data: Data | None
-    population: Population
-    world: MakeWorld
-    attackers: Attackers | None
-    executor: MakeExecutor
-
-
-def _simulate_once(config: DictConfig, folder: Path) -> bool:
-    values = _values(config)
-    stage = _Stage(**{key: values.pop(key) for key in _STAGE})  # type: ignore[arg-type]
-    plan = _plan(values)
-    recipe = load(plan.recipe)
-    holdings = stage.population.deal(recipe, stage.data)
-    for note in holdings.notes if isinstance(holdings, Split) else ():
-        print(note)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)
-        params = Params(recipe.build().state_dict())
-    run = Run.begin(RunId("simulation"), plan, params)
-    make = stage.attackers.take_over(stage.executor) if stage.attackers else stage.executor
-    executor = make(plan, recipe, holdings, Memory())
-    world = stage.world(plan, holdings)
-    engine = Engine(run, executor, statuses(plan, holdings), world, watch=_tell)
-    outcome = engine.play()
-    results.write(folder, plan, outcome)
-    resolved = OmegaConf.to_yaml(config, resolve=True)
-    durable.replace(folder / "config.yaml", resolved.encode())
-    print(f"{outcome.end.state}: {outcome.end.detail}")
-    print(f"results are in {folder}")
-    return outcome.end.state == "done"
-
-
-def _tell(commit: Commit) -> None:
-    receipt = commit.receipt
-    numbers = {**receipt.metrics, **receipt.scores}
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-    what = "round" if receipt.kind == "train" else "scores after round"
-    who = f"{len(receipt.counted)} of {len(receipt.asked)} sites"
-    print(f"{what} {receipt.round}: {who}" + (f", {shown}" if shown else ""))
-    for site, reason in receipt.missing.items():
-        print(f"  without {site}: {reason}")
-
-
-def _values(config: DictConfig, without: Sequence[str] = ()) -> dict[str, object]:
-    """Return the configuration's top keys as objects."""
+def build(
+    config: DictConfig, without: Sequence[str] = (), targets: Sequence[str] = _OURS
+) -> dict[str, object]:
+    """Return the configuration's top keys as objects, built of nothing but `targets`."""
     plain = cast(dict[str, object], OmegaConf.to_container(_known(config, without), resolve=True))
-    _check_targets(plain, "")
+    _register(plain.get("recipe"), config.get("recipes"))
     missing = sorted(OmegaConf.missing_keys(_known(config, without)))
     if missing:
         wanted = " ".join(f"{key}=..." for key in missing)
         raise ConfigError(f"{', '.join(missing)} must be given: add {wanted}")
+    _check_targets(plain, "", targets)
     values, problems = {}, list[str]()
     for key, value in plain.items():
         try:
-            with _clear_errors():
+            with clear_errors():
                 nested = isinstance(value, dict | list)
                 values[key] = instantiate(value, _convert_="all") if nested else value
         except FedmlError as error:
@@ -183,30 +102,48 @@ def _values(config: DictConfig, without: Sequence[str] = ()) -> dict[str, object
 def _known(config: DictConfig, without: Sequence[str]) -> DictConfig:
     unknown = sorted(set(map(str, config)) - {*_PLAN, *_STAGE})
     if unknown:
-        raise ConfigError(
-            f"{', '.join(unknown)}: no such setting; there are {', '.join((*_PLAN, *_STAGE))}"
-        )
+        raise ConfigError(f"{unknown[0]}: no such setting; {meant(unknown[0], (*_PLAN, *_STAGE))}")
     return OmegaConf.masked_copy(config, [str(key) for key in config if key not in without])
 
 
-def _check_targets(value: object, where: str) -> None:
-    """Refuse a `_target_` that is not a class or function of this package."""
+def _register(recipe: object, recipes: object) -> None:
+    """Let `recipe` be found among the files that the key `recipes` names, too."""
+    if isinstance(recipe, dict) and recipe.get("_target_") == _IDENTIFY and recipes:
+        recipe["extra"] = OmegaConf.to_container(cast(DictConfig, recipes), resolve=True)
+
+
+def _check_targets(value: object, where: str, targets: Sequence[str]) -> None:
+    """Refuse a `_target_` that is not a class or function of `targets`."""
     if isinstance(value, dict):
         if "_target_" in value:
-            target = str(value["_target_"])
-            if not target.startswith("fedml."):
-                raise ConfigError(f"{where}._target_ {target!r}: only names below fedml. are built")
-            found = get_object(target)
-            if not str(getattr(found, "__module__", "")).startswith("fedml."):
-                raise ConfigError(f"{where}._target_ {target!r}: that is not fedml's own")
+            target, allowed = str(value["_target_"]), tuple(targets)
+            told = f"{where}._target_ {target!r}"
+            if not target.startswith(allowed):
+                raise ConfigError(f"{told}: only names below {' or '.join(allowed)} are built")
+            with clear_errors():
+                found = get_object(target)
+            if not str(getattr(found, "__module__", "")).startswith(allowed):
+                raise ConfigError(f"{told}: that is not fedml's own")
+            _check_types(found, value, where)
         for key, item in value.items():
-            _check_targets(item, f"{where}.{key}" if where else str(key))
+            _check_targets(item, f"{where}.{key}" if where else str(key), targets)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            _check_targets(item, f"{where}[{number}]")
+            _check_targets(item, f"{where}[{number}]", targets)
 
 
-def _plan(values: Mapping[str, object]) -> Plan:
+def _check_types(kind: object, settings: Mapping[str, object], where: str) -> None:
+    """Refuse a number, text or switch that is of another type than the dataclass `kind` says."""
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return
+    for name, hint in get_type_hints(kind).items():
+        value, scalar = settings.get(name), SCALARS.get(hint)
+        fits = type(value) is hint or (hint is float and type(value) is int)
+        if scalar and name in settings and not fits:
+            raise ConfigError(f"{where}.{name} {value!r:.60}: must be {scalar}")
+
+
+def plan_of(values: Mapping[str, object]) -> Plan:
     """Return the plan of these fields, by the same strict reading as one from the wire."""
     record = {key: to_record(value) for key, value in values.items() if value is not None}
     record["strategy"] = describe(cast(Strategy, values.get("strategy")))
@@ -214,24 +151,11 @@ def _plan(values: Mapping[str, object]) -> Plan:
 
 
 @contextmanager
-def _command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Hydra reads its arguments from `sys.argv`, and hides errors unless the environment says."""
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["fedml simulate", *argv]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = before
-        if full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full
+def clear_errors(mended: Callable[[str], str] = str) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into one `ConfigError` line; ours pass as they are.
 
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise into one `ConfigError` line; ours pass as they are."""
+    `mended` may say it in better words.
+    """
     try:
         yield
     except (HydraException, OmegaConfBaseException, ImportError, TypeError, ValueError) as error:
@@ -241,9 +165,9 @@ def _clear_errors() -> Iterator[None]:
         for cause in causes:
             if isinstance(cause, FedmlError):
                 raise cause from error
-        raise ConfigError(_line(error)) from error
+        raise ConfigError(_line(error, mended)) from error
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException, mended: Callable[[str], str]) -> str:
     text = str(error).partition("Config search path:")[0]  # the rest is for Hydra's developers
-    return " ".join(text.split())
+    return " ".join(mended(text).split())

@@ -58,7 +58,7 @@ def simulate(ctx: typer.Context) -> int:
 
     Example: fedml simulate strategy=fedprox strategy.mu=0.1 privacy=record privacy.epsilon=3
     """
-    from fedml.cli.compose import simulate as play
+    from fedml.cli.simulate import simulate as play
 
     return play(ctx.args)
 

@@ -15,8 +15,8 @@ from fedml.coordinator.journal import Journal, Registered
 from fedml.errors import Untrusted
 from fedml.params import encode
 from fedml.protocol.operations import Receipt
-from fedml.records import to_record
-from fedml.releases.manifest import Lineage, Manifest, open_bundle
+from fedml.records import flatten, to_record
+from fedml.releases.manifest import Lineage, Manifest, code_digest, open_bundle
 from fedml.releases.registry import Registry, Story
 from fedml.rounds.hosting import Candidate
 from fedml.rounds.run import Run
@@ -35,7 +35,7 @@ class Mint:
         async with self._one_version:  # or two runs of one model would take the same number
             if not await self._archive.do(lambda registry: _fits(work / "bundle", registry)):
                 await self._press(run, candidate, work)
-            story = Story(candidate.receipts, _flat(to_record(run.plan)))
+            story = Story(candidate.receipts, flatten(to_record(run.plan)))
             staged = await self._archive.do(lambda r: r.stage(work / "bundle", story))
         await asyncio.to_thread(self._journal.append, Registered(id, staged.version))
         await asyncio.to_thread(shutil.rmtree, work, True)  # last: a crash before stages it again
@@ -90,21 +90,3 @@ def _fits(bundle: Path, registry: Registry) -> bool:
 def digest_of(receipt: Receipt) -> str:
     """SHA-256 of a receipt's canonical JSON, in hex."""
     return hashlib.sha256(durable.dump_json(to_record(receipt))).hexdigest()
-
-
-def code_digest() -> str:
-    """SHA-256 over the names and bytes of this package's own source files, in hex."""
-    root, total = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
-
-
-def _flat(record: object, prefix: str = "") -> dict[str, str]:
-    """Return nested settings as one level of dotted names, as a tracking page shows them."""
-    if isinstance(record, dict):
-        flat: dict[str, str] = {}
-        for key, value in record.items():
-            flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: str(record)}

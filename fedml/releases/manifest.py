@@ -167,6 +167,14 @@ class Channel:
         return _decode("channel", data, lambda raw: Channel(**raw))
 
 
+def code_digest() -> str:
+    """SHA-256 over the names and bytes of this package's own source files, in hex."""
+    root, total = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
 def fingerprint(path: Path) -> Blob:
     """Return a file's SHA-256 and size; raises `Untrusted` if it cannot be read."""
     try:

@@ -1,16 +1,9 @@
-"""Model versions in MLflow: its tracking pages for people, its registry tables for us.
-
-MLflow imports slowly, so nothing of it is loaded before an `MlflowRegistry` is made; its
-telemetry and its reading of pickles are switched off there.
-"""
+"""Model versions in MLflow: its tracking pages for people, its registry tables for us."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import update_wrapper
 from pathlib import Path
@@ -19,9 +12,10 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from fedml.durable import dump_json
-from fedml.errors import ConfigError, Corrupt, Unreachable
+from fedml.errors import ConfigError, Corrupt
 from fedml.protocol.messages import RunId, check_name
 from fedml.protocol.operations import ModelVersion
+from fedml.releases.database import connect, mlflow_errors
 from fedml.releases.manifest import MANIFEST, Manifest, open_bundle
 from fedml.releases.registry import UNTOLD, Story, check_next, check_promotable, unknown
 
@@ -44,7 +38,7 @@ def _guarded(
     """Turn what MLflow raises into what a caller can act on."""
 
     def guarded(self: MlflowRegistry, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with _mlflow_errors(self.uri):
+        with mlflow_errors(self.uri):
             return method(self, *args, **kwargs)
 
     update_wrapper(guarded, method)
@@ -60,16 +54,7 @@ class MlflowRegistry:
 
     def __init__(self, uri: str, artifacts: Path) -> None:
         self.uri, self._artifacts = uri, artifacts.absolute()
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-        artifacts.mkdir(parents=True, exist_ok=True)
-        from mlflow import MlflowClient
-
-        with _alone(artifacts / ".migration.lock"), _mlflow_errors(uri):
-            _check_reachable(uri)
-            self._client: MlflowClient = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            self._client.search_registered_models(max_results=1)
+        self._client: MlflowClient = connect(uri, artifacts)
 
     @_guarded
     def next_version(self, model: str) -> int:
@@ -243,46 +228,3 @@ def _version(row: _Row, aliases: Mapping[str, int]) -> ModelVersion:
         scores=json.loads(tags["fedml.scores"]),
         epsilon=json.loads(tags["fedml.epsilon"]),
     )
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is here. The kernel lets go when a process ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _check_reachable(uri: str) -> None:
-    """Try the database once: MLflow itself would try again, silently, for half an hour."""
-    from sqlalchemy import create_engine
-
-    if not uri.startswith("sqlite:"):
-        engine = create_engine(uri)
-        try:
-            engine.connect().close()
-        finally:
-            engine.dispose()
-
-
-@contextmanager
-def _mlflow_errors(uri: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import OperationalError, SQLAlchemyError
-
-    try:
-        yield
-    except OperationalError as error:
-        raise Unreachable(_line(uri, error)) from error
-    except (MlflowException, SQLAlchemyError, ModuleNotFoundError, OSError) as error:
-        raise ConfigError(_line(uri, error)) from error
-
-
-def _line(uri: str, error: Exception) -> str:
-    """One line without the password, which MLflow and SQLAlchemy like to repeat."""
-    scheme, _, rest = uri.partition("://")
-    login, _, place = rest.rpartition("@")
-    text = " ".join(str(error).split())
-    if login:
-        text = text.replace(login, "...")
-    return f"registry {scheme}://{place}: {text}"[:400]

@@ -60,10 +60,14 @@ class Opened:
 
 @dataclass(frozen=True)
 class Commit:
-    """Make `receipt` durable, with the `state` it led to if there is one; then feed `Committed`."""
+    """Make `receipt` durable, with the `state` it led to if there is one; then feed `Committed`.
+
+    `refused` are the missing sites that will never be asked again for this kind of work.
+    """
 
     receipt: Receipt
     state: ServerState | None
+    refused: tuple[SiteId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

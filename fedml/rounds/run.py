@@ -9,7 +9,7 @@ restart is a replay: `Run.resume` with those three goes on where the journal end
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedml.errors import ConfigError
 from fedml.params import Params
@@ -34,6 +34,9 @@ from fedml.rounds.plan import Plan
 from fedml.rounds.selection import Muster, Pool, Roll
 from fedml.strategies import RULES, Aggregate, ServerState
 
+Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
+_NONE: Barred = {}
+
 
 class Run:
     """Carries a plan through its rounds; its host feeds events and carries out commands in order.
@@ -49,6 +52,7 @@ class Run:
         state: ServerState,
         receipts: Sequence[Receipt] = (),
         reopen: Opened | None = None,
+        barred: Barred = _NONE,
     ) -> None:
         """Prefer `begin` and `resume`, which say what they are for."""
         rule = plan.strategy.brief(state).rule
@@ -62,7 +66,10 @@ class Run:
             self._keep(receipt)
         self._reopen = reopen
         self._pool: Pool = Roll()
-        self._barred: dict[rounds.Kind, dict[str, str]] = {"train": {}, "evaluate": {}}
+        self._barred: dict[rounds.Kind, dict[str, str]] = {
+            "train": {**barred.get("train", {})},
+            "evaluate": {**barred.get("evaluate", {})},
+        }
         self._round: rounds.Round | None = None
         self._opened: Opened | None = None
         self._commit: Commit | None = None
@@ -86,13 +93,15 @@ class Run:
         state: ServerState,
         receipts: Sequence[Receipt],
         reopen: Opened | None = None,
+        barred: Barred = _NONE,
     ) -> Run:
         """Return the run that committed `receipts` and `state`, with its last open round if any.
 
         That round is opened again with the same sites and task ids, so sites send the bytes
-        they kept; its deadline starts anew.
+        they kept; its deadline starts anew. `barred` are the sites that its commits named as
+        refusing; without it they are asked once more, and may refuse once more.
         """
-        return cls(id, plan, state, receipts, reopen)
+        return cls(id, plan, state, receipts, reopen, barred)
 
     @property
     def status(self) -> tuple[RunState, str]:
@@ -210,7 +219,8 @@ class Run:
     def _hopeless(self, kind: rounds.Kind, muster: Muster) -> str:
         """Say why waiting is useless: too few sites are left that have not refused for good."""
         barred, quorum = self._barred[kind], self.plan.cohort.quorum
-        if not barred or muster.willing >= quorum:
+        unheard = isinstance(self._pool, Roll) and not self._pool.statuses
+        if not barred or unheard or muster.willing >= quorum:
             return ""
         why = "; ".join(f"{site}: {reason}" for site, reason in sorted(barred.items()))
         return f"{len(barred)} sites refused for good and a quorum is {quorum} ({why})"
@@ -302,7 +312,7 @@ class Run:
             left_out=opened.left_out, metrics=metrics or {}, scores=scores or {},
             model=outcome.params.digest() if outcome else "", opened=opened.at, closed=now,
         )  # fmt: skip
-        self._round, self._commit = None, Commit(receipt, state)
+        self._round, self._commit = None, Commit(receipt, state, account.final)
         return self._commit
 
     def _committed(self, now: float) -> list[Command]:

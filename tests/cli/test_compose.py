@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from fedml.cli.compose import compose_plan, configs, simulate
+import fedml.recipes.breast_cancer
+from fedml.cli.compose import compose_plan, configs
+from fedml.cli.simulate import simulate
 from fedml.errors import ConfigError, Contradiction, FedmlError
 from fedml.rounds import Gate, Plan
-from fedml.simulation.population import ShippedData
 from fedml.strategies import FedAdam, FedProx, describe
 
 RUN = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=60"]
@@ -24,9 +22,6 @@ NEEDED = {
     "population=crowd": ["cohort.size=5"],
     "population=shards": ["population.drop_rest=true"],
 }
-STAGED = [
-    choice for choice in GROUPS if choice.split("=")[0] in ("population", "world", "attackers")
-]
 
 
 @pytest.fixture(autouse=True)
@@ -35,25 +30,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDML_DATA", str(tmp_path))
 
 
-def run_simulation(*overrides: str) -> dict[str, object]:
-    assert simulate(["rounds=3", "hydra.run.dir=out", *overrides]) == 0
-    summary: dict[str, object] = json.loads(Path("out", "summary.json").read_text())
-    return summary
-
-
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_configuration_builds(choice: str) -> None:
     plan = compose_plan("simulate", [choice, *NEEDED.get(choice, [])])
     assert Plan.from_json(plan.to_json()) == plan
-
-
-@pytest.mark.parametrize("choice", STAGED)
-def test_every_population_world_and_attack_plays_a_round(choice: str, tmp_path: Path) -> None:
-    if choice == "population=files":
-        with ShippedData("breast_cancer").file() as path:
-            (tmp_path / "bern.csv").write_bytes(path.read_bytes())
-    summary = run_simulation(choice, *NEEDED.get(choice, []), "rounds=1")
-    assert (summary["state"], summary["rounds"]) == ("done", 1)
 
 
 def test_every_strategy_has_a_configuration_with_its_defaults() -> None:
@@ -96,18 +76,39 @@ def test_a_folder_of_one_s_own_is_searched_too(tmp_path: Path) -> None:
     (own / "trial.yaml").write_text("defaults: [run, override task: breast_cancer, _self_]\n")
     assert compose_plan("run", [*RUN, "strategy=mine"], own).strategy == FedAdam(server_lr=0.5)
     assert compose_plan("trial", RUN[1:], own).model == "breast_cancer"
-    assert simulate(["--config-dir", str(own), "strategy=mine", "rounds=1"]) == 0
+
+
+def test_a_recipe_file_of_one_s_own_is_found_by_its_name(tmp_path: Path) -> None:
+    home = Path(fedml.recipes.breast_cancer.__file__)
+    (tmp_path / "mine.py").write_text(home.read_text() + "\n# mine\n")
+    own = ["++recipes={mine: mine.py:BreastCancer}", "recipe.name=mine"]
+    assert compose_plan("run", [*RUN, *own]).recipe.name == "mine"
+    with pytest.raises(FedmlError, match="no recipe 'mine' here"):
+        compose_plan("run", [*RUN, *own[1:]])
+
+
+def test_only_a_simulation_builds_what_is_its_user_s_own() -> None:
+    with pytest.raises(ConfigError, match=r"recipe._target_ .*only names below fedml\. are built"):
+        compose_plan("simulate", ["recipe._target_=simulations.probe.data.Probe"])
 
 
 WRONG = [
-    (["strategy=fedsgd"], "Could not find 'strategy/fedsgd' Available options in 'strategy': fed"),
-    (["strategy.nu=3"], "Could not override 'strategy.nu'"),
+    (["strategy=fedsgd"], r"strategy=fedsgd: no such choice; did you mean fed.*\?"),
+    (["strategy=median"], "strategy=median: no such choice; there are fedadagrad, fedadam"),
+    (["strategy.nu=3"], "strategy.nu: no such setting; there are strategy.server_lr"),
+    (["strategy.serverlr=3"], r"strategy.serverlr: no .*; did you mean strategy.server_lr\?"),
+    (["strategy=fedprox", "strategy.m=3"], r"strategy.m: no such setting; .*strategy.mu"),
+    (["trainin.lr=3"], r"trainin.lr: no such setting; did you mean training.lr"),
+    (["stratgy=fedavg"], r"stratgy: no such setting; did you mean strategy\?"),
+    (["rouds=3"], r"rouds: no such setting; did you mean rounds\?"),
     (["+strategy.nu=3"], "unexpected keyword argument 'nu'"),
-    (["+foo=3"], "foo: no such setting; there are model, recipe"),
+    (["+zzyzx=3"], "zzyzx: no such setting; there are attackers, attempts, "),
+    (["+evaluaton=3"], r"evaluaton: no such setting; did you mean evaluation\?"),
     (["rounds=[1"], "no viable alternative"),
     (["rounds=five"], "five|privacy: "),
-    (["seed=five"], "plan.seed 'five': must be a whole number"),
-    (["cohort.quorum=two"], "plan.cohort.quorum 'two': must be a whole number"),
+    (["training.lr=fast"], "training.lr 'fast': must be a number"),
+    (["seed=five"], "seed 'five': must be a whole number"),
+    (["cohort.quorum=two"], "cohort.quorum 'two': must be a whole number"),
     (["strategy.server_lr=-1"], "fedavg.server_lr -1: must be above 0"),
     (["training.lr=-1", "strategy.server_lr=-1"], "training.lr -1.*fedavg.server_lr -1"),
     (["privacy=record"], "privacy.epsilon must be given: add privacy.epsilon=..."),
@@ -140,57 +141,3 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
         compose_plan("run", RUN, tmp_path / "nope")
     with pytest.raises(ConfigError, match="nope' not found"):
         simulate(["--config-dir", str(tmp_path / "nope")])
-
-
-@pytest.mark.parametrize("privacy", [[], ["privacy=record", "privacy.epsilon=8"]])
-def test_a_simulation_runs_end_to_end(privacy: list[str]) -> None:
-    summary = run_simulation("strategy=fedprox", "strategy.mu=0.1", "seed=3", *privacy)
-    assert summary["state"] == "done"
-    assert summary["rounds"] == 3
-    epsilon = summary["epsilon"]
-    assert isinstance(epsilon, dict)
-    assert len(epsilon) == 5
-    assert all((7 < spent <= 8) if privacy else spent == 0 for spent in epsilon.values())
-    files = {path.name for path in Path("out").iterdir()}
-    assert files >= {"config.yaml", "results.csv", "summary.json", "plan.json", "model.safetensors"}
-    assert "rounds: 3" in Path("out", "config.yaml").read_text()
-    assert "${" not in Path("out", "config.yaml").read_text()
-
-
-def test_a_simulation_learns() -> None:
-    summary = run_simulation("rounds=15")
-    scores = summary["scores"]
-    assert isinstance(scores, dict)
-    assert scores["accuracy"] >= 0.95
-
-
-def test_a_simulation_gives_the_same_model_again() -> None:
-    one, again = run_simulation("seed=5"), run_simulation("seed=5", "hydra.run.dir=again")
-    assert one == again
-
-
-def test_a_run_that_fails_says_so_with_its_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
-    gate = "gates=[{_target_: fedml.rounds.plan.Gate, metric: accuracy, at_least: 1.5}]"
-    assert simulate(["rounds=1", gate]) == 1
-    assert "failed: no candidate: gate accuracy" in capsys.readouterr().out
-
-
-def test_the_configuration_can_be_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulate(["--cfg", "job", "strategy=fedadam"]) == 0
-    assert "fedml.strategies.fedopt.FedAdam" in capsys.readouterr().out
-    assert simulate(["--help"]) == 0
-    assert simulate(["--no-such-flag"]) == 2
-
-
-def test_several_jobs_run_with_m(capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulate(["-m", "rounds=1,2", "hydra.sweep.dir=many"]) == 0
-    found = [json.loads(path.read_text())["rounds"] for path in Path("many").glob("*/summary.json")]
-    assert sorted(found) == [1, 2]
-
-
-def test_nothing_of_the_process_is_left_changed() -> None:
-    argv, environ = list(sys.argv), dict(os.environ)
-    simulate(["rounds=1"])
-    with pytest.raises(FedmlError):
-        simulate(["strategy=nope"])
-    assert (sys.argv, dict(os.environ)) == (argv, environ)

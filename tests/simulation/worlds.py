@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedml.learning.recipe import Recipe, identify, load
 from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, Training
 from fedml.protocol.tasks import Report, Stack, Task, Update
 from fedml.rounds import Cohort, Evaluation, Plan, Run, SiteLost
+from fedml.simulation.checkpoint import Checkpoints
+from fedml.simulation.chronicle import Chronicle
 from fedml.simulation.engine import Engine, Outcome, statuses
-from fedml.simulation.executors.base import Executor, Holding
+from fedml.simulation.executors.base import Executor, Holding, MakeExecutor
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
+from fedml.simulation.witness import Witness
 from fedml.simulation.world import Fate
-from fedml.strategies import FedAvg
+from fedml.strategies import FedAvg, Strategy
 
 
 def plan(
-    *, rounds: int = 3, privacy: Privacy | None = None, quorum: int = 2, attempts: int = 1
+    *,
+    rounds: int = 3,
+    privacy: Privacy | None = None,
+    quorum: int = 2,
+    attempts: int = 1,
+    strategy: Strategy | None = None,
+    every: int = 0,
 ) -> Plan:
     return Plan(
         model="breast_cancer",
         recipe=identify("breast_cancer"),
         dataset="breast_cancer",
-        strategy=FedAvg(),
+        strategy=strategy or FedAvg(),
         training=Training(lr=2.0, steps=3, batch_size=32),
         cohort=Cohort(quorum=quorum, deadline=60.0),
         rounds=rounds,
         privacy=privacy or Privacy(),
-        evaluation=Evaluation(),
+        evaluation=Evaluation(every=every),
         attempts=attempts,
     )
 
@@ -67,6 +78,19 @@ def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:
     run = Run.begin(RunId("simulation"), a_plan, start())
     work = executor or Inline(a_plan, recipe(), holdings())
     return Engine(run, work, statuses(a_plan, holdings()))
+
+
+def chronicle(
+    a_plan: Plan, folder: Path | None = None, make: MakeExecutor = Inline, least: float = 0.0
+) -> tuple[Engine, Chronicle]:
+    """Return a simulation, begun or going on in `folder`, that is noted as it plays."""
+    place = folder or Path(tempfile.mkdtemp())
+    told = Chronicle(Checkpoints(place, least))
+    run = told.begin(a_plan, start())
+    witness = Witness(make(a_plan, recipe(), holdings(), told.memory))
+    told.follow(run, witness)
+    sites = statuses(a_plan, holdings())
+    return Engine(run, witness, sites, watch=told.note, now=told.now), told
 
 
 def play(a_plan: Plan) -> Outcome:

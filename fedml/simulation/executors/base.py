@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import torch
+
+from fedml.errors import ConfigError
 from fedml.learning.recipe import Recipe, Rows
 from fedml.learning.rowstack import RowStack
 from fedml.privacy.accounting import Event, epsilon
@@ -114,3 +117,14 @@ class MakeExecutor(Protocol):
         self, plan: Plan, recipe: Recipe, holdings: Mapping[SiteId, Holding], memory: Memory
     ) -> Executor:
         """Return an executor for these sites; it reads and keeps what they remember in `memory`."""
+
+
+def check_device(name: str) -> None:
+    """Raise `ConfigError` unless torch can compute on the device `name`, such as "cuda:1"."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        raise ConfigError(
+            f"device {name!r} is not here; there is {', '.join(['cpu', *found])}"
+        ) from error

@@ -13,7 +13,13 @@ from fedml.privacy.accounting import evaluation_event, training_event
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Report, Task, Update
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import Answer, Holding, Memory, training_of
+from fedml.simulation.executors.base import (
+    Answer,
+    Holding,
+    Memory,
+    check_device,
+    training_of,
+)
 
 
 @dataclass
@@ -29,6 +35,9 @@ class Inline:
     holdings: Mapping[SiteId, Holding]
     memory: Memory = field(default_factory=Memory)
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield answers in the order of `tasks`."""

@@ -1,0 +1,83 @@
+"""The door to MLflow's database or server: reached once, or an error in one line.
+
+MLflow imports slowly, so nothing of it is loaded before `connect`; its telemetry and its reading
+of pickles are switched off there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedml.errors import ConfigError, Unreachable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def connect(uri: str, artifacts: Path) -> MlflowClient:
+    """Return a client of the MLflow at `uri`; a fresh database gets its tables, under a lock.
+
+    `uri` is a database, `sqlite:////path/registry.db` or `postgresql://user@host/name`, or a
+    server, `http://host`. The lock is in the folder `artifacts`. Raises `Unreachable` or
+    `ConfigError`.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    artifacts.mkdir(parents=True, exist_ok=True)
+    from mlflow import MlflowClient
+
+    with _alone(artifacts / ".migration.lock"), mlflow_errors(uri):
+        _check_reachable(uri)
+        client: MlflowClient = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_registered_models(max_results=1)
+    return client
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is here. The kernel lets go when a process ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _check_reachable(uri: str) -> None:
+    """Try the database once: MLflow itself would try again, silently, for half an hour."""
+    from sqlalchemy import create_engine
+
+    if not uri.startswith(("sqlite:", "http:", "https:")):
+        engine = create_engine(uri)
+        try:
+            engine.connect().close()
+        finally:
+            engine.dispose()
+
+
+@contextmanager
+def mlflow_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow and its database raise into what a caller can act on."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+    try:
+        yield
+    except OperationalError as error:
+        raise Unreachable(_line(uri, error)) from error
+    except (MlflowException, SQLAlchemyError, ModuleNotFoundError, OSError) as error:
+        raise ConfigError(_line(uri, error)) from error
+
+
+def _line(uri: str, error: Exception) -> str:
+    """One line without the password, which MLflow and SQLAlchemy like to repeat."""
+    scheme, _, rest = uri.partition("://")
+    login, _, place = rest.rpartition("@")
+    text = " ".join(str(error).split())
+    if login:
+        text = text.replace(login, "...")
+    return f"registry {scheme}://{place}: {text}"[:400]
