@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import Recipe
-from fedml.learning.trainer import Trainer
+from fedml.learning.trainer import Precision, Trainer
 from fedml.privacy.accounting import Event, epsilon, evaluation_event, training_event
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Report, Task, Update
@@ -29,6 +29,13 @@ class Inline:
     holdings: Mapping[SiteId, Holding]
     memory: Memory = field(default_factory=Memory)
     device: str = "cpu"
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self._trainer = Trainer(
+            self.recipe, plan.training, plan.privacy, self.device, self.precision
+        )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield answers in the order of `tasks`."""
@@ -41,8 +48,7 @@ class Inline:
 
     def _train(self, task: Task) -> Update:
         plan, site, rows = self.plan, task.site, self.holdings[task.site].train
-        trainer = Trainer(self.recipe, plan.training, plan.privacy, self.device)
-        update, self.memory.slots[site] = trainer.train(
+        update, self.memory.slots[site] = self._trainer.train(
             task,
             rows,
             self.memory.slots.get(site, {}),
