@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class Params(Mapping[str, Tensor]):
         self._set(layout, buffers)
 
     @classmethod
-    def over(cls, layout: Layout, buffers: Mapping[torch.dtype, Tensor]) -> Params:
+    def over(cls, layout: Layout, buffers: Mapping[torch.dtype, Tensor]) -> Self:
         """Wrap `buffers` without a copy; each is 1-D and as long as `layout.sizes` says."""
         found = {dtype: buffer.shape for dtype, buffer in buffers.items()}
         if found != {dtype: torch.Size([size]) for dtype, size in layout.sizes.items()}:
@@ -147,33 +148,33 @@ class Params(Mapping[str, Tensor]):
     def __hash__(self) -> int:
         return hash(self.layout)
 
-    def __add__(self, other: Params) -> Params:
+    def __add__(self, other: Params) -> Self:
         return self._combine(other, torch.add)
 
-    def __sub__(self, other: Params) -> Params:
+    def __sub__(self, other: Params) -> Self:
         return self._combine(other, torch.sub)
 
-    def __mul__(self, factor: float) -> Params:
+    def __mul__(self, factor: float) -> Self:
         if factor == 1:
             return self
         return self.map(lambda buffer: buffer * factor)
 
-    def _combine(self, other: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Params:
+    def _combine(self, other: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
         self.check_like(other)
         fns = {torch.bool: torch.logical_xor}  # torch has no subtraction of booleans
         pairs = {d: fns.get(d, fn)(b, other.buffers[d]) for d, b in self.buffers.items()}
-        return Params.over(self.layout, pairs)
+        return self.over(self.layout, pairs)
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Params:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Apply an elementwise `fn` to each floating buffer; integers stay as they are."""
-        return Params.over(
+        return self.over(
             self.layout, {d: fn(b) if d.is_floating_point else b for d, b in self.buffers.items()}
         )
 
-    def zip(self, other: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Params:
+    def zip(self, other: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
         """Apply an elementwise `fn` to each pair of floating buffers; keep our own integers."""
         self.check_like(other)
-        return Params.over(
+        return self.over(
             self.layout,
             {
                 d: fn(b, other.buffers[d]) if d.is_floating_point else b
@@ -181,9 +182,9 @@ class Params(Mapping[str, Tensor]):
             },
         )
 
-    def zeros(self) -> Params:
+    def zeros(self) -> Self:
         """Zeros of the same layout and devices."""
-        return Params.over(self.layout, {d: torch.zeros_like(b) for d, b in self.buffers.items()})
+        return self.over(self.layout, {d: torch.zeros_like(b) for d, b in self.buffers.items()})
 
     def norm(self) -> float:
         """L2 norm over all floating tensors together, accumulated in float64."""
@@ -199,9 +200,9 @@ class Params(Mapping[str, Tensor]):
         floats = (b for d, b in self.buffers.items() if d.is_floating_point and b.numel())
         return all(bool(torch.stack(b.aminmax()).isfinite().all()) for b in floats)  # NaN spreads
 
-    def to(self, device: torch.device | str) -> Params:
+    def to(self, device: torch.device | str) -> Self:
         """Return the same values on `device`; no copy where they are there already."""
-        return Params.over(self.layout, {d: b.to(device) for d, b in self.buffers.items()})
+        return self.over(self.layout, {d: b.to(device) for d, b in self.buffers.items()})
 
     def digest(self) -> str:
         """SHA-256 of `encode()`, in hex: equal parameters have equal digests."""
@@ -231,11 +232,7 @@ def encode(parts: Mapping[str, Params]) -> list[memoryview]:
     names, as any safetensors reader expects of a model.
     """
     header, pieces, end = {}, [], 0
-    order = sorted(
-        ((dtype, part) for part, params in parts.items() for dtype in params.buffers),
-        key=lambda item: (_RANK[item[0]], item[1]),
-    )
-    for dtype, part in order:
+    for dtype, part in order(parts):
         params = parts[part]
         for name, place, shape in params.layout.fields:
             if place == dtype:
@@ -247,6 +244,14 @@ def encode(parts: Mapping[str, Params]) -> list[memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]
+
+
+def order(parts: Mapping[str, Params]) -> list[tuple[torch.dtype, str]]:
+    """Return the buffers of `parts`, by dtype and part, as they follow each other in a file."""
+    return sorted(
+        ((dtype, part) for part, params in parts.items() for dtype in params.buffers),
+        key=lambda item: (_RANK[item[0]], item[1]),
+    )
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> dict[str, object]:

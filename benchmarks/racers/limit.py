@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor, multiprocessing, nn
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def _work(
-    pipe: multiprocessing.connection.Connection,
+    pipe: Connection,
     workload: Workload,
     x: Tensor,
     y: Tensor,

@@ -45,6 +45,43 @@ def evaluate(
     return Report(task.id, task.round, task.site, totals, count)
 
 
+def evaluate_all(
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    sites: Sequence[Rows],
+    privacy: Privacy,
+    device: str = "cpu",
+) -> list[Report]:
+    """Return what `evaluate` returns for each of a round's tasks, in one pass over all rows.
+
+    `tasks`, one at least, share one brief; `sites` holds the rows of each. Raises as `evaluate`
+    does; then each site may be asked alone.
+    """
+    private = privacy.mode == "record"
+    event = evaluation_event(privacy) if private else None
+    model = recipe.build().to(device).eval()
+    bind(model, tasks[0].brief.params.to(device))
+    everyone = Rows(torch.cat([rows.x for rows in sites]), torch.cat([rows.y for rows in sites]))
+    try:
+        scores = _scores(recipe, model, everyone, device, alone=private)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise TaskFailed(f"round {tasks[0].round}: {error}") from error
+    for name, values in scores.items():
+        if len(values) != len(everyone):
+            raise ConfigError(f"score {name!r}: {len(values)} values for {len(everyone)} rows")
+    counts = [len(rows) for rows in sites]
+    parts = {name: values.split(counts) for name, values in scores.items()}
+    reports = []
+    for number, (task, count) in enumerate(zip(tasks, counts, strict=True)):
+        own = {name: values[number] for name, values in parts.items()}
+        if event is not None:
+            totals, told = noisy_totals(own, count, event.epsilon, SecureNoise())
+        else:
+            totals, told = _totals(own, count), float(count)
+        reports.append(Report(task.id, task.round, task.site, totals, told))
+    return reports
+
+
 def mean_scores(reports: Sequence[Report]) -> Mapping[str, float]:
     """Return each score's mean over all the rows of all the reports that have it.
 

@@ -25,7 +25,7 @@ from fedml.privacy.mechanisms import clipped_sum
 from fedml.privacy.noise import SecureNoise
 from fedml.privacy.sampling import PoissonSampler
 
-_MOST_FLOATS = 2**25  # per-row gradients held at once: 128 MiB of float32
+MOST_FLOATS = 2**25  # per-row gradients held at once: 128 MiB of float32
 _MOST_ROWS = 1024  # at once, however small the model
 
 
@@ -34,7 +34,7 @@ class PrivateGradient:
 
     Raises `ConfigError` at birth, from synthetic rows alone, if the recipe's model lets one row
     touch another's gradient (batch normalisation), keeps what it saw in buffers, or has a
-    trainable tensor that takes no part.
+    trainable tensor that takes no part; see `check_fit`.
     """
 
     def __init__(
@@ -52,11 +52,10 @@ class PrivateGradient:
         self._denominator = event.sampling * public_rows
         self._sampler = PoissonSampler(len(rows), event.sampling)
         self._noise = SecureNoise()  # fresh for each task
-        _check_layers(descent.model)
-        _check_independence(descent, recipe.example(4).to(rows.x.device))
+        check_fit(descent, recipe.example(4).to(rows.x.device))
         self._wrapped = GradSampleModule(descent.model, loss_reduction="sum")
         size = sum(p.numel() for p in descent.trainable.values())
-        self._chunk = max(1, min(_MOST_ROWS, _MOST_FLOATS // max(size, 1)))
+        self._chunk = max(1, min(_MOST_ROWS, MOST_FLOATS // max(size, 1)))
 
     def fill(self) -> None:
         """Set the gradients of one step: (sum of clipped ones + noise) / expected batch."""
@@ -95,6 +94,12 @@ class PrivateGradient:
             rows.append(part)
             parameter.grad_sample = None  # type: ignore[attr-defined]
         return clipped_sum(rows, self._clip)
+
+
+def check_fit(descent: Descent, x: Tensor) -> None:
+    """Raise `ConfigError` if the model, given synthetic rows `x`, lets rows touch each other."""
+    _check_layers(descent.model)
+    _check_independence(descent, x)
 
 
 def _check_layers(model: nn.Module) -> None:

@@ -9,21 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from fedml.errors import ConfigError, TaskFailed
 from fedml.learning.descent import Descent, find_rule
+from fedml.learning.gradients import Precision
 from fedml.learning.private import PrivateGradient
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
 from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
-
-Precision = Literal["fp32", "bf16"]
 
 
 def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice]:
@@ -35,10 +34,10 @@ def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice
     size = training.batch_size or rows
     passes = range(training.epochs) if training.epochs else itertools.count()
     steps = training.steps or math.inf
-    generator = torch.Generator().manual_seed(seed)
+    generator = None if size >= rows else torch.Generator().manual_seed(seed)
     done = 0
     for _ in passes:
-        if size >= rows:
+        if generator is None:
             parts: tuple[Tensor | slice, ...] = (slice(None),)
         else:
             parts = torch.split(torch.randperm(rows, generator=generator), size)
@@ -94,8 +93,8 @@ class Trainer:
         rule = find_rule(task.brief.rule)
         device = torch.device(self.device)
         memory = {name: slot.to(device) for name, slot in memory.items()}
-        brief = _on(task.brief, device)
-        with _seeded(seed, device), _failures_named(task):
+        brief = on_device(task.brief, device)
+        with seeded(seed, device), _failures_named(task):
             model = self._fresh().to(device).train()
             x, y = rows.x.to(device), rows.y.to(device)
             descent = Descent(model, brief, memory, self.training)
@@ -117,7 +116,7 @@ class Trainer:
         return update, {name: slot.to("cpu") for name, slot in kept.items()}
 
     def _build(self) -> nn.Module:
-        with _seeded(0, torch.device("cpu")):  # whichever task it is built for
+        with seeded(0, torch.device("cpu")):  # whichever task it is built for
             return self.recipe.build()
 
     @cached_property
@@ -148,7 +147,7 @@ class Trainer:
         A model that calls `view` on a convolution's output takes them in no other order.
         """
         x = self.recipe.example(2).contiguous(memory_format=torch.channels_last)
-        with _seeded(0, x.device), torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
+        with seeded(0, x.device), torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
             try:
                 self._fresh()(x)
             except RuntimeError:
@@ -169,7 +168,7 @@ class Trainer:
         path = torch.stack(losses)
         if not (delta.is_finite() and bool(path.isfinite().all())):
             bad = (~path.isfinite()).nonzero()
-            raise _diverged(int(bad[0]) + 1 if len(bad) else descent.steps, descent.steps)
+            raise diverged(int(bad[0]) + 1 if len(bad) else descent.steps, descent.steps)
         return delta, float(len(rows)), {"loss": float(path.double().mean())}
 
     def _privately(
@@ -194,29 +193,34 @@ class Trainer:
             if name in delta:
                 delta[name].zero_()  # whatever a buffer picked up stays here
         if not delta.is_finite():
-            raise _diverged(descent.steps, descent.steps)
+            raise diverged(descent.steps, descent.steps)
         metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
         return delta, float(public_rows), metrics
 
 
-def _diverged(step: int, steps: int) -> TaskFailed:
+def diverged(step: int, steps: int) -> TaskFailed:
+    """Return the failure of training that left the finite numbers at `step` of `steps`."""
     return TaskFailed(
         f"training left the finite numbers at step {step} of {steps}; "
         "lower training.lr or check the scaling of the inputs"
     )
 
 
-def _on(brief: Brief, device: torch.device) -> Brief:
+def on_device(brief: Brief, device: torch.device) -> Brief:
+    """Return the brief with its tensors on `device`."""
     slots = {name: slot.to(device) for name, slot in brief.slots.items()}
     return Brief(brief.params.to(device), brief.rule, brief.settings, slots)
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators (weights, dropout) within, and leave the caller's alone."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

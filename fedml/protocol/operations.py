@@ -12,7 +12,7 @@ RunState = Literal["queued", "waiting", "running", "evaluating", "done", "failed
 Role = Literal["site", "operator", "viewer"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Counted:
     """A site whose update entered a round: its weight, update digest, epsilon spent so far."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedml.errors import MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import RunId, Scores, SiteId, TaskId
+from fedml.stacked import Stacked, digests
 
 Slots = Mapping[str, Params]  # an algorithm's extra state, each slot shaped like the model
 
@@ -22,7 +24,7 @@ class Brief:
     slots: Slots = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One site's work order for one round: train on the brief, or score its parameters."""
 
@@ -51,6 +53,76 @@ class Update:
     slots: Slots = field(default_factory=dict)
     metrics: Scores = field(default_factory=dict)
     epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Updates of many sites to one round at once, a site a row; each counts as if alone.
+
+    Nothing but a simulation makes one: on the wire every site speaks for itself. `metrics` holds
+    one value a row; `epsilons` none at all stands for zeros.
+    """
+
+    round: int
+    sites: tuple[SiteId, ...]
+    tasks: tuple[TaskId, ...]
+    delta: Stacked
+    weights: tuple[float, ...]
+    slots: Mapping[str, Stacked] = field(default_factory=dict)
+    metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    epsilons: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        counts = {len(self.tasks), len(self.weights), self.delta.rows, len(self.sites)}
+        counts |= {slot.rows for slot in self.slots.values()}
+        counts |= {len(values) for values in self.metrics.values()}
+        counts |= {len(self.epsilons)} if self.epsilons else set()
+        if len(counts) != 1:
+            raise MalformedUpdate(f"a stack of {len(self.sites)} sites has parts of {counts} rows")
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def epsilon(self, row: int) -> float:
+        """Return what a row's site has spent."""
+        return self.epsilons[row] if self.epsilons else 0.0
+
+    def update(self, row: int) -> Update:
+        """Return one row as the update that its site would have sent; tensors are views."""
+        return Update(
+            self.tasks[row],
+            self.round,
+            self.sites[row],
+            self.delta.row(row),
+            self.weights[row],
+            {name: slot.row(row) for name, slot in self.slots.items()},
+            {name: values[row] for name, values in self.metrics.items()},
+            self.epsilon(row),
+        )
+
+    def take(self, rows: Sequence[int]) -> Stack:
+        """Return the stack of these rows; all of them in order is `self`, with no copy."""
+        if list(rows) == list(range(len(self))):
+            return self
+        return Stack(
+            self.round,
+            tuple(self.sites[row] for row in rows),
+            tuple(self.tasks[row] for row in rows),
+            self.delta.take(rows),
+            tuple(self.weights[row] for row in rows),
+            {name: slot.take(rows) for name, slot in self.slots.items()},
+            {name: [values[row] for row in rows] for name, values in self.metrics.items()},
+            [self.epsilons[row] for row in rows] if self.epsilons else (),
+        )
+
+    def digests(self) -> tuple[str, ...]:
+        """Return each row's digest, of the bytes that its site would have sent.
+
+        Tensors on an accelerator have none, "": fetching them would cost more than the round.
+        """
+        if any(b.device.type != "cpu" for b in self.delta.buffers.values()):
+            return ("",) * len(self)
+        return digests({"delta": self.delta, **self.slots})
 
 
 @dataclass(frozen=True)

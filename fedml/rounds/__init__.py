@@ -21,11 +21,12 @@ from fedml.rounds.round import (
     Round,
     SendTask,
     SiteLost,
+    StackArrived,
     UpdateArrived,
     WakeAt,
 )
 from fedml.rounds.run import Run
-from fedml.rounds.selection import Selection, SiteStatus, draw, eligible
+from fedml.rounds.selection import Muster, Pool, Roll, Selection, SiteStatus, draw, eligible
 
 __all__ = [
     "CancelTask",
@@ -39,10 +40,13 @@ __all__ = [
     "Event",
     "ForgetTask",
     "Gate",
+    "Muster",
     "Opened",
     "Opening",
     "Plan",
+    "Pool",
     "ReportArrived",
+    "Roll",
     "Round",
     "Run",
     "Selection",
@@ -50,6 +54,7 @@ __all__ = [
     "SiteLost",
     "SiteStatus",
     "SitesChanged",
+    "StackArrived",
     "StopAsked",
     "Tick",
     "UpdateArrived",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 from fedml.errors import MalformedMessage, MalformedUpdate
 from fedml.protocol.messages import Scores
-from fedml.protocol.tasks import Brief, Report, Update
-from fedml.strategies import Aggregate, Reducer
+from fedml.protocol.tasks import Brief, Report, Stack, Update
+from fedml.strategies import Aggregate, Reducer, add_stack
 
 _MOST_NAMES, _LONGEST_NAME = 64, 64  # of metrics and scores; receipts keep them for good
 _HUGE = 1e300  # a sum of totals below this cannot overflow
@@ -19,6 +20,9 @@ class Answers(Protocol):
 
     def add(self, answer: Update | Report, brief: Brief) -> None:
         """Check and take in one answer, or raise `MalformedMessage` and stay as it was."""
+
+    def add_stack(self, stack: Stack, brief: Brief) -> Mapping[int, str]:
+        """Check and take in each row as `add` would; return why the others were not, by row."""
 
     def result(self) -> Aggregate | Scores:
         """Return what all answers come to; raises `MalformedMessage` if that is nothing."""
@@ -35,6 +39,35 @@ class Updates:
         """Refuse an update that has other slots, another layout, or is not finite."""
         if not isinstance(answer, Update):
             raise MalformedUpdate("it is a report, not an update")
+        self._check(answer, brief)
+        self._reduction.add(answer)
+
+    def add_stack(self, stack: Stack, brief: Brief) -> Mapping[int, str]:
+        """Look at single rows only if the stack as a whole is not beyond doubt."""
+        refused: dict[int, str] = {}
+        if not self._is_sound(stack, brief):
+            for row in range(len(stack)):
+                try:
+                    self._check(stack.update(row), brief)
+                except MalformedMessage as error:
+                    refused[row] = str(error)
+        sound = [row for row in range(len(stack)) if row not in refused]
+        if sound:
+            more = add_stack(self._reduction, stack.take(sound))
+            refused.update({sound[row]: reason for row, reason in more.items()})
+        return refused
+
+    def _is_sound(self, stack: Stack, brief: Brief) -> bool:
+        parts = (stack.delta, *stack.slots.values())
+        return (
+            stack.slots.keys() == self._reports
+            and len(stack.metrics) <= _MOST_NAMES
+            and all(len(n) <= _LONGEST_NAME and n.isprintable() for n in stack.metrics)
+            and all(0 < weight < math.inf for weight in stack.weights)
+            and all(p.layout == brief.params.layout and p.is_finite() for p in parts)
+        )
+
+    def _check(self, answer: Update, brief: Brief) -> None:
         if answer.slots.keys() != self._reports:
             got, wanted = sorted(answer.slots), sorted(self._reports)
             raise MalformedUpdate(f"it has slots {got}, rule {brief.rule} reports {wanted}")
@@ -45,7 +78,6 @@ class Updates:
             brief.params.check_like(part)
             if not part.is_finite():
                 raise MalformedUpdate(f"its norm is {part.norm()}: training diverged")
-        self._reduction.add(answer)
 
     def result(self) -> Aggregate:
         """Return the cohort's updates as one."""
@@ -68,6 +100,10 @@ class Reports:
                 raise MalformedMessage(f"its {name} is {value}")
         for name, total in answer.totals.items():
             self._terms.setdefault(name, []).append((total, answer.count))
+
+    def add_stack(self, stack: Stack, brief: Brief) -> Mapping[int, str]:
+        """Refuse all: a stack holds updates."""
+        return dict.fromkeys(range(len(stack)), "it is an update, not a report")
 
     def result(self) -> Scores:
         """Return each score's mean over the rows of the sites that report it.

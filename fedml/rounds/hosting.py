@@ -8,7 +8,7 @@ from fedml.params import Params
 from fedml.protocol.messages import Scores, SiteId, TaskId
 from fedml.protocol.operations import Receipt, RunState
 from fedml.rounds import round as rounds
-from fedml.rounds.selection import Reasons, SiteStatus
+from fedml.rounds.selection import Pool, Reasons, SiteStatus
 from fedml.strategies import ServerState
 
 # --- events ------------------------------------------------------------------------------------
@@ -16,9 +16,9 @@ from fedml.strategies import ServerState
 
 @dataclass(frozen=True)
 class SitesChanged:
-    """What the host knows of every site now."""
+    """What the host knows of every site now; a `Pool` where they are too many to list."""
 
-    statuses: tuple[SiteStatus, ...]
+    statuses: tuple[SiteStatus, ...] | Pool
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Committed:
 
 
 Event = (
-    rounds.UpdateArrived | rounds.ReportArrived | rounds.SiteLost
+    rounds.UpdateArrived | rounds.StackArrived | rounds.ReportArrived | rounds.SiteLost
     | SitesChanged | Tick | StopAsked | Committed
 )  # fmt: skip
 
@@ -66,7 +66,7 @@ class Commit:
     state: ServerState | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ForgetTask:
     """Tell `site` that its round is committed or void: it may delete what it kept for `task`."""
 

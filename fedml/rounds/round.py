@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from fedml.errors import ConfigError, MalformedMessage, QuorumLost, RoundFailed
 from fedml.protocol.messages import RunId, Scores, SiteId, TaskId
 from fedml.protocol.operations import Counted
-from fedml.protocol.tasks import Brief, Report, Task, Update
+from fedml.protocol.tasks import Brief, Report, Stack, Task, Update
 from fedml.rounds.answers import Answers, Reports, Updates
 from fedml.strategies import Aggregate, Reducer
 
@@ -32,6 +33,14 @@ class UpdateArrived:
 
     update: Update
     digest: str = ""
+
+
+@dataclass(frozen=True)
+class StackArrived:
+    """Many simulated sites answered at once; `digests` has one a row, or none at all."""
+
+    stack: Stack
+    digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,13 +68,13 @@ class DeadlinePassed:
     """The time asked for by `WakeAt` has come."""
 
 
-Event = UpdateArrived | ReportArrived | SiteLost | DeadlinePassed
+Event = UpdateArrived | StackArrived | ReportArrived | SiteLost | DeadlinePassed
 
 
 # --- commands ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SendTask:
     """Give `task` to its site, now or when it is back; the site does it once."""
 
@@ -143,7 +152,7 @@ class Opening:
                 "ask each site once, and at least the quorum"
             )
 
-    @property
+    @cached_property
     def token(self) -> str:
         """What the deadline's `WakeAt` carries."""
         mark = "e" if self.kind == "evaluate" else ""
@@ -151,7 +160,11 @@ class Opening:
 
     def task_id(self, site: SiteId) -> TaskId:
         """Return the id of a site's task: `run.round.attempt.site`, an `e` marks evaluations."""
-        return TaskId(f"{self.run}.{self.token}.{site}")
+        return TaskId(self._prefix + site)
+
+    @cached_property
+    def _prefix(self) -> str:
+        return f"{self.run}.{self.token}."
 
 
 class Round:
@@ -198,6 +211,8 @@ class Round:
         match event:
             case UpdateArrived(update, digest):
                 self._count(update, update.weight, digest)
+            case StackArrived(stack, digests):
+                self._count_stack(stack, digests or ("",) * len(stack))
             case ReportArrived(report):
                 self._count(report, report.count, "")
             case SiteLost(site, reason, final, task):
@@ -227,6 +242,35 @@ class Round:
             return
         self._waiting.discard(site)
         self._counted[site] = Counted(site, weight, digest, answer.epsilon)
+
+    def _count_stack(self, stack: Stack, digests: tuple[str, ...]) -> None:
+        """Count each row as `_count` would, in the stack's order."""
+        assert self._brief is not None, "handle() before open()"
+        rows = self._due(stack)
+        due = stack.take(rows)
+        if stack.round != self.opening.number:
+            why = f"it is for round {stack.round}"
+            refused: Mapping[int, str] = dict.fromkeys(range(len(rows)), why)
+        else:
+            refused = self._answers.add_stack(due, self._brief) if rows else {}
+        for number, reason in refused.items():
+            self._lose(due.sites[number], f"answer refused: {reason}")
+        told = [digests[row] for row in rows]
+        spent = due.epsilons or (0.0,) * len(rows)
+        counted = map(Counted, due.sites, due.weights, told, spent)
+        self._counted.update(
+            {one.site: one for number, one in enumerate(counted) if number not in refused}
+        )
+        self._waiting.difference_update(due.sites)
+
+    def _due(self, stack: Stack) -> list[int]:
+        """Return the rows that answer a task of ours, of each site the first."""
+        prefix = self.opening.task_id(SiteId(""))
+        rows: dict[SiteId, int] = {}
+        for row, (site, task) in enumerate(zip(stack.sites, stack.tasks, strict=True)):
+            if site in self._waiting and site not in rows and task == prefix + site:
+                rows[site] = row
+        return [*rows.values()]
 
     def _lose(self, site: SiteId, reason: str, *, final: bool = False) -> None:
         if site in self._waiting:

@@ -31,7 +31,7 @@ from fedml.rounds.hosting import (
     Tick,
 )
 from fedml.rounds.plan import Plan
-from fedml.rounds.selection import Selection, SiteStatus, draw, eligible
+from fedml.rounds.selection import Muster, Pool, Roll
 from fedml.strategies import RULES, Aggregate, ServerState
 
 
@@ -55,9 +55,13 @@ class Run:
         if rule not in RULES:
             raise ConfigError(f"rule {rule!r} is not installed; there are {', '.join(RULES)}")
         self.id, self.plan, self.state = id, plan, state
-        self.receipts = list(receipts)
+        self.receipts: list[Receipt] = []
+        self._by_round: dict[tuple[rounds.Kind, int], list[Receipt]] = {}
+        self._done = 0
+        for receipt in receipts:
+            self._keep(receipt)
         self._reopen = reopen
-        self._statuses: tuple[SiteStatus, ...] = ()
+        self._pool: Pool = Roll()
         self._barred: dict[rounds.Kind, dict[str, str]] = {"train": {}, "evaluate": {}}
         self._round: rounds.Round | None = None
         self._opened: Opened | None = None
@@ -106,7 +110,7 @@ class Run:
     @property
     def done(self) -> int:
         """How many rounds are committed."""
-        return sum(1 for receipt in self._of("train") if receipt.model)
+        return self._done
 
     def scores(self, number: int) -> Scores:
         """Return the scores of the model after round `number`; empty if it was not scored."""
@@ -129,7 +133,7 @@ class Run:
             case _ if self._end:
                 return []
             case SitesChanged(statuses):
-                self._statuses = statuses
+                self._pool = statuses if isinstance(statuses, Pool) else Roll(statuses)
                 return self._go_on(now)
             case Tick(token):
                 return self._tick(token, now)
@@ -139,13 +143,23 @@ class Run:
                 return self._carry(ended, now) if ended else self._go_on(now)
             case Committed():
                 return self._committed(now)
-            case rounds.UpdateArrived() | rounds.ReportArrived() | rounds.SiteLost():
+            case (
+                rounds.UpdateArrived()
+                | rounds.StackArrived()
+                | rounds.ReportArrived()
+                | rounds.SiteLost()
+            ):
                 return self._carry(self._round.handle(event), now) if self._round else []
 
     # what comes next
 
-    def _of(self, kind: rounds.Kind, number: int = 0) -> list[Receipt]:
-        return [r for r in self.receipts if r.kind == kind and number in (0, r.round)]
+    def _keep(self, receipt: Receipt) -> None:
+        self.receipts.append(receipt)
+        self._by_round.setdefault((receipt.kind, receipt.round), []).append(receipt)
+        self._done += receipt.kind == "train" and bool(receipt.model)
+
+    def _of(self, kind: rounds.Kind, number: int) -> list[Receipt]:
+        return self._by_round.get((kind, number), [])
 
     def _attempt(self, kind: rounds.Kind, number: int) -> int:
         return 1 + len(self._of(kind, number))
@@ -174,8 +188,8 @@ class Run:
         if (step := self._next()) is None:
             return self._conclude()
         kind, number = step
-        pool = eligible(self.plan, self._statuses, self._barred[kind])
-        if hopeless := self._hopeless(kind, pool):
+        muster = self._pool.muster(self.plan, self._barred[kind])
+        if hopeless := self._hopeless(kind, muster):
             self._give_up(kind, number, hopeless)
             return self._go_on(now)
         if kind == "train" and self._attempt(kind, number) > self.plan.attempts:
@@ -183,9 +197,9 @@ class Run:
             why = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
             tries = f"round {number} failed {self.plan.attempts} times, the last time"
             return self._finish(End("failed", f"{tries} without {why or 'a usable total'}"))
-        if len(pool.asked) < self.plan.cohort.quorum:
-            return self._wait(pool)
-        chosen = draw(self.plan, number, pool) if kind == "train" else pool
+        if muster.ready < self.plan.cohort.quorum:
+            return self._wait(muster)
+        chosen = muster.cohort(number) if kind == "train" else muster.scorers(number)
         cohort = self.plan.cohort
         opening = rounds.Opening(
             self.id, number, self._attempt(kind, number), chosen.asked,
@@ -193,12 +207,10 @@ class Run:
         )  # fmt: skip
         return self._play(Opened(opening, chosen.left_out, now))
 
-    def _hopeless(self, kind: rounds.Kind, pool: Selection) -> str:
+    def _hopeless(self, kind: rounds.Kind, muster: Muster) -> str:
         """Say why waiting is useless: too few sites are left that have not refused for good."""
         barred, quorum = self._barred[kind], self.plan.cohort.quorum
-        listed: set[str] = {*self.plan.cohort.sites} or {*pool.asked, *pool.left_out}
-        left = listed - barred.keys()
-        if not barred or len(left) >= quorum:
+        if not barred or muster.willing >= quorum:
             return ""
         why = "; ".join(f"{site}: {reason}" for site, reason in sorted(barred.items()))
         return f"{len(barred)} sites refused for good and a quorum is {quorum} ({why})"
@@ -209,9 +221,9 @@ class Run:
         else:
             self._refused = reason
 
-    def _wait(self, pool: Selection) -> list[Command]:
-        why = "; ".join(f"{site}: {reason}" for site, reason in pool.left_out.items())
-        ready, quorum = len(pool.asked), self.plan.cohort.quorum
+    def _wait(self, muster: Muster) -> list[Command]:
+        why = "; ".join(f"{site}: {reason}" for site, reason in muster.left_out.items())
+        ready, quorum = muster.ready, self.plan.cohort.quorum
         self._need = f"{quorum} sites are needed, {ready} are ready" + (f" ({why})" if why else "")
         if self._patience:
             return []
@@ -299,7 +311,7 @@ class Run:
         assert self._opened is not None, "a commit without a round"
         opening, commit = self._opened.opening, self._commit
         self._commit = None
-        self.receipts.append(commit.receipt)
+        self._keep(commit.receipt)
         self.state = commit.state or self.state
         forget = [ForgetTask(opening.task_id(site), site) for site in opening.asked]
         return [*forget, *self._go_on(now)]

@@ -1,10 +1,15 @@
-"""Who is asked in a round, and for every other site why not. The same inputs, the same cohort."""
+"""Who is asked in a round, and for every other site why not. The same inputs, the same cohort.
+
+A `Run` draws from a `Pool`. A coordinator's is a `Roll`, which lists every site; a simulated
+crowd of a million sites is a pool too, and never lists them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from fedml.protocol.messages import DatasetCard, RecipeId, SiteId
 from fedml.rounds.plan import Plan
@@ -28,6 +33,73 @@ class Selection:
 
     asked: tuple[SiteId, ...]
     left_out: Reasons
+
+
+class Muster(Protocol):
+    """Who could take part at one moment."""
+
+    @property
+    def ready(self) -> int:
+        """How many sites could take part now."""
+
+    @property
+    def willing(self) -> int:
+        """How many have not refused for good, ready or not."""
+
+    @property
+    def left_out(self) -> Reasons:
+        """Why others could not."""
+
+    def cohort(self, number: int) -> Selection:
+        """Return who trains in round `number`; nobody is asked who is not ready."""
+
+    def scorers(self, number: int) -> Selection:
+        """Return who scores the model after round `number`."""
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """The sites of a federation, however many."""
+
+    def muster(self, plan: Plan, barred: Reasons) -> Muster:
+        """Return who could take part in `plan` now; `barred` sites have refused for good."""
+
+
+@dataclass(frozen=True)
+class Roll:
+    """A pool that lists the status of every site."""
+
+    statuses: tuple[SiteStatus, ...] = ()
+
+    def muster(self, plan: Plan, barred: Reasons) -> Muster:
+        """Look at every site."""
+        return _RollCall(plan, barred, eligible(plan, self.statuses, barred))
+
+
+@dataclass(frozen=True)
+class _RollCall:
+    plan: Plan
+    barred: Reasons
+    found: Selection
+
+    @property
+    def ready(self) -> int:
+        return len(self.found.asked)
+
+    @property
+    def willing(self) -> int:
+        listed: set[str] = {*self.plan.cohort.sites} or {*self.found.asked, *self.found.left_out}
+        return len(listed - self.barred.keys())
+
+    @property
+    def left_out(self) -> Reasons:
+        return self.found.left_out
+
+    def cohort(self, number: int) -> Selection:
+        return draw(self.plan, number, self.found)
+
+    def scorers(self, number: int) -> Selection:
+        return self.found
 
 
 def eligible(plan: Plan, statuses: Iterable[SiteStatus], barred: Reasons) -> Selection:

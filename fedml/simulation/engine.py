@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 
-from fedml.protocol.messages import DatasetCard, SiteId
+from fedml.protocol.messages import DatasetCard, SiteId, TaskId
 from fedml.protocol.operations import Receipt
-from fedml.protocol.tasks import Report, Task, Update
+from fedml.protocol.tasks import Report, Stack, Task, Update
 from fedml.rounds import (
     CancelTask,
     Candidate,
@@ -29,12 +29,14 @@ from fedml.rounds import (
     ForgetTask,
     Opened,
     Plan,
+    Pool,
     ReportArrived,
     Run,
     SendTask,
     SiteLost,
     SitesChanged,
     SiteStatus,
+    StackArrived,
     Tick,
     UpdateArrived,
     WakeAt,
@@ -57,8 +59,10 @@ class Outcome:
     seconds: float
 
 
-def statuses(plan: Plan, sites: Iterable[SiteId]) -> tuple[SiteStatus, ...]:
-    """Return `sites` as connected, with the plan's recipe and dataset."""
+def statuses(plan: Plan, sites: Iterable[SiteId]) -> tuple[SiteStatus, ...] | Pool:
+    """Return `sites` as connected, with the plan's recipe and dataset; a crowd is its own pool."""
+    if isinstance(sites, Pool):
+        return sites
     card = DatasetCard(plan.dataset, 1, "0" * 64)
     return tuple(SiteStatus(site, True, (plan.recipe,), (card,)) for site in sites)
 
@@ -69,7 +73,7 @@ class Engine:
 
     run: Run
     executor: Executor
-    sites: Sequence[SiteStatus]
+    sites: Sequence[SiteStatus] | Pool
     delay: Delay = lambda task: 0.0
     watch: Callable[[Commit], None] = lambda commit: None
     now: float = 0.0
@@ -81,7 +85,7 @@ class Engine:
     def play(self) -> Outcome:
         """Return the outcome; every run ends, for every round has a deadline."""
         self._act(self.run.open(self.now))
-        self._act(self.run.handle(SitesChanged(tuple(self.sites)), self.now))
+        self._act(self.run.handle(SitesChanged(_known(self.sites)), self.now))
         while self._end is None:
             self.now, _, event = heapq.heappop(self._agenda)
             self._act(self.run.handle(event, self.now))
@@ -96,6 +100,8 @@ class Engine:
             match command:
                 case SendTask(task):
                     tasks.append(task)
+                case ForgetTask():
+                    pass  # nothing here outlives a crash
                 case WakeAt(seconds, token):
                     self._later(seconds, Tick(token))
                 case Commit():
@@ -105,24 +111,39 @@ class Engine:
                     self._candidate = command
                 case End():
                     self._end = command
-                case Opened() | CancelTask() | ForgetTask():
-                    pass  # nothing here outlives a crash, and no work is under way
+                case Opened() | CancelTask():
+                    pass  # no work is under way
         self._hand_out(tasks)
 
     def _hand_out(self, tasks: Sequence[Task]) -> None:
         delays = {task.id: self.delay(task) for task in tasks}
         for answer in self.executor.run(tasks) if tasks else ():
-            event = _event(answer)
-            task = answer.task
-            seconds = delays[task] if task is not None else 0.0
-            if seconds > 0:
-                self._later(seconds, event)
-            else:  # counted as it comes, so that no cohort is ever held in memory
-                self._act(self.run.handle(event, self.now))
+            for seconds, event in _arrivals(answer, delays):
+                if seconds > 0:
+                    self._later(seconds, event)
+                else:  # counted as it comes, so that no cohort is ever held in memory
+                    self._act(self.run.handle(event, self.now))
+
+
+def _known(sites: Sequence[SiteStatus] | Pool) -> tuple[SiteStatus, ...] | Pool:
+    return sites if isinstance(sites, Pool) else tuple(sites)
+
+
+def _arrivals(answer: Answer, delays: Mapping[TaskId, float]) -> Iterator[tuple[float, Event]]:
+    """Yield what comes of an answer, and after how many seconds; a stack's rows may part."""
+    if not isinstance(answer, Stack):
+        yield (delays[answer.task] if answer.task is not None else 0.0), _event(answer)
+        return
+    times = [delays[task] for task in answer.tasks]
+    for seconds in sorted({*times}):
+        some = [row for row, time in enumerate(times) if time == seconds]
+        yield seconds, _event(answer.take(some))
 
 
 def _event(answer: Answer) -> Event:
     match answer:
+        case Stack():
+            return StackArrived(answer, answer.digests())
         case Update():
             return UpdateArrived(answer, _fingerprint(answer))
         case Report():

@@ -8,6 +8,7 @@ from fedml.strategies.base import (
     Reduction,
     ServerState,
     Strategy,
+    add_stack,
 )
 from fedml.strategies.catalogue import RULES, build, describe, strategies
 from fedml.strategies.fedavg import FedAvg
@@ -33,6 +34,7 @@ __all__ = [
     "ServerState",
     "Strategy",
     "WeightedMean",
+    "add_stack",
     "build",
     "describe",
     "strategies",

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import Scores
-from fedml.protocol.tasks import Brief, Slots, Update
+from fedml.protocol.tasks import Brief, Slots, Stack, Update
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,27 @@ class Reduction(Protocol):
         """
 
 
+@runtime_checkable
+class StackReduction(Reduction, Protocol):
+    """A reduction that takes many updates at once, with the bits of one by one."""
+
+    def add_stack(self, stack: Stack) -> Mapping[int, str]:
+        """Take in every row that `add` would take; return for each other row what it would say."""
+
+
+def add_stack(reduction: Reduction, stack: Stack) -> Mapping[int, str]:
+    """Add a stack's rows to any reduction; return why rows were refused, by row."""
+    if isinstance(reduction, StackReduction):
+        return reduction.add_stack(stack)
+    refused = {}
+    for row in range(len(stack)):
+        try:
+            reduction.add(stack.update(row))
+        except MalformedUpdate as error:
+            refused[row] = str(error)
+    return refused
+
+
 class Reducer(Protocol):
     """A way to make one aggregate of many updates."""
 
@@ -81,7 +102,11 @@ class Strategy(Protocol):
 
 
 class LocalRule(Protocol):
-    """Site half of an algorithm: bends local gradients and reports what the server half needs."""
+    """Site half of an algorithm: bends local gradients and reports what the server half needs.
+
+    A rule whose `gradient` treats each element by itself may say so with a class attribute
+    `elementwise = True`; many sites then run at once, with `Stacked` in the place of `Params`.
+    """
 
     @property
     def reports(self) -> frozenset[str]:
@@ -100,6 +125,7 @@ class Plain:
     """Local SGD as it is."""
 
     reports: frozenset[str] = frozenset()
+    elementwise = True
 
     def gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
         """Return `grads` unchanged."""

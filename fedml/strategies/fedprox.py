@@ -44,6 +44,7 @@ class Prox:
     """Adds mu * (w - w_global) to the local gradient; it reads no row."""
 
     reports: frozenset[str] = frozenset()
+    elementwise = True
 
     def gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
         """Return the gradient of the local loss plus (mu / 2) ||w - w_global||^2."""

@@ -8,6 +8,7 @@ is computed in float64, rounded to a multiple of 2^-32 and summed in int64. The 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from fedml.errors import MalformedUpdate
 from fedml.params import Layout, Params
-from fedml.protocol.tasks import Update
+from fedml.protocol.tasks import Stack, Update
+from fedml.stacked import Stacked
 from fedml.strategies.base import Aggregate
 
 GRID = 2.0**32  # steps per unit; a power of two, so scaling by it is exact
@@ -56,21 +58,53 @@ class _RunningMean:
 
     def add(self, update: Update) -> None:
         weight = update.weight
-        if not 0 < weight <= _MOST:
-            raise MalformedUpdate(f"weight {weight}: must be above 0 and at most {_MOST:g}")
+        _check_weight(weight)
         parts = {"": update.delta, **update.slots}
-        if self._parts and parts.keys() != self._parts.keys():
-            names = sorted(parts.keys() ^ self._parts.keys())
-            raise MalformedUpdate(f"slots {names} are reported by some sites and not by others")
-        sums = self._parts or {name: _Sum(part.layout) for name, part in parts.items()}
+        sums = self._sums_for(parts)
         peaks = {name: sums[name].measure(part, weight) for name, part in parts.items()}
         for name, part in parts.items():  # nothing can fail from here on
             sums[name].add(part, weight, peaks[name])
         self._parts = sums
         self._weights.append(weight)
         for name, value in update.metrics.items():
-            if abs(value * weight) < _HUGE:
+            if _is_sane(value, weight):
                 self._metrics.setdefault(name, []).append((value, weight))
+
+    def add_stack(self, stack: Stack) -> Mapping[int, str]:
+        refused: dict[int, str] = {}
+        parts = {"": stack.delta, **stack.slots}
+        peaks: dict[str, list[int]] = {name: [] for name in parts}
+        if not all(0 < weight <= _MOST for weight in stack.weights):
+            for row, weight in enumerate(stack.weights):
+                try:
+                    _check_weight(weight)
+                except MalformedUpdate as error:
+                    refused[row] = str(error)
+        try:
+            sums = self._sums_for(parts)
+            for name, part in parts.items():
+                peaks[name] = sums[name].measure_rows(part, stack.weights, refused)
+        except MalformedUpdate as error:
+            return {**dict.fromkeys(range(len(stack)), str(error)), **refused}
+        kept = [row for row in range(len(stack)) if row not in refused]
+        if not kept:
+            return refused
+        sound = stack.take(kept)
+        for name, part in {"": sound.delta, **sound.slots}.items():
+            sums[name].add_rows(part, sound.weights, sum(peaks[name][row] for row in kept))
+        self._parts = sums
+        self._weights += sound.weights
+        for name, values in sound.metrics.items():
+            pairs = self._metrics.setdefault(name, [])
+            pairs += [(v, w) for v, w in zip(values, sound.weights, strict=True) if _is_sane(v, w)]
+        self._metrics = {name: pairs for name, pairs in self._metrics.items() if pairs}
+        return refused
+
+    def _sums_for(self, parts: Mapping[str, Params]) -> dict[str, _Sum]:
+        if self._parts and parts.keys() != self._parts.keys():
+            names = sorted(parts.keys() ^ self._parts.keys())
+            raise MalformedUpdate(f"slots {names} are reported by some sites and not by others")
+        return self._parts or {name: _Sum(part.layout) for name, part in parts.items()}
 
     def result(self) -> Aggregate:
         if not self._weights:
@@ -87,8 +121,28 @@ class _RunningMean:
         return Aggregate(delta, means, weight, len(self._weights), metrics)
 
 
+def _check_weight(weight: float) -> None:
+    if not 0 < weight <= _MOST:
+        raise MalformedUpdate(f"weight {weight}: must be above 0 and at most {_MOST:g}")
+
+
+def _is_sane(value: float, weight: float) -> bool:
+    return abs(value * weight) < _HUGE
+
+
 def _mean(pairs: list[tuple[float, float]]) -> float:
     return math.fsum(v * w for v, w in pairs) / math.fsum(w for _, w in pairs)
+
+
+def _reach(peak: float, weight: float) -> int:
+    """Return the grid steps of |weight * value| at `peak`; raises if int64 cannot hold them."""
+    scaled = peak * weight * GRID
+    if not scaled < _INT64:
+        raise MalformedUpdate(
+            f"values up to {peak:g} at weight {weight:g} do not fit the sum, which holds "
+            f"{_INT64 / GRID:.3g}; lower the learning rate or the weights"
+        )
+    return round(scaled)
 
 
 class _Sum:
@@ -107,8 +161,7 @@ class _Sum:
 
     def measure(self, part: Params, weight: float) -> int:
         """Return the largest |weight * value| in grid steps; raises if int64 cannot hold it."""
-        if part.layout != self.layout:
-            raise MalformedUpdate("its layout differs from the first update's")
+        self._check_layout(part)
         peak = 0.0
         for dtype in self._sums:
             buffer = part.buffers[dtype]
@@ -116,13 +169,35 @@ class _Sum:
                 low, high = buffer.aminmax()
                 largest = max(abs(float(low)), abs(float(high)))
                 peak = math.nan if math.isnan(largest) else max(peak, largest)
-        scaled = peak * weight * GRID
-        if not scaled < _INT64:
-            raise MalformedUpdate(
-                f"values up to {peak:g} at weight {weight:g} do not fit the sum, which holds "
-                f"{_INT64 / GRID:.3g}; lower the learning rate or the weights"
-            )
-        return round(scaled)
+        return _reach(peak, weight)
+
+    def measure_rows(
+        self, part: Stacked, weights: Sequence[float], refused: dict[int, str]
+    ) -> list[int]:
+        """Return what `measure` would for each row; rows that it refuses join `refused`."""
+        self._check_layout(part)
+        peaks = torch.zeros(part.rows, dtype=torch.float64)
+        for dtype in self._sums:
+            buffer = part.buffers[dtype]
+            if buffer.numel():
+                low, high = buffer.aminmax(dim=1)  # NaN spreads, also through maximum
+                largest = torch.maximum(low.abs(), high.abs())
+                peaks = torch.maximum(peaks, largest.to("cpu", torch.float64))
+        scaled = peaks * torch.tensor(weights, dtype=torch.float64) * GRID
+        if bool((scaled < _INT64).all()):
+            return list(map(int, scaled.round().tolist()))
+        reaches = []
+        for row, (peak, weight) in enumerate(zip(peaks.tolist(), weights, strict=True)):
+            try:
+                reaches.append(0 if row in refused else _reach(peak, weight))
+            except MalformedUpdate as error:
+                refused[row] = str(error)
+                reaches.append(0)
+        return reaches
+
+    def _check_layout(self, part: Params) -> None:
+        if part.layout != self.layout:
+            raise MalformedUpdate("its layout differs from the first update's")
 
     def add(self, part: Params, weight: float, peak: int) -> None:
         self._reach += peak
@@ -145,6 +220,23 @@ class _Sum:
         if len(self._scratch) < len(values):
             self._scratch = torch.empty(len(values), dtype=torch.float64)
         return self._scratch[: len(values)].copy_(values)
+
+    def add_rows(self, part: Stacked, weights: Sequence[float], peaks: int) -> None:
+        """Add rows where they lie: their fixed-point sum comes to the CPU, and not they."""
+        self._reach += peaks
+        for dtype, sums in self._sums.items():
+            values = part.buffers[dtype]
+            factors = torch.tensor(weights, dtype=torch.float64).mul_(GRID)[:, None]
+            factors = factors.to(values.device)
+            width = max(1, _CHUNK // max(1, len(values)))
+            for start in range(0, values.shape[1], width):
+                piece = values[:, start : start + width].to(torch.float64, copy=True)
+                piece.mul_(factors).round_()  # the same operations as in `add`, so the same bits
+                sums[start : start + width].add_(piece.to(torch.int64).sum(0).cpu())
+        for dtype, values in part.buffers.items():
+            if not dtype.is_floating_point:
+                largest, most = values.amax(0).cpu(), self._most.get(dtype)
+                self._most[dtype] = largest if most is None else torch.maximum(most, largest)
 
     def mean(self, weight: float) -> Params:
         if self._reach >= _INT64:

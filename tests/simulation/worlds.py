@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedml.learning.recipe import Recipe, identify, load
 from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, Training
-from fedml.rounds import Cohort, Evaluation, Plan, Run
+from fedml.protocol.tasks import Report, Stack, Task, Update
+from fedml.rounds import Cohort, Evaluation, Plan, Run, SiteLost
 from fedml.simulation.engine import Engine, Outcome, statuses
 from fedml.simulation.executors.base import Executor, Holding
 from fedml.simulation.executors.inline import Inline
@@ -44,6 +45,20 @@ def holdings() -> Mapping[SiteId, Holding]:
 
 def start() -> Params:
     return Params(recipe().build().state_dict())
+
+
+Single = Update | Report | SiteLost
+
+
+def singles(executor: Executor, tasks: Sequence[Task]) -> list[Single]:
+    """Every site's own answer, also where it came in a stack."""
+    found: list[Single] = []
+    for answer in executor.run(tasks):
+        if isinstance(answer, Stack):
+            found += [answer.update(row) for row in range(len(answer))]
+        else:
+            found.append(answer)
+    return found
 
 
 def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:

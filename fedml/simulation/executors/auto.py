@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedml.errors import ConfigError, Refused
+from fedml.learning.gradients import Precision
 from fedml.learning.recipe import Recipe
-from fedml.learning.trainer import Precision
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Task
 from fedml.rounds import Plan
@@ -65,13 +65,11 @@ class Auto:
 
     def _stacked(self, device: str) -> tuple[Executor | None, str]:
         """Return the vectorised executor, or None and why this work cannot be stacked."""
-        if self.precision != "fp32":
-            return None, "stacked training is done in fp32"
         try:
             from fedml.simulation.executors.vectorised import Vectorised
 
             made: Executor = Vectorised(
-                self.plan, self.recipe, self.holdings, self.memory, device=device
+                self.plan, self.recipe, self.holdings, self.memory, device, precision=self.precision
             )
         except (ConfigError, Refused, ImportError) as error:
             return None, str(error)
@@ -84,4 +82,4 @@ class Auto:
             model = self.recipe.build().eval()
             with FlopCounterMode(display=False) as counter:
                 model(self.recipe.example(rows))
-        return 3.0 * counter.get_total_flops()
+        return 3.0 * float(counter.get_total_flops())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from fedml.learning.recipe import Recipe, Rows
+from fedml.learning.recipe import Recipe, Rows, RowStack
+from fedml.privacy.accounting import Event, epsilon
 from fedml.protocol.messages import SiteId
-from fedml.protocol.tasks import Report, Slots, Task, Update
+from fedml.protocol.tasks import Report, Slots, Stack, Task, Update
 from fedml.rounds import Plan, SiteLost
 
-Answer = Update | Report | SiteLost
+Answer = Update | Stack | Report | SiteLost
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,31 @@ class Holding:
 
     train: Rows
     held_out: Rows
+
+
+@runtime_checkable
+class StackedHoldings(Protocol):
+    """Holdings that can hand out the rows of many sites at once."""
+
+    def counts(self, sites: Sequence[SiteId]) -> Sequence[int]:
+        """Return the number of training rows of each of `sites`."""
+
+    def stack(self, sites: Sequence[SiteId]) -> RowStack:
+        """Return the training rows of `sites`, in that order."""
+
+
+def count_rows(holdings: Mapping[SiteId, Holding], sites: Sequence[SiteId]) -> Sequence[int]:
+    """Return the number of training rows of each of `sites`."""
+    if isinstance(holdings, StackedHoldings):
+        return holdings.counts(sites)
+    return [len(holdings[site].train) for site in sites]
+
+
+def stack_rows(holdings: Mapping[SiteId, Holding], sites: Sequence[SiteId]) -> RowStack:
+    """Return the training rows of `sites` from any holdings."""
+    if isinstance(holdings, StackedHoldings):
+        return holdings.stack(sites)
+    return RowStack.of([holdings[site].train for site in sites])
 
 
 @dataclass
@@ -44,14 +70,21 @@ class Memory:
         self.slots.update(other.slots)
         self.releases.update(other.releases)
 
+    def spend(self, task: Task, event: Event, delta: float) -> float:
+        """Charge one more `event` to the task's site; return its epsilon so far."""
+        place = (task.site, task.kind)
+        self.releases[place] = self.releases.get(place, 0) + 1
+        return epsilon([event] * self.releases[place], delta)
+
 
 class Executor(Protocol):
     """Does the work of simulated sites somewhere: inline, vectorised, in processes, on Ray."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
-        """Yield one answer per task, in any order; what a site cannot do is a `SiteLost`.
+        """Answer each task once, in any order; what a site cannot do is a `SiteLost`.
 
-        Plain training and evaluation give the bytes that `Inline` gives.
+        A `Stack` answers many. Plain training and evaluation give what `Inline` gives, to the
+        byte where the arithmetic is the same, else within rounding.
         """
 
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from fedml.errors import ConfigError
+from fedml.learning.gradients import Precision
 from fedml.learning.recipe import Recipe
-from fedml.learning.trainer import Precision
 from fedml.params import Params, decode, encode
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Brief, Slots, Task, Update
@@ -89,9 +89,7 @@ class Cluster:
                     job = backlog.popleft()
                     brief, memory = job.task.brief, self.memory.of(job.task)
                     if id(brief) not in briefs:
-                        briefs[id(brief)] = self._ray.put(
-                            _pack({"": brief.params, **brief.slots})
-                        )
+                        briefs[id(brief)] = self._ray.put(_pack({"": brief.params, **brief.slots}))
                     bare = replace(job.task, brief=replace(brief, params=_NONE, slots={}))
                     slots = _pack(memory.slots.get(job.task.site, {}))
                     reference = hand.actor.do.remote(
@@ -176,7 +174,7 @@ def _pack(parts: Slots) -> Packed:
 
 
 def _unpack(packed: Packed) -> dict[str, Params]:
-    return decode(memoryview(packed)) if len(packed) else {}
+    return decode(packed.data) if len(packed) else {}
 
 
 def _connect(address: str | None) -> Any:  # noqa: ANN401 - ray is an extra, and has no types

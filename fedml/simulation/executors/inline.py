@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.learning.evaluation import evaluate
+from fedml.learning.gradients import Precision
 from fedml.learning.recipe import Recipe
-from fedml.learning.trainer import Precision, Trainer
-from fedml.privacy.accounting import Event, epsilon, evaluation_event, training_event
+from fedml.learning.trainer import Trainer
+from fedml.privacy.accounting import evaluation_event, training_event
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Report, Task, Update
 from fedml.rounds import Plan, SiteLost
@@ -58,7 +59,7 @@ class Inline:
         if plan.privacy.mode == "none":
             return update
         event = training_event(plan.training, plan.privacy, len(rows))
-        return replace(update, epsilon=self._spend(task, event))
+        return replace(update, epsilon=self.memory.spend(task, event, plan.privacy.delta))
 
     def _score(self, task: Task) -> Report:
         privacy = self.plan.privacy
@@ -66,10 +67,5 @@ class Inline:
         report = evaluate(self.recipe, task, rows, privacy, self.device)
         if privacy.mode == "none":
             return report
-        return replace(report, epsilon=self._spend(task, evaluation_event(privacy)))
-
-    def _spend(self, task: Task, event: Event) -> float:
-        place = (task.site, task.kind)
-        releases = self.memory.releases.get(place, 0) + 1
-        self.memory.releases[place] = releases
-        return epsilon([event] * releases, self.plan.privacy.delta)
+        event = evaluation_event(privacy)
+        return replace(report, epsilon=self.memory.spend(task, event, privacy.delta))

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from fedml.errors import ConfigError
+from fedml.learning.gradients import Precision
 from fedml.learning.recipe import Recipe
-from fedml.learning.trainer import Precision
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Brief, Task
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import Answer, Holding, Memory
+from fedml.simulation.executors.base import Answer, Holding, Memory, count_rows
 from fedml.simulation.executors.hand import Board, Hand, Job, post
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.machine import usable_cores
@@ -54,7 +54,7 @@ class Processes:
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield answers as they come. Whoever stops listening ends the work under way."""
-        backlog = deque(Job(task) for task in sorted(tasks, key=self._cost, reverse=True))
+        backlog = deque(Job(task) for task in self._longest_first(tasks))
         boards: dict[int, Board] = {}
         self._fill_up()
         try:
@@ -91,8 +91,8 @@ class Processes:
                     board = self._board(job.task.brief, boards)
                     try:
                         hand.give(job, board, self.memory.of(job.task))
-                    except OSError:  # it has died; whoever listens to it will find out
-                        job.tries -= 1
+                    except OSError:
+                        continue  # it has died, which `_hear` will find out
 
     def _board(self, brief: Brief, boards: dict[int, Board]) -> Board:
         if id(brief) not in boards:
@@ -119,14 +119,18 @@ class Processes:
         while len(self._hands) < wanted:
             self._hands.append(Hand(self._inline, self._hands))
 
-    def _cost(self, task: Task) -> int:
-        """Return how much work a task is, in rows."""
-        if task.kind == "evaluate":
-            return len(self.holdings[task.site].held_out)
-        rows, training = len(self.holdings[task.site].train), self.plan.training
-        batch = min(training.batch_size or rows, rows)
-        most = training.steps * batch or training.epochs * rows
-        return min(most, training.epochs * rows or most)
+    def _longest_first(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return tasks by how many rows they go over, the most first; scoring as it comes."""
+        if not tasks or tasks[0].kind == "evaluate":
+            return list(tasks)
+        training, cost = self.plan.training, {}
+        for task, rows in zip(
+            tasks, count_rows(self.holdings, [task.site for task in tasks]), strict=True
+        ):
+            batch = min(training.batch_size or rows, rows)
+            bounds = [training.steps * batch, training.epochs * rows]
+            cost[task.id] = min((bound for bound in bounds if bound), default=0)
+        return sorted(tasks, key=lambda task: cost[task.id], reverse=True)
 
 
 def _dismiss(hands: list[Hand], owner: int) -> None:

@@ -58,7 +58,7 @@ class Sheet:
         """Return views of what was written; `done` is called once nobody holds any of them."""
         held = np.frombuffer(self._memory, np.uint8, length)
         weakref.finalize(held, done).atexit = False
-        return decode(memoryview(held))
+        return decode(held.data)
 
 
 def bytes_of(parts: Mapping[str, Params]) -> int:
