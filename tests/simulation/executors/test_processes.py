@@ -26,7 +26,7 @@ from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.machine import usable_cores
 from fedml.simulation.executors.processes import Processes
 from fedml.strategies import catalogue
-from tests.simulation.worlds import holdings, plan, recipe, start
+from tests.simulation.worlds import holdings, plan, recipe, singles, start
 
 ROOT = Path(__file__).parents[3]
 
@@ -74,14 +74,14 @@ def play_deadly(
     executor = made()
     first, *rest = tasks()
     deadly = replace(first, brief=replace(first.brief, rule="deadly"))
-    return executor, {one.site: one for one in executor.run([deadly, *rest])}
+    return executor, {one.site: one for one in singles(executor, [deadly, *rest])}
 
 
 def test_a_worker_that_dies_costs_one_more_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, found = play_deadly(tmp_path, 1, monkeypatch)
-    expected = {one.site: one for one in Inline(plan(), recipe(), holdings()).run(tasks())}
+    expected = {one.site: one for one in singles(Inline(plan(), recipe(), holdings()), tasks())}
     assert found == expected
 
 
