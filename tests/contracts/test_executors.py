@@ -44,7 +44,9 @@ def discover() -> Iterator[type]:
 
 EXECUTORS = {kind.__name__: kind for kind in discover()}
 PARAMS = [
-    pytest.param(kind, marks=[pytest.mark.slow] if kind is Cluster else [], id=name)
+    pytest.param(
+        kind, marks=[pytest.mark.slow, pytest.mark.timeout(600)] if kind is Cluster else [], id=name
+    )
     for name, kind in EXECUTORS.items()
 ]
 

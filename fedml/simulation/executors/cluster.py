@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,7 @@ class Cluster:
         _carry(self._ray, type(self.recipe).__module__)
         self._stage = self._ray.put(inline)
         self._hands: list[_Hand] = []
+        weakref.finalize(self, _dismiss, self._ray, self._hands)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield answers as they come."""
@@ -167,6 +169,11 @@ class _Worker:
         tensors = _pack({"delta": answer.delta, **answer.slots})
         bare = replace(answer, delta=_NONE, slots={})
         return bare, tensors, _pack(memory.slots.get(task.site, {})), memory.releases
+
+
+def _dismiss(ray: Any, hands: list[_Hand]) -> None:  # noqa: ANN401
+    for hand in hands if ray.is_initialized() else ():
+        ray.kill(hand.actor)
 
 
 def _pack(parts: Slots) -> Packed:
