@@ -43,9 +43,10 @@ def discover() -> Iterator[type]:
 
 
 EXECUTORS = {kind.__name__: kind for kind in discover()}
+SLOW = [pytest.mark.slow, pytest.mark.timeout(600)]
 PARAMS = [
     pytest.param(
-        kind, marks=[pytest.mark.slow, pytest.mark.timeout(600)] if kind is Cluster else [], id=name
+        kind, marks=SLOW if kind is Cluster else [], id=name
     )
     for name, kind in EXECUTORS.items()
 ]
