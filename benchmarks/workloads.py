@@ -62,7 +62,7 @@ class Workload:
         x = torch.randn(users, samples, *self.shape, generator=generator).mul_(self.noise)
         for user in range(users):
             x[user] += templates[y[user]]
-        return x, y
+        return x.div_((1 + self.noise**2) ** 0.5), y  # of variance 1
 
 
 W1 = Workload("w1", 1000, 50, 50, 10, 0.1, (3, 32, 32), 10, 16.0)

@@ -7,17 +7,20 @@ the same distribution and other bits.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.func import grad, vmap
 
 from fedml.errors import ConfigError
-from fedml.learning.descent import find_rule
+from fedml.learning.descents import Descents
 from fedml.learning.gradients import Frame, Functional, Gradient, Layered, Precision, layers_of
-from fedml.learning.recipe import Recipe, RowStack
+from fedml.learning.recipe import Recipe
+from fedml.learning.rowstack import RowStack, gather
 from fedml.learning.trainer import batches
 from fedml.params import Layout, Params
 from fedml.protocol.messages import Training
@@ -59,95 +62,6 @@ class Trained:
         return means
 
 
-class Descents:
-    """Stochastic gradient descent of many models from one brief, as `Descent` does it for one.
-
-    `memory` holds what the rule remembers, a row a site.
-    """
-
-    def __init__(
-        self,
-        frame: Frame,
-        brief: Brief,
-        memory: Mapping[str, Stacked],
-        training: Training,
-        sites: int,
-    ) -> None:
-        self._frame, self._training = frame, training
-        self._rule = None if brief.rule == "plain" else find_rule(brief.rule)
-        self._brief = Brief(
-            Stacked.repeat(brief.params, sites),
-            brief.rule,
-            brief.settings,
-            {name: Stacked.repeat(slot, sites) for name, slot in brief.slots.items()},
-        )
-        self._memory = memory
-        start = Stacked.repeat(brief.params, sites).buffers
-        moving = {frame.dtype: start[frame.dtype].clone()}
-        self.params = Stacked.over(brief.params.layout, {**start, **moving})
-        self._mask = _mask(frame)
-        self._velocity: Tensor | None = None
-
-    @property
-    def values(self) -> Tensor:
-        """Every site's parameters, [sites, size]."""
-        return self.params.buffers[self._frame.dtype]
-
-    def step(self, gradients: Tensor) -> None:
-        """Move the first `len(gradients)` sites; gradients [.., size] may be written to."""
-        training, dtype, count = self._training, self._frame.dtype, len(gradients)
-        here, move = self.values[:count], gradients
-        if self._mask is not None:
-            move = torch.where(self._mask, move, 0)
-        if training.weight_decay:
-            move = move.add(here, alpha=training.weight_decay)
-        if self._rule is not None:
-            move = self._bent(move)
-        if self._mask is not None:
-            move = torch.where(self._mask, move, 0)
-        if training.momentum:
-            if self._velocity is None:
-                self._velocity = torch.zeros_like(self.values)
-            move = self._velocity[:count].mul_(training.momentum).add_(move)
-        self.params.buffers[dtype][:count].sub_(move, alpha=training.lr)
-
-    def delta(self) -> Stacked:
-        """Return how far each model has moved."""
-        return self.params - self._brief.params
-
-    def _bent(self, gradients: Tensor) -> Tensor:
-        assert self._rule is not None
-        count, dtype = len(gradients), self._frame.dtype
-        brief = Brief(
-            _head(self._brief.params, count),
-            self._brief.rule,
-            self._brief.settings,
-            {name: _head(slot, count) for name, slot in self._brief.slots.items()},
-        )
-        memory = {name: slot.head(count) for name, slot in self._memory.items()}
-        here = self.params.head(count)
-        plain = Stacked.over(here.layout, {**here.zeros().buffers, dtype: gradients})
-        return self._rule.gradient(brief, memory, here, plain).buffers[dtype]
-
-
-def _head(stack: Params, count: int) -> Stacked:
-    assert isinstance(stack, Stacked)
-    return stack.head(count)
-
-
-def _mask(frame: Frame) -> Tensor | None:
-    """Return true where elements move; None where all do."""
-    trainable = {name for name, p in frame.model.named_parameters() if p.requires_grad}
-    names = [name for name, dtype, _ in frame.layout.fields if dtype == frame.dtype]
-    if trainable.issuperset(names):
-        return None
-    mask = torch.zeros(frame.layout.sizes[frame.dtype], dtype=torch.bool)
-    for name in trainable:
-        _, start, end, _ = frame.layout.places[name]
-        mask[start:end] = True
-    return mask.to(frame.fixed.buffers[frame.dtype].device)
-
-
 class CohortTrainer:
     """Trains a recipe at many sites at once; one object serves a whole run.
 
@@ -169,7 +83,25 @@ class CohortTrainer:
         self.dtype = _moving_dtype(self.model)
         _check(recipe, self.model, self._example)
         self.layout = Layout.of(self.model.state_dict())
+        self._check_batches()
         self._layers = layers_of(self.model) if self.mixes_no_rows else None
+
+    def _check_batches(self) -> None:
+        """Raise `ConfigError` where torch would only loop: it warns, and falls behind `Trainer`."""
+        params = Params(self.model.state_dict())
+        frame = Frame(self.recipe, self.model, self.layout, self.dtype, params, self.precision)
+
+        def total(flat: Tensor) -> Tensor:
+            return frame.forward(flat, self._example).sum()
+
+        values = params.buffers[self.dtype].repeat(2, 1)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="There is a performance drop")
+            try:
+                vmap(grad(total), randomness="different")(values)
+            except (RuntimeError, UserWarning) as error:
+                line = str(error).partition(". Please")[0].splitlines()
+                raise ConfigError(line[0] if line else type(error).__name__) from error
 
     @cached_property
     def mixes_no_rows(self) -> bool:
@@ -218,7 +150,8 @@ class CohortTrainer:
 
     def frame(self, brief: Brief) -> Frame:
         """Return what gradients of models like the brief's share; raises `MalformedUpdate`."""
-        Params(self.model.state_dict()).check_like(brief.params)
+        if self.layout != brief.params.layout:
+            Params(self.model.state_dict()).check_like(brief.params)
         return Frame(
             self.recipe, self.model, self.layout, self.dtype, brief.params, self.precision
         )  # fmt: skip
@@ -240,7 +173,7 @@ class CohortTrainer:
         losses = torch.zeros(steps[0], len(steps), dtype=torch.float64)
         for step in range(steps[0]):
             active = sum(1 for count in steps if count > step)
-            parts = _gather(rows, [order[step] for order in orders[:active]], padded=padded)
+            parts = gather(rows, [order[step] for order in orders[:active]], padded=padded)
             told, moves = _joined(
                 [
                     (
@@ -253,56 +186,6 @@ class CohortTrainer:
             losses[step, :active] = told
             descents.step(moves)
         return Trained(descents.delta(), steps, losses)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Batches of equal length, of the sites `sites`; see `Gradient` for `counts`."""
-
-    sites: slice | Tensor
-    x: Tensor
-    y: Tensor
-    counts: Tensor | None = None
-
-
-def _gather(rows: RowStack, batch: Sequence[Tensor | slice], *, padded: bool) -> list[_Part]:
-    """Return one step's batch of each of the first sites.
-
-    Batches of unequal length are filled up, if they may be `padded`, with copies of a row that
-    count nothing, or else fall into parts.
-    """
-    active = len(batch)
-    if all(isinstance(one, slice) for one in batch) and len({*rows.counts[:active]}) == 1:
-        width = rows.counts[0]
-        return [_Part(slice(active), rows.x[:active, :width], rows.y[:active, :width])]
-    places = [
-        torch.arange(count) if isinstance(one, slice) else one
-        for one, count in zip(batch, rows.counts, strict=False)
-    ]
-    lengths = torch.tensor([len(one) for one in places])
-    if len(lengths.unique()) == 1:
-        return [_part(rows, slice(active), torch.stack(places))]
-    if padded:
-        index = torch.nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
-        own = index >= 0
-        index = torch.where(own, index, index[:, :1])
-        return [_part(rows, slice(active), index, own / lengths[:, None])]
-    parts = []
-    for length in lengths.unique().tolist():
-        sites = (lengths == length).nonzero().squeeze(1)
-        parts.append(_part(rows, sites, torch.stack([places[site] for site in sites.tolist()])))
-    return parts
-
-
-def _part(
-    rows: RowStack, sites: slice | Tensor, index: Tensor, counts: Tensor | None = None
-) -> _Part:
-    device = rows.x.device
-    owner = torch.arange(len(rows.counts))[sites].to(device)[:, None]
-    index = index.to(device)
-    if counts is not None:
-        counts = counts.to(device)
-    return _Part(sites, rows.x[owner, index], rows.y[owner, index], counts)
 
 
 def _joined(told: Sequence[tuple[slice | Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedml.learning.cohort import CohortTrainer, Descents, Trained
+from fedml.learning.cohort import CohortTrainer, Trained
 from fedml.learning.descent import Descent
+from fedml.learning.descents import Descents
 from fedml.learning.gradients import Frame, Functional
 from fedml.learning.private import MOST_FLOATS, check_fit
-from fedml.learning.recipe import RowStack
+from fedml.learning.rowstack import RowStack
 from fedml.privacy.accounting import SampledGaussian
 from fedml.privacy.noise import SecureNoise
 from fedml.protocol.messages import Training
@@ -58,7 +59,7 @@ def train_privately(
 
 def _check(trainer: CohortTrainer, brief: Brief) -> None:
     model = trainer.recipe.build().to(trainer.device).train()
-    descent = Descent(model, brief, {}, Training(lr=0.0, steps=1))
+    descent = Descent(model, brief, {}, Training(lr=1.0, steps=1))
     check_fit(descent, trainer.recipe.example(4).to(trainer.device))
 
 

@@ -26,7 +26,6 @@ from fedml.errors import ConfigError, Refused
 from fedml.protocol.messages import RecipeId
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 BUILT_IN: Mapping[str, str] = {
@@ -50,7 +49,7 @@ class Rows:
                 "both need one entry a row"
             )
         for name, values in (("inputs", self.x), ("targets", self.y)):
-            if not _is_finite(values):
+            if not is_finite(values):
                 bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()
                 raise ConfigError(f"{name}: row {int(bad[0])} has NaN or infinity; mend the data")
 
@@ -79,47 +78,11 @@ class Rows:
         return self.take(kept), self.take([place for place, away in enumerate(apart) if away])
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
+    """Return whether no element is NaN or infinite."""
     if not (values.is_floating_point() and values.numel()):
         return True
     return all(math.isfinite(float(end)) for end in values.aminmax())  # NaN spreads
-
-
-@dataclass(frozen=True)
-class RowStack:
-    """Rows of several sites: `x` and `y` are [sites, n, ...], a site's own the first `counts`.
-
-    What stands behind a site's own rows is filling, which nobody reads.
-    """
-
-    x: Tensor
-    y: Tensor
-    counts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.x.shape[:2])
-        fits = shape == tuple(self.y.shape[:2]) and shape[:1] == (len(self.counts),)
-        if not fits or max(self.counts, default=0) > shape[1]:
-            raise ConfigError(
-                f"inputs {list(self.x.shape)} and targets {list(self.y.shape)} do not hold the "
-                f"rows of {len(self.counts)} sites"
-            )
-        for name, values in (("inputs", self.x), ("targets", self.y)):
-            if not _is_finite(values):
-                raise ConfigError(f"{name} of a cohort hold NaN or infinity; mend the data")
-
-    @staticmethod
-    def of(sites: Sequence[Rows]) -> RowStack:
-        """Copy the rows of `sites`, one at least, whose rows have equal shapes and dtypes."""
-        from torch.nn.utils.rnn import pad_sequence
-
-        counts = tuple(len(rows) for rows in sites)
-        x, y = (pad_sequence([getattr(r, part) for r in sites], batch_first=True) for part in "xy")
-        return RowStack(x, y, counts)
-
-    def to(self, device: torch.device) -> RowStack:
-        """Return the same rows on `device`."""
-        return RowStack(self.x.to(device), self.y.to(device), self.counts)
 
 
 class Recipe(Protocol):

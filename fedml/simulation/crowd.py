@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedml.errors import ConfigError
-from fedml.learning.recipe import Recipe, Rows, RowStack
+from fedml.learning.recipe import Recipe, Rows
+from fedml.learning.rowstack import RowStack
 from fedml.protocol.messages import SiteId
 from fedml.rounds import Muster, Plan, Selection
 from fedml.rounds.selection import Reasons
@@ -134,6 +135,8 @@ class Users(Mapping[SiteId, Holding]):
         return isinstance(site, str) and self._number(site) is not None
 
     def __getitem__(self, site: SiteId) -> Holding:
+        if site not in self:
+            raise KeyError(f"no site {site!r} in a crowd of {self._size}")
         users, kept = self._users([site]), self._held_out
         x, y = self._source.rows(users, 0, kept + self._train)
         return Holding(Rows(x[0, kept:], y[0, kept:]), Rows(x[0, :kept], y[0, :kept]))
@@ -156,14 +159,7 @@ class Users(Mapping[SiteId, Holding]):
         return _Crowded(self, plan, barred)
 
     def _users(self, sites: Sequence[SiteId]) -> npt.NDArray[np.uint64]:
-        start = len(_PREFIX)
-        try:
-            numbers = np.array([int(site[start:]) for site in sites], np.uint64)
-        except ValueError as error:
-            raise KeyError(f"no such site among {sites[:3]}") from error
-        if len(numbers) and int(numbers.max()) >= self._size:
-            raise KeyError(f"there are {self._size} sites, no user {int(numbers.max())}")
-        return numbers
+        return np.array([int(site[len(_PREFIX) :]) for site in sites], np.uint64)
 
     def _number(self, site: str) -> int | None:
         digits = site.removeprefix(_PREFIX)

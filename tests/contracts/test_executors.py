@@ -45,9 +45,7 @@ def discover() -> Iterator[type]:
 EXECUTORS = {kind.__name__: kind for kind in discover()}
 SLOW = [pytest.mark.slow, pytest.mark.timeout(600)]
 PARAMS = [
-    pytest.param(
-        kind, marks=SLOW if kind is Cluster else [], id=name
-    )
+    pytest.param(kind, marks=SLOW if kind is Cluster else [], id=name)
     for name, kind in EXECUTORS.items()
 ]
 

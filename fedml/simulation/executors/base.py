@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from fedml.learning.recipe import Recipe, Rows, RowStack
+from fedml.learning.recipe import Recipe, Rows
+from fedml.learning.rowstack import RowStack
 from fedml.privacy.accounting import Event, epsilon
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Report, Slots, Stack, Task, Update

@@ -20,7 +20,8 @@ from fedml.learning.cohort import CohortTrainer, Trained
 from fedml.learning.evaluation import evaluate_all
 from fedml.learning.gradients import Precision
 from fedml.learning.private_cohort import Release, train_privately
-from fedml.learning.recipe import Recipe, Rows, RowStack
+from fedml.learning.recipe import Recipe, Rows
+from fedml.learning.rowstack import RowStack
 from fedml.learning.trainer import diverged, on_device, seeded
 from fedml.privacy.accounting import Event, evaluation_event, training_event
 from fedml.protocol.messages import SiteId
