@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from benchmarks.catalogue import Benchmark, Reading, select
+from benchmarks.catalogue import Benchmark, Reading, Skipped, select
 from fedml.errors import ConfigError, FedmlError
 
 _WRONG_USAGE = 2
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"{each.name} ...")
         try:
             reading = each.measure(asked.quick, _say)
+        except Skipped as error:
+            _say(f"  skipped: {error}")
+            continue
         except FedmlError as error:
             return _complain(error, 1)
         readings.append((each, reading))
@@ -57,6 +60,7 @@ def _line(each: Benchmark, reading: Reading) -> str:
         "unit": each.unit,
         "limit": reading.limit,
         "ratio": reading.ratio,
+        "extra": dict(reading.extra),
     }
     return json.dumps(record)
 
@@ -72,7 +76,12 @@ def _show(readings: Sequence[tuple[Benchmark, Reading]]) -> None:
     for each, reading in readings:
         value, limit = (f"{number:.4g} {each.unit}" for number in (reading.value, reading.limit))
         table.add_row(each.name, value, limit, f"{reading.ratio:.2f}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for each, reading in readings:
+        if reading.extra:
+            figures = (f"{name} {figure:.4g}" for name, figure in reading.extra.items())
+            console.print(f"{each.name}: {', '.join(figures)}", highlight=False)
 
 
 def _say(text: str) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from benchmarks import cases
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, FedmlError
 
 Say = Callable[[str], None]
+
+
+class Skipped(FedmlError):
+    """The benchmark needs what is not here; the text says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Reading:
 
     value: float
     limit: float
+    extra: Mapping[str, float] = field(default_factory=dict)  # figures beside it, by name
 
     @property
     def ratio(self) -> float:

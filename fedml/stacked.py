@@ -6,7 +6,6 @@ that is elementwise runs at a whole cohort of sites in a few operations.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, Self
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedml.errors import MalformedUpdate
-from fedml.params import Layout, Params, encode, order
+from fedml.params import Layout, Params
 
 
 class Stacked(Params):
@@ -92,22 +91,3 @@ class Stacked(Params):
 
     def _all(self) -> Sequence[tuple[torch.dtype, Tensor]]:
         return list(self.buffers.items())
-
-
-def digests(parts: Mapping[str, Stacked]) -> tuple[str, ...]:
-    """Return the SHA-256 of `encode` of each row's parts, in hex; parts lie on the CPU."""
-    rows = next(iter(parts.values())).rows
-    if rows == 0:
-        return ()
-    start = hashlib.sha256(encode({name: part.row(0) for name, part in parts.items()})[0])
-    pieces = [
-        parts[part].buffers[dtype].contiguous().view(torch.uint8).numpy()
-        for dtype, part in order(parts)
-    ]
-    found = []
-    for number in range(rows):
-        total = start.copy()  # the header is the same for all
-        for piece in pieces:
-            total.update(piece[number])
-        found.append(total.hexdigest())
-    return tuple(found)

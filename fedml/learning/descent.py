@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedml.errors import ConfigError, Refused
-from fedml.params import Params
+from fedml.params import Layout, Params
 from fedml.protocol.messages import Training
 from fedml.protocol.tasks import Brief, Slots
 from fedml.strategies import RULES, LocalRule
@@ -29,10 +29,9 @@ def bind(model: nn.Module, values: Params) -> Params:
 
     Raises `MalformedUpdate` if the model has other names, shapes or dtypes.
     """
-    own = Params(model.state_dict())
-    own.check_like(values)
-    for dtype, buffer in own.buffers.items():
-        buffer.copy_(values.buffers[dtype])
+    own = Params.over(values.layout, {d: b.clone() for d, b in values.buffers.items()})
+    if Layout.of(model.state_dict()) != own.layout:
+        Params(model.state_dict()).check_like(values)
     bound: set[int] = set()  # a tensor under two names keeps the first, as named_parameters does
     for name, module in model.named_modules():
         for key in (*module._parameters, *module._buffers):
@@ -68,17 +67,47 @@ class Descent:
         self.gradients = {name: self._grads[name] for name in trainable}
         self._masks = self._still(trainable)
         self._velocity: dict[torch.dtype, Tensor] = {}
+        bent = self._rule is not None or training.momentum or training.weight_decay
+        self._straight = not bent
 
     def _still(self, trainable: Mapping[str, nn.Parameter]) -> dict[torch.dtype, Tensor | None]:
         """Return, by dtype, ones where tensors move; None where all of the buffer does."""
-        mask = self.params.zeros()
-        for name in trainable:
-            mask[name].fill_(1)
-        moving = {name.dtype for name in trainable.values()}
-        return {
-            dtype: None if bool(mask.buffers[dtype].all()) else mask.buffers[dtype]
-            for dtype in moving
-        }
+        moving = {dtype: 0 for dtype in self.params.layout.sizes}
+        for parameter in trainable.values():
+            moving[parameter.dtype] += parameter.numel()
+        masks: dict[torch.dtype, Tensor | None] = {}
+        for dtype, size in self.params.layout.sizes.items():
+            if 0 < moving[dtype] < size:
+                masks[dtype] = self._mask(trainable, dtype)
+            elif moving[dtype]:
+                masks[dtype] = None
+        return masks
+
+    def _mask(self, trainable: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
+        size = self.params.layout.sizes[dtype]
+        mask = Params.over(
+            Layout(tuple(f for f in self.params.layout.fields if f[1] == dtype)),
+            {dtype: self.params.buffers[dtype].new_zeros(size)},
+        )
+        for name, parameter in trainable.items():
+            if parameter.dtype == dtype:
+                mask[name].fill_(1)
+        return mask.buffers[dtype]
+
+    def descend(self, loss: Tensor) -> None:
+        """Take the step against the gradients of `loss`, a scalar."""
+        # autograd.grad: nothing is zeroed beforehand, and nothing added to the zeros
+        parts = torch.autograd.grad([loss], list(self.trainable.values()), allow_unused=True)
+        if self._straight:
+            for parameter, part in zip(self.trainable.values(), parts, strict=True):
+                if part is not None:
+                    parameter.data.sub_(part, alpha=self.training.lr)
+            self.steps += 1
+            return
+        for name, part in zip(self.trainable, parts, strict=True):
+            if part is not None:
+                self.gradients[name].copy_(part)
+        self.step()
 
     def step(self) -> None:
         """Move against the gradients, then zero them."""

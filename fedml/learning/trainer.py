@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedml.errors import ConfigError, TaskFailed
 from fedml.learning.descent import Descent, find_rule
+from fedml.learning.gradients import Precision
 from fedml.learning.private import PrivateGradient
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
@@ -49,13 +53,25 @@ class Trainer:
     """Trains a recipe as `training` says, under `privacy`, on `device`.
 
     With privacy mode "record", one call is one `training_event`: it must be charged before the
-    update leaves, and called again it is another release.
+    update leaves, and called again it is another release. With precision "bf16" the model runs
+    under autocast, and its parameters, their gradients and the loss stay float32. A model is
+    built once and copied for each task, so no task sees what another left in it.
     """
 
     recipe: Recipe
     training: Training
     privacy: Privacy
     device: str = "cpu"
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"precision {self.precision!r}: use one of {get_args(Precision)}")
+        if self.precision != "fp32" and self.privacy.mode != "none":
+            raise ConfigError(
+                f"precision {self.precision}: rows' gradients are clipped and noised in fp32; "
+                "set precision=fp32 or privacy=none"
+            )
 
     def train(
         self,
@@ -79,7 +95,7 @@ class Trainer:
         memory = {name: slot.to(device) for name, slot in memory.items()}
         brief = on_device(task.brief, device)
         with seeded(seed, device), _failures_named(task):
-            model = self.recipe.build().to(device).train()
+            model = self._fresh().to(device).train()
             x, y = rows.x.to(device), rows.y.to(device)
             descent = Descent(model, brief, memory, self.training)
             if self.privacy.mode == "record":
@@ -99,6 +115,45 @@ class Trainer:
         )
         return update, {name: slot.to("cpu") for name, slot in kept.items()}
 
+    def _build(self) -> nn.Module:
+        with seeded(0, torch.device("cpu")):  # whichever task it is built for
+            return self.recipe.build()
+
+    @cached_property
+    def _pristine(self) -> nn.Module:
+        return self._build()
+
+    def _fresh(self) -> nn.Module:
+        """Return a model as the recipe builds it, for one task."""
+        try:
+            return copy.deepcopy(self._pristine)
+        except (RuntimeError, TypeError):  # it holds what cannot be copied
+            return self._build()
+
+    def _forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        if self.precision == "fp32":
+            output: Tensor = model(x)
+            return output
+        if x.ndim == 4 and self._takes_channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            output = model(x)
+        return output.float()
+
+    @cached_property
+    def _takes_channels_last(self) -> bool:
+        """True if images may come channels last, in which bf16 convolutions are quicker.
+
+        A model that calls `view` on a convolution's output takes them in no other order.
+        """
+        x = self.recipe.example(2).contiguous(memory_format=torch.channels_last)
+        with seeded(0, x.device), torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
+            try:
+                self._fresh()(x)
+            except RuntimeError:
+                return False
+        return True
+
     def _plainly(
         self, descent: Descent, brief: Brief, rows: Rows, seed: int
     ) -> tuple[Params, float, dict[str, float]]:
@@ -106,10 +161,9 @@ class Trainer:
             raise ConfigError("there are no rows to train on; check the site's data file")
         losses: list[Tensor] = []
         for batch in batches(len(rows), self.training, seed):
-            loss = self.recipe.loss(descent.model(rows.x[batch]), rows.y[batch])
-            torch.autograd.backward([loss])
+            loss = self.recipe.loss(self._forward(descent.model, rows.x[batch]), rows.y[batch])
             losses.append(loss.detach())
-            descent.step()
+            descent.descend(loss)
         delta = descent.moved() - brief.params
         path = torch.stack(losses)
         if not (delta.is_finite() and bool(path.isfinite().all())):

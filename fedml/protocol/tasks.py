@@ -9,7 +9,7 @@ from typing import Literal
 from fedml.errors import MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import RunId, Scores, SiteId, TaskId
-from fedml.stacked import Stacked, digests
+from fedml.stacked import Stacked
 
 Slots = Mapping[str, Params]  # an algorithm's extra state, each slot shaped like the model
 
@@ -114,15 +114,6 @@ class Stack:
             {name: [values[row] for row in rows] for name, values in self.metrics.items()},
             [self.epsilons[row] for row in rows] if self.epsilons else (),
         )
-
-    def digests(self) -> tuple[str, ...]:
-        """Return each row's digest, of the bytes that its site would have sent.
-
-        Tensors on an accelerator have none, "": fetching them would cost more than the round.
-        """
-        if any(b.device.type != "cpu" for b in self.delta.buffers.values()):
-            return ("",) * len(self)
-        return digests({"delta": self.delta, **self.slots})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedml.params import encode
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.poly1305 import Poly1305
+from numpy.typing import NDArray
+from torch import Tensor
+
 from fedml.protocol.messages import DatasetCard, SiteId, TaskId
 from fedml.protocol.operations import Receipt
 from fedml.protocol.tasks import Report, Stack, Task, Update
@@ -175,13 +180,45 @@ def _cut(task: Task, work: float) -> CutTask:
 def _event(answer: Answer) -> Event:
     match answer:
         case Stack():
-            return StackArrived(answer, answer.digests())
+            return StackArrived(answer, _fingerprints(answer))
         case Update():
-            digest = hashlib.sha256()
-            for piece in encode({"delta": answer.delta, **answer.slots}):
-                digest.update(piece)
-            return UpdateArrived(answer, digest.hexdigest())
+            return UpdateArrived(answer, _fingerprint(answer))
         case Report():
             return ReportArrived(answer)
         case SiteLost():
             return answer
+
+
+def _fingerprint(update: Update) -> str:
+    """Return 64 hex digits that tell updates apart, at a seventh of what SHA-256 costs.
+
+    Nobody forges bytes that never leave his machine, so a polynomial with a known key will do.
+    """
+    parts = (("", update.delta), *sorted(update.slots.items()))
+    return _mark((name, map(_raw, part.buffers.values())) for name, part in parts)
+
+
+def _fingerprints(stack: Stack) -> tuple[str, ...]:
+    """Return the same for each row; "" on an accelerator, for fetching it would cost a round."""
+    parts = (("", stack.delta), *sorted(stack.slots.items()))
+    if any(b.device.type != "cpu" for _, part in parts for b in part.buffers.values()):
+        return ("",) * len(stack)
+    raw = [(name, [_raw(buffer) for buffer in part.buffers.values()]) for name, part in parts]
+    return tuple(
+        _mark((name, (buffer[row] for buffer in buffers)) for name, buffers in raw)
+        for row in range(len(stack))
+    )
+
+
+def _raw(buffer: Tensor) -> NDArray[np.uint8]:
+    found: NDArray[np.uint8] = buffer.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return found
+
+
+def _mark(parts: Iterable[tuple[str, Iterable[NDArray[np.uint8]]]]) -> str:
+    mark = Poly1305(b"fingerprints of simulated update")
+    for name, buffers in parts:
+        mark.update(name.encode())
+        for buffer in buffers:
+            mark.update(buffer.data)
+    return hashlib.sha256(mark.finalize()).hexdigest()

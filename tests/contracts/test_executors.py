@@ -2,30 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import math
-from collections.abc import Sequence
+import pkgutil
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 
 from fedml.errors import Refused
+from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Brief, Report, Slots, Task, Update
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import CutTask, MakeExecutor, Memory
+from fedml.simulation import executors
+from fedml.simulation.executors.auto import Auto
+from fedml.simulation.executors.base import CutTask, Executor, MakeExecutor, Memory
+from fedml.simulation.executors.cluster import Cluster
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
-from tests.simulation.worlds import Single, holdings, plan, recipe, singles, start
+from fedml.strategies import strategies
+from tests.simulation.worlds import Single, engine, holdings, plan, recipe, singles, start
 
-EXECUTORS: list[MakeExecutor] = [Inline, Vectorised]
-ROUNDED: list[MakeExecutor] = [Vectorised]  # equal to the reference up to rounding
+ROUNDED: list[MakeExecutor] = [Vectorised, Auto]  # equal to the reference up to rounding
+ELSEWHERE: list[MakeExecutor] = [Cluster]  # its workers do not see what a test changes here
 RECORD = Privacy("record", epsilon=5.0, delta=1e-5, rounds=3, evaluation_epsilon=1.0)
 
 
-@pytest.fixture(params=EXECUTORS, ids=lambda make: make.__name__)
-def make(request: pytest.FixtureRequest) -> MakeExecutor:
+def discover() -> Iterator[type]:
+    """Yield every class of the package that is made and run as an executor is."""
+    wanted = ["plan", "recipe", "holdings", "memory"]
+    for found in pkgutil.iter_modules(executors.__path__):
+        module = importlib.import_module(f"{executors.__name__}.{found.name}")
+        for kind in vars(module).values():
+            if isinstance(kind, type) and kind.__module__ == module.__name__:
+                fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+                if [field.name for field in fields][:4] == wanted:
+                    yield kind
+
+
+EXECUTORS = {kind.__name__: kind for kind in discover()}
+SLOW = [pytest.mark.slow, pytest.mark.timeout(600)]
+PARAMS = [
+    pytest.param(kind, marks=SLOW if kind is Cluster else [], id=name)
+    for name, kind in EXECUTORS.items()
+]
+
+
+def test_discovery_finds_executors_where_they_are() -> None:
+    assert {"Inline", "Vectorised", "Processes", "Cluster", "Auto"} <= EXECUTORS.keys()
+
+
+@pytest.fixture(params=PARAMS)
+def make(request: pytest.FixtureRequest) -> Iterator[MakeExecutor]:
     chosen: MakeExecutor = request.param
-    return chosen
+    if chosen is Cluster:
+        request.getfixturevalue("ray_nodes")
+    yield chosen
+
+
+@pytest.fixture(scope="module")
+def ray_nodes() -> Iterator[None]:
+    """A Ray cluster of two nodes of one core each, both on this machine."""
+    pytest.importorskip("ray", reason="needs the extra ray")
+    from tests.simulation.ray_nodes import two_nodes
+
+    with two_nodes():
+        yield
 
 
 def tasks(kind: str = "train", number: int = 1, rule: str = "plain") -> list[Task]:
@@ -113,14 +158,52 @@ def test_a_site_that_cannot_is_lost_and_the_others_are_not(make: MakeExecutor) -
 def test_private_noise_never_repeats_and_its_cost_adds_up(make: MakeExecutor) -> None:
     private = plan(privacy=RECORD)
     executor = make(private, recipe(), holdings(), Memory())
-    first, second = singles(executor, tasks()), singles(executor, tasks())
+    first, second = by_site(executor), by_site(executor)
     spent = []
-    for one, two in zip(first, second, strict=True):
+    for one, two in ((first[site], second[site]) for site in holdings()):
         assert isinstance(one, Update)
         assert isinstance(two, Update)
         assert one.delta != two.delta
         spent.append((one.epsilon, two.epsilon))
     assert all(0 < once < twice < RECORD.epsilon for once, twice in spent)
+    reference = by_site(Inline(private, recipe(), holdings(), Memory()))
+    assert all(
+        isinstance(one, Update) and one.epsilon == pytest.approx(spent[number][0], rel=1e-9)
+        for number, one in enumerate(reference[site] for site in holdings())
+    )
+
+
+def by_site(executor: Executor) -> dict[SiteId, Single]:
+    return {one.site: one for one in singles(executor, tasks())}
+
+
+def test_private_updates_are_drawn_from_the_reference_s_distribution(make: MakeExecutor) -> None:
+    private = plan(privacy=replace(RECORD, epsilon=0.5))  # so that noise is nearly all there is
+
+    def spread(kind: MakeExecutor) -> float:
+        executor, values = kind(private, recipe(), holdings(), Memory()), list[float]()
+        for _ in range(8):
+            for one in singles(executor, tasks()):
+                assert isinstance(one, Update)
+                values += [v for buffer in one.delta.buffers.values() for v in buffer.tolist()]
+        return statistics.pstdev(values)
+
+    assert spread(make) == pytest.approx(spread(Inline), rel=0.15)  # six times its deviation
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_every_strategy_comes_to_the_reference_s_parameters(make: MakeExecutor, name: str) -> None:
+    a_plan = replace(plan(), strategy=strategies()[name]())
+
+    def final(kind: MakeExecutor) -> Params:
+        executor = kind(a_plan, recipe(), holdings(), Memory())
+        candidate = engine(a_plan, executor).play().candidate
+        assert candidate is not None
+        return candidate.params
+
+    expected, found = final(Inline), final(make)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert found == expected or make in ROUNDED
 
 
 def test_private_scores_without_a_budget_are_refused(make: MakeExecutor) -> None:
@@ -151,6 +234,9 @@ def test_each_site_has_a_memory_of_its_own(
     make: MakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedml.strategies import catalogue
+
+    if make in ELSEWHERE:
+        pytest.skip("its workers have the installed rules only, and none of those remembers")
 
     monkeypatch.setitem(catalogue.RULES, "remembering", Remembering())
     executor = make(plan(), recipe(), holdings(), Memory())

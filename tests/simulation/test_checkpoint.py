@@ -20,6 +20,7 @@ from fedml.simulation.checkpoint import Checkpoints
 from fedml.simulation.engine import Outcome
 from fedml.simulation.executors.base import Answer, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
+from fedml.simulation.executors.processes import Processes
 from fedml.simulation.executors.vectorised import Vectorised
 from fedml.strategies import FedAdam, FedAvgM, FedProx, ServerState, Strategy
 from tests.simulation.worlds import Late, chronicle, plan, start
@@ -29,7 +30,11 @@ STRATEGIES: Mapping[str, Strategy] = {
     "fedadam": FedAdam(server_lr=0.1),
     "fedprox": FedProx(mu=0.1),
 }
-EXECUTORS: Mapping[str, MakeExecutor] = {"inline": Inline, "vectorised": Vectorised}
+EXECUTORS: Mapping[str, MakeExecutor] = {
+    "inline": Inline,
+    "vectorised": Vectorised,
+    "processes": Processes,
+}
 COMMITS = 8  # of four rounds, each scored
 LOST = SiteId("site-1")
 

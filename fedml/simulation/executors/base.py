@@ -64,6 +64,17 @@ class Memory:
     slots: dict[SiteId, Slots] = field(default_factory=dict)
     releases: dict[tuple[SiteId, str], int] = field(default_factory=dict)
 
+    def of(self, task: Task) -> Memory:
+        """Return what matters to `task` alone, for a worker elsewhere."""
+        place = (task.site, task.kind)
+        slots = {task.site: self.slots[task.site]} if task.site in self.slots else {}
+        return Memory(slots, {place: self.releases[place]} if place in self.releases else {})
+
+    def learn(self, other: Memory) -> None:
+        """Take over what a worker's memory has come to."""
+        self.slots.update(other.slots)
+        self.releases.update(other.releases)
+
     def spend(self, task: Task, event: Event, delta: float) -> float:
         """Charge one more `event` to the task's site; return its epsilon so far."""
         place = (task.site, task.kind)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.learning.evaluation import evaluate
+from fedml.learning.gradients import Precision
 from fedml.learning.recipe import Recipe
 from fedml.learning.trainer import Trainer
 from fedml.privacy.accounting import evaluation_event, training_event
@@ -35,9 +36,14 @@ class Inline:
     holdings: Mapping[SiteId, Holding]
     memory: Memory = field(default_factory=Memory)
     device: str = "cpu"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        plan = self.plan
+        self._trainer = Trainer(
+            self.recipe, plan.training, plan.privacy, self.device, self.precision
+        )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield answers in the order of `tasks`."""
@@ -51,7 +57,8 @@ class Inline:
     def _train(self, task: Task) -> Update:
         plan, site, rows = self.plan, task.site, self.holdings[task.site].train
         training = training_of(task, plan.training, len(rows))
-        trainer = Trainer(self.recipe, training, plan.privacy, self.device)
+        whole = training is plan.training
+        trainer = self._trainer if whole else replace(self._trainer, training=training)
         update, self.memory.slots[site] = trainer.train(
             task,
             rows,

@@ -1,0 +1,1 @@
+"""Simulators that race: ours, the bare loop that is the limit, and the peers."""
