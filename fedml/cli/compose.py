@@ -38,7 +38,9 @@ from fedml.strategies import Strategy, describe
 
 _VERSION = "1.3"  # of Hydra's behaviour
 _PLAN = tuple(field.name for field in fields(Plan))
-_STAGE = ("data", "population", "executor")  # what a simulation needs beside the plan
+_STAGE = ("data", "population", "world", "executor", "tracking", "checkpoint", "resume", "recipes")
+_OURS = ("fedml.",)  # below which a `_target_` may lie
+_IDENTIFY = "fedml.learning.recipe.identify"
 
 
 def configs() -> Path:
@@ -114,10 +116,13 @@ class _Stage:
 
 
 def _simulate_once(config: DictConfig, folder: Path) -> bool:
-    values = _values(config)
-    stage = _Stage(**{key: values.pop(key) for key in _STAGE})  # type: ignore[arg-type]
+    with _own_modules():
+        values = _values(config, targets=(*_OURS, "simulations."))
+    rest = {key: values.pop(key, None) for key in _STAGE}
+    recipes = cast(Mapping[str, str], rest["recipes"] or {})
+    stage = _Stage(**{key: rest[key] for key in ("data", "population", "executor")})  # type: ignore[arg-type]
     plan = _plan(values)
-    recipe = load(plan.recipe)
+    recipe = load(plan.recipe, recipes)
     holdings = stage.population.deal(recipe, stage.data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
@@ -145,10 +150,13 @@ def _tell(commit: Commit) -> None:
         print(f"  without {site}: {reason}")
 
 
-def _values(config: DictConfig, without: Sequence[str] = ()) -> dict[str, object]:
-    """Return the configuration's top keys as objects."""
+def _values(
+    config: DictConfig, without: Sequence[str] = (), targets: Sequence[str] = _OURS
+) -> dict[str, object]:
+    """Return the configuration's top keys as objects, built of nothing but `targets`."""
     plain = cast(dict[str, object], OmegaConf.to_container(_known(config, without), resolve=True))
-    _check_targets(plain, "")
+    _register(plain.get("recipe"), config.get("recipes"))
+    _check_targets(plain, "", targets)
     missing = sorted(OmegaConf.missing_keys(_known(config, without)))
     if missing:
         wanted = " ".join(f"{key}=..." for key in missing)
@@ -175,21 +183,44 @@ def _known(config: DictConfig, without: Sequence[str]) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key not in without])
 
 
-def _check_targets(value: object, where: str) -> None:
-    """Refuse a `_target_` that is not a class or function of this package."""
+def _register(recipe: object, recipes: object) -> None:
+    """Let `recipe` be found among the files that the key `recipes` names, too."""
+    if isinstance(recipe, dict) and recipe.get("_target_") == _IDENTIFY and recipes:
+        recipe["extra"] = OmegaConf.to_container(cast(DictConfig, recipes), resolve=True)
+
+
+def _check_targets(value: object, where: str, targets: Sequence[str]) -> None:
+    """Refuse a `_target_` that is not a class or function of `targets`."""
     if isinstance(value, dict):
         if "_target_" in value:
-            target = str(value["_target_"])
-            if not target.startswith("fedml."):
-                raise ConfigError(f"{where}._target_ {target!r}: only names below fedml. are built")
-            found = get_object(target)
-            if not str(getattr(found, "__module__", "")).startswith("fedml."):
-                raise ConfigError(f"{where}._target_ {target!r}: that is not fedml's own")
+            target, allowed = str(value["_target_"]), tuple(targets)
+            told = f"{where}._target_ {target!r}"
+            if not target.startswith(allowed):
+                raise ConfigError(f"{told}: only names below {' or '.join(allowed)} are built")
+            with _clear_errors():
+                found = get_object(target)
+            if not str(getattr(found, "__module__", "")).startswith(allowed):
+                raise ConfigError(f"{told}: that is not fedml's own")
         for key, item in value.items():
-            _check_targets(item, f"{where}.{key}" if where else str(key))
+            _check_targets(item, f"{where}.{key}" if where else str(key), targets)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            _check_targets(item, f"{where}[{number}]")
+            _check_targets(item, f"{where}[{number}]", targets)
+
+
+@contextmanager
+def _own_modules() -> Iterator[None]:
+    """Let the folder `simulations` of a source tree, or of here, be imported."""
+    before = list(sys.path)
+    sys.path[:0] = [str(home) for home in (Path.cwd(), configs().parent) if _has_own(home)]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _has_own(home: Path) -> bool:
+    return (home / "simulations").is_dir()
 
 
 def _plan(values: Mapping[str, object]) -> Plan:

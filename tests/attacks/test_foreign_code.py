@@ -18,6 +18,7 @@ FOREIGN = [
     "fedml.durable.os.remove",
     "fedml.params.torch.load",
     "fedml_evil.Strategy",
+    "simulations_evil.Strategy",
     "fedml.",
     "fedml",
 ]
@@ -50,7 +51,7 @@ def test_a_target_hidden_in_a_list_or_below_is_found(
         "+strategy.reducer={_target_: os.getcwd}",
         "+population.extra=[[{_target_: os.getcwd}]]",
     ):
-        with pytest.raises(ConfigError, match=r"only names below fedml\. are built"):
+        with pytest.raises(ConfigError, match=r"only names below fedml\. or simul"):
             simulate([hidden])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fedml.recipes.breast_cancer
 from fedml.cli.compose import compose_plan, configs, simulate
 from fedml.errors import ConfigError, Contradiction, FedmlError
 from fedml.rounds import Gate, Plan
@@ -81,6 +82,30 @@ def test_a_folder_of_one_s_own_is_searched_too(tmp_path: Path) -> None:
     assert compose_plan("run", [*RUN, "strategy=mine"], own).strategy == FedAdam(server_lr=0.5)
     assert compose_plan("trial", RUN[1:], own).model == "breast_cancer"
     assert simulate(["--config-dir", str(own), "strategy=mine", "rounds=1"]) == 0
+
+
+def test_a_recipe_file_of_one_s_own_is_found_by_its_name(tmp_path: Path) -> None:
+    home = Path(fedml.recipes.breast_cancer.__file__)
+    (tmp_path / "mine.py").write_text(home.read_text() + "\n# mine\n")
+    own = ["+recipes={mine: mine.py:BreastCancer}", "recipe.name=mine"]
+    assert compose_plan("run", [*RUN, *own]).recipe.name == "mine"
+    assert simulate([*own, "rounds=1"]) == 0
+    with pytest.raises(FedmlError, match="no recipe 'mine' here"):
+        simulate(own[1:])
+
+
+def test_an_experiment_s_own_data_and_population_are_built(tmp_path: Path) -> None:
+    folder = tmp_path / "simulations" / "probe"
+    folder.mkdir(parents=True)
+    (folder / "data.py").write_text(
+        "from fedml.simulation.population import ShippedData\nclass Probe(ShippedData):\n    pass\n"
+    )
+    target = "data._target_=simulations.probe.data.Probe"
+    assert simulate([target, "rounds=1"]) == 0
+    with pytest.raises(ConfigError, match=r"recipe._target_ .*only names below fedml\. are built"):
+        compose_plan("simulate", ["recipe._target_=simulations.probe.data.Probe"])
+    with pytest.raises(ConfigError, match=r"simulations\.probe\.data"):
+        simulate(["data._target_=simulations.probe.data.Prob", "rounds=1"])
 
 
 WRONG = [
