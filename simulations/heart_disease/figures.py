@@ -1,0 +1,67 @@
+"""Figures of this experiment alone: accuracy hospital by hospital, and the pooled optimum."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedml.learning.evaluation import evaluate
+from fedml.learning.recipe import Rows
+from fedml.params import Params, read
+from fedml.protocol.messages import Privacy, RunId, TaskId
+from fedml.protocol.tasks import Brief, Task
+from simulations.figures import Figure
+from simulations.heart_disease.data import Hospitals
+from simulations.heart_disease.recipe import HeartDisease, HeartDisease64
+
+
+def mean_of_sites(folder: Path) -> float:
+    """Return the final model's mean over the hospitals of each one's own accuracy."""
+    params = _model(folder)
+    double = params["weight"].dtype == torch.float64
+    recipe = HeartDisease64() if double else HeartDisease()
+    accuracies = []
+    for site, holding in Hospitals().deal(recipe, None).items():
+        task = Task(TaskId(f"score.{site}"), RunId("score"), 1, site, "evaluate", Brief(params))
+        report = evaluate(recipe, task, holding.held_out, Privacy())
+        accuracies.append(report.totals["accuracy"] / report.count)
+    return statistics.fmean(accuracies)
+
+
+def distance_to_maximum_likelihood(folder: Path) -> float:
+    """Return the largest difference of a parameter to those fitted on all hospitals' rows."""
+    params = _model(folder)
+    dealt = Hospitals().deal(HeartDisease64(), None).values()
+    x, y = (torch.cat([getattr(one.train, part) for one in dealt]) for part in ("x", "y"))
+    best = maximum_likelihood(Rows(x, y))
+    found = torch.cat([params["weight"].reshape(-1), params["bias"]]).double()
+    return float((found - best).abs().max())
+
+
+def maximum_likelihood(rows: Rows) -> Tensor:
+    """Return a logistic regression's weights and, last, its intercept, in float64.
+
+    Iteratively reweighted least squares: McCullagh and Nelder 1989, section 2.5.
+    """
+    x = torch.cat([rows.x.double(), torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+    y, weights = rows.y.double(), torch.zeros(x.shape[1], dtype=torch.float64)
+    for _ in range(50):
+        chance = torch.sigmoid(x @ weights)
+        spread = chance * (1 - chance)
+        working = x @ weights + (y - chance) / spread
+        weights = torch.linalg.solve(x.T @ (spread[:, None] * x), x.T @ (spread * working))
+    return weights
+
+
+def _model(folder: Path) -> Params:
+    return read(folder / "model.safetensors")[""]
+
+
+FIGURES: Mapping[str, Figure] = {
+    "accuracy, mean of sites": mean_of_sites,
+    "distance to the pooled maximum likelihood": distance_to_maximum_likelihood,
+}
