@@ -34,6 +34,7 @@ from fedml.simulation import results
 from fedml.simulation.engine import Engine, statuses
 from fedml.simulation.executors.base import MakeExecutor, Memory
 from fedml.simulation.population import Data, Population
+from fedml.simulation.world import MakeWorld
 from fedml.strategies import Strategy, describe
 
 _VERSION = "1.3"  # of Hydra's behaviour
@@ -112,6 +113,7 @@ class _Stage:
 
     data: Data | None
     population: Population
+    world: MakeWorld
     executor: MakeExecutor
 
 
@@ -120,7 +122,7 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
         values = _values(config, targets=(*_OURS, "simulations."))
     rest = {key: values.pop(key, None) for key in _STAGE}
     recipes = cast(Mapping[str, str], rest["recipes"] or {})
-    stage = _Stage(**{key: rest[key] for key in ("data", "population", "executor")})  # type: ignore[arg-type]
+    stage = _Stage(**{key: rest[key] for key in ("data", "population", "world", "executor")})  # type: ignore[arg-type]
     plan = _plan(values)
     recipe = load(plan.recipe, recipes)
     holdings = stage.population.deal(recipe, stage.data)
@@ -129,7 +131,8 @@ def _simulate_once(config: DictConfig, folder: Path) -> bool:
         params = Params(recipe.build().state_dict())
     run = Run.begin(RunId("simulation"), plan, params)
     executor = stage.executor(plan, recipe, holdings, Memory())
-    engine = Engine(run, executor, statuses(plan, holdings), watch=_tell)
+    world = stage.world(plan, holdings)
+    engine = Engine(run, executor, statuses(plan, holdings), world, watch=_tell)
     outcome = engine.play()
     results.write(folder, plan, outcome)
     resolved = OmegaConf.to_yaml(config, resolve=True)

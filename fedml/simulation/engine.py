@@ -1,7 +1,7 @@
 """Hosts a `Run` on virtual time: the production state machine, with no network and no waiting.
 
-An answer arrives `delay` seconds after its task was sent, by the simulation's own clock; the
-clock jumps from event to event, so a deadline of an hour costs nothing.
+A world says how many seconds each answer takes, by the simulation's own clock, and which sites
+are there; the clock jumps from event to event, so a deadline of an hour costs nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from fedml.params import encode
-from fedml.protocol.messages import DatasetCard, SiteId
+from fedml.protocol.messages import DatasetCard, SiteId, TaskId
 from fedml.protocol.operations import Receipt
 from fedml.protocol.tasks import Report, Task, Update
 from fedml.rounds import (
@@ -37,9 +37,8 @@ from fedml.rounds import (
     UpdateArrived,
     WakeAt,
 )
-from fedml.simulation.executors.base import Answer, Executor
-
-Delay = Callable[[Task], float]  # seconds between sending a task and its answer
+from fedml.simulation.executors.base import Answer, CutTask, Executor
+from fedml.simulation.world import Instant, World
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,42 @@ class Engine:
     run: Run
     executor: Executor
     sites: Sequence[SiteStatus]
-    delay: Delay = lambda task: 0.0
+    world: World = field(default_factory=Instant)
     watch: Callable[[Commit], None] = lambda commit: None
     now: float = 0.0
     _agenda: list[tuple[float, int, Event]] = field(default_factory=list)
     _serial: itertools.count[int] = field(default_factory=itertools.count)
     _end: End | None = None
     _candidate: Candidate | None = None
+    _away: Mapping[SiteId, float] | None = None  # as the run was last told
+    _look_at: float = -1.0  # when it is looked who is back, if the run waits for sites
 
     def play(self) -> Outcome:
         """Return the outcome; every run ends, for every round has a deadline."""
         self._act(self.run.open(self.now))
-        self._act(self.run.handle(SitesChanged(tuple(self.sites)), self.now))
+        self._look()
         while self._end is None:
             self.now, _, event = heapq.heappop(self._agenda)
-            self._act(self.run.handle(event, self.now))
+            if isinstance(event, Committed | SitesChanged):  # a round may open
+                self._look()
+            if not isinstance(event, SitesChanged):
+                self._act(self.run.handle(event, self.now))
+            self._await_sites()
         return Outcome(self._end, tuple(self.run.receipts), self._candidate, self.now)
+
+    def _look(self) -> None:
+        """Tell the run who is there, if that has changed."""
+        away = self.world.away((status.site for status in self.sites), self.now)
+        if self._away is None or away.keys() != self._away.keys():
+            there = [replace(s, connected=False) if s.site in away else s for s in self.sites]
+            self._act(self.run.handle(SitesChanged(tuple(there if away else self.sites)), self.now))
+        self._away = away
+
+    def _await_sites(self) -> None:
+        """While the run waits for sites, look again when the next one is back."""
+        if self._away and self._look_at <= self.now and self.run.status[0] == "waiting":
+            self._look_at = max(min(self._away.values()), self.now + 1.0)
+            self._later(self._look_at - self.now, SitesChanged(()))
 
     def _later(self, seconds: float, event: Event) -> None:
         heapq.heappush(self._agenda, (self.now + seconds, next(self._serial), event))
@@ -108,15 +127,27 @@ class Engine:
         self._hand_out(tasks)
 
     def _hand_out(self, tasks: Sequence[Task]) -> None:
-        delays = {task.id: self.delay(task) for task in tasks}
-        for answer in self.executor.run(tasks) if tasks else ():
+        ready: dict[TaskId, float] = {}
+        work: list[Task] = []
+        for task, fate in zip(tasks, self.world.fates(tasks, self.now), strict=True):
+            if fate.seconds >= self.run.plan.cohort.deadline:
+                continue  # cancelled before it is answered
+            if fate.lost:
+                self._later(fate.seconds, SiteLost(task.site, fate.lost, task=task.id))
+                continue
+            ready[task.id] = fate.seconds
+            work.append(task if fate.work == 1 else _cut(task, fate.work))
+        for answer in self.executor.run(work) if work else ():
             event = _event(answer)
-            task = answer.task
-            seconds = delays[task] if task is not None else 0.0
+            seconds = ready[answer.task] if answer.task is not None else 0.0
             if seconds > 0:
                 self._later(seconds, event)
             else:  # counted as it comes, so that no cohort is ever held in memory
                 self._act(self.run.handle(event, self.now))
+
+
+def _cut(task: Task, work: float) -> CutTask:
+    return CutTask(task.id, task.run, task.round, task.site, task.kind, task.brief, work)
 
 
 def _event(answer: Answer) -> Event:

@@ -9,7 +9,7 @@ from fedml.protocol.tasks import Task
 from fedml.rounds import SiteLost
 from fedml.simulation.executors.base import Answer
 from fedml.simulation.executors.inline import Inline
-from tests.simulation.worlds import engine, holdings, plan, play, recipe
+from tests.simulation.worlds import Late, engine, holdings, plan, play, recipe
 
 SLOW = SiteId("site-3")
 
@@ -34,7 +34,7 @@ def test_every_receipt_has_the_digest_of_each_update() -> None:
 
 def test_answers_that_come_late_change_nothing_but_time() -> None:
     hurried, patient = engine(plan()), engine(plan())
-    patient.delay = lambda task: 1.0 + len(task.site) + hash(task.site) % 7
+    patient.world = Late(lambda task: 1.0 + len(task.site) + hash(task.site) % 7)
     one, other = hurried.play(), patient.play()
     assert [r.model for r in one.receipts] == [r.model for r in other.receipts]
     assert (one.seconds, other.seconds > 4) == (0.0, True)
@@ -42,7 +42,7 @@ def test_answers_that_come_late_change_nothing_but_time() -> None:
 
 def test_a_straggler_misses_the_deadline_and_the_round_goes_on_without() -> None:
     slow = engine(plan(rounds=2))
-    slow.delay = lambda task: 61.0 if task.site == SLOW else 1.0
+    slow.world = Late(lambda task: 61.0 if task.site == SLOW else 1.0)
     outcome = slow.play()
     assert outcome.end.state == "done"
     assert all(r.missing == {SLOW: "no answer within 60 s"} for r in outcome.receipts)
@@ -51,7 +51,7 @@ def test_a_straggler_misses_the_deadline_and_the_round_goes_on_without() -> None
 
 def test_a_deadline_that_nobody_meets_fails_the_run() -> None:
     slow = engine(plan(attempts=2))
-    slow.delay = lambda task: 1e6
+    slow.world = Late(lambda task: 1e6)
     outcome = slow.play()
     assert outcome.end.state == "failed"
     assert outcome.candidate is None

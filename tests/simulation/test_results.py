@@ -9,7 +9,7 @@ from pathlib import Path
 from fedml.params import decode
 from fedml.rounds import Plan
 from fedml.simulation import results
-from tests.simulation.worlds import engine, plan, play
+from tests.simulation.worlds import Late, engine, plan, play
 
 SLOW = "site-3"
 
@@ -21,7 +21,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 def test_the_table_has_a_line_for_each_round_and_site(tmp_path: Path) -> None:
     slow = engine(plan(rounds=2))
-    slow.delay = lambda task: 61.0 if task.site == SLOW else 0.0
+    slow.world = Late(lambda task: 61.0 if task.site == SLOW else 0.0)
     results.write(tmp_path, plan(rounds=2), slow.play())
     rows = table(tmp_path)
     assert len({(row["kind"], row["round"], row["site"]) for row in rows}) == len(rows) == 12

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedml.learning.recipe import Recipe, identify, load
 from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, Training
+from fedml.protocol.tasks import Task
 from fedml.rounds import Cohort, Evaluation, Plan, Run
 from fedml.simulation.engine import Engine, Outcome, statuses
 from fedml.simulation.executors.base import Executor, Holding
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
+from fedml.simulation.world import Fate
 from fedml.strategies import FedAvg
 
 
@@ -54,3 +57,16 @@ def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:
 
 def play(a_plan: Plan) -> Outcome:
     return engine(a_plan).play()
+
+
+@dataclass
+class Late:
+    """A world where answers take `delay` seconds and all sites are there."""
+
+    delay: Callable[[Task], float]
+
+    def fates(self, tasks: Sequence[Task], now: float) -> Sequence[Fate]:
+        return [Fate(self.delay(task)) for task in tasks]
+
+    def away(self, sites: Iterable[SiteId], now: float) -> Mapping[SiteId, float]:
+        return {}

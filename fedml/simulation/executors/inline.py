@@ -13,7 +13,7 @@ from fedml.privacy.accounting import Event, epsilon, evaluation_event, training_
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Report, Task, Update
 from fedml.rounds import Plan, SiteLost
-from fedml.simulation.executors.base import Answer, Holding, Memory
+from fedml.simulation.executors.base import Answer, Holding, Memory, training_of
 
 
 @dataclass
@@ -41,7 +41,8 @@ class Inline:
 
     def _train(self, task: Task) -> Update:
         plan, site, rows = self.plan, task.site, self.holdings[task.site].train
-        trainer = Trainer(self.recipe, plan.training, plan.privacy, self.device)
+        training = training_of(task, plan.training, len(rows))
+        trainer = Trainer(self.recipe, training, plan.privacy, self.device)
         update, self.memory.slots[site] = trainer.train(
             task,
             rows,
