@@ -51,7 +51,26 @@ class Hospitals:
         }
 
 
+def pooled_test(recipe: Recipe) -> Rows:
+    """Return FLamby's "Pooled Test": all hospitals' test rows, on the scale of all together.
+
+    They are standardised by the means and deviations of all hospitals' training rows, not by
+    each hospital's own as in training.
+    """
+    parts = [_split(recipe.read(find(source))) for source in SOURCES.values()]
+    mean, deviation = _moments(torch.cat([train.x for train, _ in parts]))
+    x = torch.cat([_scaled(test.x, mean, deviation) for _, test in parts])
+    return Rows(x, torch.cat([test.y for _, test in parts]))
+
+
 def _standardised(rows: Rows) -> Holding:
+    train, test = _split(rows)
+    mean, deviation = _moments(train.x)
+    return Holding(*(Rows(_scaled(part.x, mean, deviation), part.y) for part in (train, test)))
+
+
+def _split(rows: Rows) -> tuple[Rows, Rows]:
+    """Return (training rows, test rows), stratified unless a label has two rows or fewer."""
     try:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
@@ -66,12 +85,12 @@ def _standardised(rows: Rows) -> Holding:
         shuffle=True,
         stratify=None if rare else labels.numpy(),
     )
-    own = rows.x[torch.from_numpy(train)].double()
-    mean, deviation = own.mean(dim=0), own.std(dim=0)
+    return rows.take(torch.from_numpy(train)), rows.take(torch.from_numpy(test))
 
-    def part(places: np.typing.NDArray[np.int64]) -> Rows:
-        index = torch.from_numpy(places)
-        x: Tensor = (rows.x[index].double() - mean) / (deviation + 1e-9)
-        return Rows(x.to(rows.x.dtype), rows.y[index])
 
-    return Holding(part(train), part(test))
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.double().mean(dim=0), x.double().std(dim=0)
+
+
+def _scaled(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    return ((x.double() - mean) / (deviation + 1e-9)).to(x.dtype)

@@ -12,24 +12,24 @@ from torch import Tensor
 from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import Rows
 from fedml.params import Params, read
-from fedml.protocol.messages import Privacy, RunId, TaskId
+from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId
 from fedml.protocol.tasks import Brief, Task
 from simulations.figures import Figure
-from simulations.heart_disease.data import Hospitals
+from simulations.heart_disease.data import Hospitals, pooled_test
 from simulations.heart_disease.recipe import HeartDisease, HeartDisease64
 
 
 def mean_of_sites(folder: Path) -> float:
     """Return the final model's mean over the hospitals of each one's own accuracy."""
     params = _model(folder)
-    double = params["weight"].dtype == torch.float64
-    recipe = HeartDisease64() if double else HeartDisease()
-    accuracies = []
-    for site, holding in Hospitals().deal(recipe, None).items():
-        task = Task(TaskId(f"score.{site}"), RunId("score"), 1, site, "evaluate", Brief(params))
-        report = evaluate(recipe, task, holding.held_out, Privacy())
-        accuracies.append(report.totals["accuracy"] / report.count)
-    return statistics.fmean(accuracies)
+    dealt = Hospitals().deal(_recipe(params), None).values()
+    return statistics.fmean(_accuracy(params, one.held_out) for one in dealt)
+
+
+def pooled_test_accuracy(folder: Path) -> float:
+    """Return the final model's accuracy on FLamby's "Pooled Test" rows."""
+    params = _model(folder)
+    return _accuracy(params, pooled_test(_recipe(params)))
 
 
 def distance_to_maximum_likelihood(folder: Path) -> float:
@@ -57,11 +57,22 @@ def maximum_likelihood(rows: Rows) -> Tensor:
     return weights
 
 
+def _accuracy(params: Params, rows: Rows) -> float:
+    task = Task(TaskId("score"), RunId("score"), 1, SiteId("test"), "evaluate", Brief(params))
+    report = evaluate(_recipe(params), task, rows, Privacy())
+    return report.totals["accuracy"] / report.count
+
+
+def _recipe(params: Params) -> HeartDisease:
+    return HeartDisease64() if params["weight"].dtype == torch.float64 else HeartDisease()
+
+
 def _model(folder: Path) -> Params:
     return read(folder / "model.safetensors")[""]
 
 
 FIGURES: Mapping[str, Figure] = {
     "accuracy, mean of sites": mean_of_sites,
+    "accuracy, pooled test": pooled_test_accuracy,
     "distance to the pooled maximum likelihood": distance_to_maximum_likelihood,
 }
