@@ -116,6 +116,7 @@ class Spread(nn.Module):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the inputs that raw rows make."""
         measures = torch.cat([x[..., self.plain], x[..., self.logged].log1p()], dim=-1)
         chosen = (x[..., self.kinds] == self.levels).to(x.dtype)
         return torch.cat([(measures - self.middle) / self.reach, chosen], dim=-1)

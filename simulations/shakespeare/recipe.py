@@ -95,7 +95,7 @@ class _NextCharacter(nn.Module):
         state = cell = entering.new_zeros(len(x), _CELLS)
         for step in range(WINDOW):
             gates = entering[:, step] + self.recur(state)
-            take, keep, give, new = gates.chunk(4, dim=1)
+            take, keep, new, give = gates.chunk(4, dim=1)  # PyTorch's order
             cell = keep.sigmoid() * cell + take.sigmoid() * new.tanh()
             state = give.sigmoid() * cell.tanh()
         logits: Tensor = self.leave(state)
