@@ -1,0 +1,1 @@
+"""Anomalies found by an autoencoder that has seen none."""
