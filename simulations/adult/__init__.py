@@ -1,1 +1,1 @@
-"""Adult census income: an office for each class of worker."""
+"""Census income, by workclass."""

@@ -1,16 +1,14 @@
-"""Income above $50,000 a year or not, from 12 answers to a census: logistic regression.
+"""Income above 50,000 dollars or not, from eleven attributes of a census; logistic regression.
 
-Data: UCI Adult, `adult.data` and `adult.test` (Becker and Kohavi 1996, doi:10.24432/C5XW20,
-CC BY 4.0). Copies differ: some have a header, the official test file has a remark in its place
-and a dot after each label, and all have blanks around cells. `fnlwgt`, which is about how
-the census was drawn, and `education`, which `education-num` says again, are left out; `?` is a
-level of its own; a country is the United States, another, or unknown.
+Data: Adult of the UCI repository (Becker and Kohavi 1996, CC BY 4.0): 15 columns. `?` is a level
+of its own, for who did not answer is not like who did. Of the columns, `fnlwgt` (how many people
+a row stands for), `education` (`education-num` says it) and `native-country` are not used.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,63 +17,54 @@ from torch.nn import functional
 
 from fedml.errors import ConfigError
 from fedml.learning.recipe import Rows
-from simulations.columns import Column, Kind, Measure, Spread, made_up, width
 
-UNKNOWN = "?"
-# In the file's order, levels as adult.names lists them; ranges are common sense, chosen
-# without a look at any row.
-COLUMNS: tuple[Column, ...] = (
-    Measure("age", 45.0, 25.0),
-    Kind(
-        "workclass",
-        (
-            "Private", "Self-emp-not-inc", "Self-emp-inc", "Federal-gov", "Local-gov",
-            "State-gov", "Without-pay", "Never-worked", UNKNOWN,
-        ),
+# Column by column: its levels, or for a number a centre and a half-width that were chosen from
+# what it means, without a look at any row.
+LEVELS: Mapping[int, tuple[str, ...]] = {
+    1: (
+        "Private", "Self-emp-not-inc", "Self-emp-inc", "Federal-gov", "Local-gov", "State-gov",
+        "Without-pay", "Never-worked", "?",
     ),
-    Measure("education-num", 9.0, 6.0),  # 1, preschool, to 16, doctorate
-    Kind(
-        "marital-status",
-        (
-            "Married-civ-spouse", "Divorced", "Never-married", "Separated", "Widowed",
-            "Married-spouse-absent", "Married-AF-spouse",
-        ),
+    5: (
+        "Married-civ-spouse", "Divorced", "Never-married", "Separated", "Widowed",
+        "Married-spouse-absent", "Married-AF-spouse",
     ),
-    Kind(
-        "occupation",
-        (
-            "Tech-support", "Craft-repair", "Other-service", "Sales", "Exec-managerial",
-            "Prof-specialty", "Handlers-cleaners", "Machine-op-inspct", "Adm-clerical",
-            "Farming-fishing", "Transport-moving", "Priv-house-serv", "Protective-serv",
-            "Armed-Forces", UNKNOWN,
-        ),
+    6: (
+        "Tech-support", "Craft-repair", "Other-service", "Sales", "Exec-managerial",
+        "Prof-specialty", "Handlers-cleaners", "Machine-op-inspct", "Adm-clerical",
+        "Farming-fishing", "Transport-moving", "Priv-house-serv", "Protective-serv",
+        "Armed-Forces", "?",
     ),
-    Kind(
-        "relationship",
-        ("Wife", "Own-child", "Husband", "Not-in-family", "Other-relative", "Unmarried"),
-    ),
-    Kind("race", ("White", "Asian-Pac-Islander", "Amer-Indian-Eskimo", "Other", "Black")),
-    Kind("sex", ("Female", "Male")),
-    Measure("capital-gain", 4.0, 4.0, logarithmic=True),  # $: 0 to 3,000 and far above
-    Measure("capital-loss", 4.0, 4.0, logarithmic=True),
-    Measure("hours-per-week", 40.0, 20.0),
-    Kind("native-country", ("United-States", "other", UNKNOWN)),
-)  # fmt: skip
-_CELLS = 15
-_LEFT_OUT = (2, 3)  # fnlwgt, education
+    7: ("Wife", "Own-child", "Husband", "Not-in-family", "Other-relative", "Unmarried"),
+    8: ("White", "Asian-Pac-Islander", "Amer-Indian-Eskimo", "Other", "Black"),
+    9: ("Female", "Male"),
+}  # fmt: skip
+SCALES: Mapping[int, tuple[float, float]] = {
+    0: (40.0, 20.0),  # age, years
+    4: (10.0, 3.0),  # years of education
+    10: (0.0, 10.0),  # logarithm of 1 + capital gain
+    11: (0.0, 10.0),  # logarithm of 1 + capital loss
+    12: (40.0, 12.0),  # hours a week
+}
+LOGARITHMS = frozenset({10, 11})
+WORKCLASS = 1
+_COLUMNS = 15
+_USED = tuple(sorted({*LEVELS, *SCALES}))
+_LABELS = {"<=50K": 0.0, ">50K": 1.0}
 
 
 class Adult:
-    """The recipe; scores `accuracy`. Output 1 is an income above $50,000."""
+    """The recipe; scores `accuracy`. Output 1 is an income above 50,000."""
 
     labels = ("at_most_50k", "above_50k")
 
     def build(self) -> nn.Module:
-        """Return the spreading of columns and one linear layer, which starts at zero."""
-        linear = nn.Linear(width(COLUMNS), len(self.labels))
+        """Return scaling and one linear layer, which starts at zero."""
+        scale = _Scale()
+        linear = nn.Linear(len(scale.centre), len(self.labels))
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-        return nn.Sequential(Spread(COLUMNS), linear)
+        return nn.Sequential(scale, linear)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross entropy."""
@@ -87,45 +76,88 @@ class Adult:
         return {"accuracy": (output.argmax(1) == target).float()}
 
     def read(self, path: Path) -> Rows:
-        """Return the rows of `adult.data` or `adult.test`, in any of their forms."""
+        """Return the rows of `adult.data` or `adult.test`, with or without a header line."""
         try:
-            with path.open(newline="", encoding="ascii") as file:
-                lines = csv.reader(file, skipinitialspace=True)
-                table = [
-                    _parse(path, lines.line_num, [cell.strip() for cell in line])
-                    for line in lines
-                    if any(line) and not _is_remark(line)
-                ]
+            with path.open(newline="") as file:
+                table = list(_parsed(path, csv.reader(file, skipinitialspace=True)))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(f"{path}: {error}; is this adult.data or adult.test?") from error
+            raise ConfigError(f"{path}: {error}; is this adult.data?") from error
         if not table:
-            raise ConfigError(f"{path}: no rows; give at least one")
+            raise ConfigError(f"{path}: no rows; is this adult.data?")
         values = torch.tensor(table)
-        return Rows(values[:, :-1].contiguous(), values[:, -1].long())
+        return Rows(values[:, :-1], values[:, -1].long())
 
     def example(self, rows: int) -> Tensor:
-        """Return made-up people, drawn evenly from the public ranges and levels."""
-        return made_up(COLUMNS, rows)
+        """Return made-up people: one level of each kind, numbers within their half-widths."""
+        generator = torch.Generator().manual_seed(0)
+        parts = []
+        for column in _USED:
+            if column in LEVELS:
+                count = len(LEVELS[column])
+                drawn = torch.randint(count, (rows,), generator=generator)
+                parts.append(functional.one_hot(drawn, count).float())
+            else:
+                centre, width = SCALES[column]
+                parts.append(centre + width * torch.rand(rows, 1, generator=generator))
+        return torch.cat(parts, dim=1)
 
 
-def _is_remark(line: list[str]) -> bool:
-    """True for the header and for the official test file's first line."""
-    return line[0].startswith("|") or line[:2] == ["age", "workclass"]
+def workclasses(rows: Rows) -> Tensor:
+    """Return each row's workclass, as a place in `LEVELS[WORKCLASS]`."""
+    start = sum(_size(column) for column in _USED if column < WORKCLASS)
+    return rows.x[:, start : start + _size(WORKCLASS)].argmax(dim=1)
 
 
-def _parse(path: Path, number: int, cells: list[str]) -> list[float]:
-    """Return a row's 12 numbers and its label."""
-    where = f"{path}, line {number}"
-    if len(cells) != _CELLS:
-        raise ConfigError(f"{where}: {len(cells)} columns; the files of UCI Adult have {_CELLS}")
-    label = cells[-1].removesuffix(".").strip()
-    if label not in ("<=50K", ">50K"):
+class _Scale(nn.Module):
+    """Centres numbers on their public range; columns of levels stay as they are."""
+
+    centre: Tensor
+    width: Tensor
+    logs: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        columns = [column for column in _USED for _ in range(_size(column))]
+        centre, width = torch.tensor([SCALES.get(column, (0.0, 1.0)) for column in columns]).T
+        logs = torch.tensor([column in LOGARITHMS for column in columns])
+        self.register_buffer("centre", centre.clone(), persistent=False)  # they do not travel
+        self.register_buffer("width", width.clone(), persistent=False)
+        self.register_buffer("logs", logs, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = torch.where(self.logs, x.clamp(min=0.0).log1p(), x)
+        scaled: Tensor = (known - self.centre) / self.width
+        return scaled
+
+
+def _size(column: int) -> int:
+    """Return how many of the model's inputs a column becomes."""
+    return len(LEVELS.get(column, ("",)))
+
+
+def _parsed(path: Path, lines: Iterator[list[str]]) -> Iterator[list[float]]:
+    for number, line in enumerate(lines, 1):
+        first = number == 1 and (not line or line[0].startswith("|") or line[0] == "age")
+        if line and not first:
+            yield _parse(f"{path}, line {number}", [cell.strip() for cell in line])
+
+
+def _parse(where: str, cells: list[str]) -> list[float]:
+    if len(cells) != _COLUMNS:
+        raise ConfigError(f"{where}: {len(cells)} columns; adult.data has {_COLUMNS}")
+    row: list[float] = []
+    for column in _USED:
+        cell = cells[column]
+        if column in SCALES:
+            if not cell.isdigit():
+                raise ConfigError(f"{where}: column {column + 1} is {cell!r}, not a number")
+            row.append(float(cell))
+        elif cell in LEVELS[column]:
+            row += [float(cell == level) for level in LEVELS[column]]
+        else:
+            known = ", ".join(LEVELS[column])
+            raise ConfigError(f"{where}: column {column + 1} is {cell!r}, none of {known}")
+    label = cells[-1].removesuffix(".")  # the test file's labels end with a dot
+    if label not in _LABELS:
         raise ConfigError(f"{where}: label {cells[-1]!r}; it is <=50K or >50K")
-    kept = [cell for place, cell in enumerate(cells[:-1]) if place not in _LEFT_OUT]
-    if kept[-1] not in ("United-States", UNKNOWN):
-        kept[-1] = "other"
-    try:
-        values = [column.number(cell) for column, cell in zip(COLUMNS, kept, strict=True)]
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    return [*values, float(label == ">50K")]
+    return [*row, _LABELS[label]]

@@ -1,1 +1,1 @@
-"""German credit: a bank's offices, one for each purpose of a loan."""
+"""German credit: one bank's loans, by what they are for."""

@@ -43,22 +43,26 @@ class Synthetic:
 
     def deal(self, recipe: Recipe, data: Data | None) -> Mapping[SiteId, Holding]:
         """Draw each site's rows; `data` is not needed."""
-        random = np.random.default_rng(self.seed)
+        random = np.random.RandomState(self.seed)  # in the order of the authors' code, with theirs
         sizes = random.lognormal(4, 2, self.sites).astype(int) + 50
+        u = random.normal(0, self.alpha, self.sites)
+        b = random.normal(0, self.beta, self.sites)
+        centres = [random.normal(b[k], 1, DIMENSIONS) for k in range(self.sites)]
         width = len(str(self.sites - 1))
         return {
-            SiteId(f"site-{k:0{width}d}"): self._site(random, int(size))
-            for k, size in enumerate(sizes)
+            SiteId(f"site-{k:0{width}d}"): _site(random, int(sizes[k]), u[k], centres[k])
+            for k in range(self.sites)
         }
 
-    def _site(self, random: np.random.Generator, size: int) -> Holding:
-        u, b = random.normal(0, self.alpha), random.normal(0, self.beta)
-        weights = random.normal(u, 1, (DIMENSIONS, CLASSES))
-        intercepts = random.normal(u, 1, CLASSES)
-        centre = random.normal(b, 1, DIMENSIONS)
-        deviations = np.arange(1, DIMENSIONS + 1) ** -0.6
-        x = centre + deviations * random.normal(size=(size, DIMENSIONS))
-        y = (x @ weights + intercepts).argmax(axis=1)
-        rows = Rows(torch.from_numpy(x).float(), torch.from_numpy(y).long())
-        kept = int(0.9 * size)
-        return Holding(rows.take(range(kept)), rows.take(range(kept, size)))
+
+def _site(
+    random: np.random.RandomState, size: int, u: float, centre: np.typing.NDArray[np.float64]
+) -> Holding:
+    weights = random.normal(u, 1, (DIMENSIONS, CLASSES))
+    intercepts = random.normal(u, 1, CLASSES)
+    variances = np.arange(1, DIMENSIONS + 1) ** -1.2
+    x = random.multivariate_normal(centre, np.diag(variances), size)
+    y = (x @ weights + intercepts).argmax(axis=1)
+    rows = Rows(torch.from_numpy(x).float(), torch.from_numpy(y).long())
+    kept = int(0.9 * size)
+    return Holding(rows.take(range(kept)), rows.take(range(kept, size)))

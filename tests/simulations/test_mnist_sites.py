@@ -12,7 +12,7 @@ from fedml.simulation.executors.base import Holding
 from simulations.mnist_1000.data import Devices
 from simulations.mnist_1000.recipe import LogisticRegression
 from simulations.mnist_cnn.recipe import Convolutions
-from tests.simulations.files import real
+from tests.simulations.data import needs
 
 PLACE = "mnist/train-images-idx3-ubyte.gz"
 
@@ -21,11 +21,9 @@ def dealt(seed: int, sites: int = 1000) -> dict[SiteId, Holding]:
     return dict(Devices(sites, seed).deal(LogisticRegression(), None))
 
 
-def test_devices_have_two_digits_each_and_sizes_by_a_power_law(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@needs(PLACE)
+def test_devices_have_two_digits_each_and_sizes_by_a_power_law() -> None:
     """The paper's table 1 has 1,000 devices, 69,035 samples, 69 on average, deviation 106."""
-    real(monkeypatch, PLACE)
     devices = list(dealt(0).values())
     labels = [torch.cat([one.train.y, one.held_out.y]) for one in devices]
     for number, own in enumerate(labels):
@@ -39,8 +37,8 @@ def test_devices_have_two_digits_each_and_sizes_by_a_power_law(
         assert len(one.train) == int(0.9 * whole)
 
 
-def test_no_image_goes_to_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    real(monkeypatch, PLACE)
+@needs(PLACE)
+def test_no_image_goes_to_two_devices() -> None:
     weights = torch.randn(784, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     marks = torch.cat(
         [
@@ -52,8 +50,8 @@ def test_no_image_goes_to_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(marks.unique()) > 0.999 * len(marks)  # MNIST itself repeats hardly an image
 
 
-def test_a_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    real(monkeypatch, PLACE)
+@needs(PLACE)
+def test_a_seed_decides() -> None:
     one, again, other = (dealt(seed, 100) for seed in (1, 1, 2))
     assert all(torch.equal(one[site].train.x, again[site].train.x) for site in one)
     assert [len(a.train) for a in one.values()] != [len(a.train) for a in other.values()]

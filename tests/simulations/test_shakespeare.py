@@ -9,7 +9,7 @@ from fedml.errors import ConfigError
 from fedml.params import Params
 from simulations.shakespeare.data import Speakers, speeches
 from simulations.shakespeare.recipe import ALPHABET, STRIDE, WINDOW, Shakespeare, windows
-from tests.simulations.files import real
+from tests.simulations.data import FOLDER, needs
 
 torch.set_num_threads(1)
 PLACE = "tinyshakespeare/input.txt"
@@ -29,10 +29,9 @@ def test_rows_are_windows_and_what_follows_them() -> None:
         assert ALPHABET[int(rows.y[k])] == TEXT[start + WINDOW]
 
 
-def test_the_real_text_has_its_speakers_and_known_characters(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = real(monkeypatch, PLACE)
+@needs(PLACE)
+def test_the_real_text_has_its_speakers_and_known_characters() -> None:
+    path = FOLDER / PLACE
     said = speeches(path)
     assert len(said) == 299
     assert said["First Citizen"].startswith("Before we proceed any further, hear me speak.\n")
@@ -41,10 +40,9 @@ def test_the_real_text_has_its_speakers_and_known_characters(
     assert 0.9 < words / len(path.read_text().split()) < 1  # the rest is names of speakers
 
 
-def test_speakers_have_at_least_so_many_rows_and_score_their_last_words(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said = speeches(real(monkeypatch, PLACE))
+@needs(PLACE)
+def test_speakers_have_at_least_so_many_rows_and_score_their_last_words() -> None:
+    said = speeches(FOLDER / PLACE)
     dealt = Speakers(least=2000).deal(Shakespeare(), None)
     assert len(dealt) == 59
     assert len(Speakers().deal(Shakespeare(), None)) == 114
@@ -57,8 +55,8 @@ def test_speakers_have_at_least_so_many_rows_and_score_their_last_words(
     assert decode(romeo.held_out.x[0]) == said["ROMEO"][cut : cut + WINDOW]
 
 
-def test_together_is_everything_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    real(monkeypatch, PLACE)
+@needs(PLACE)
+def test_together_is_everything_in_one_place() -> None:
     apart = Speakers(least=4000).deal(Shakespeare(), None).values()
     (one,) = Speakers(least=4000, together=True).deal(Shakespeare(), None).values()
     assert len(one.train) == pytest.approx(sum(len(site.train) for site in apart), rel=0.01)
@@ -105,8 +103,8 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         Shakespeare().read(path)
 
 
-def test_impossible_speakers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real(monkeypatch, PLACE)
+@needs(PLACE)
+def test_impossible_speakers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"population\.least 100000: no speaker has so many rows"):
         Speakers(least=100_000).deal(Shakespeare(), None)
     with pytest.raises(ConfigError, match=r"population\.held_out 0"):
