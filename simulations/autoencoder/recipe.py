@@ -33,7 +33,8 @@ class Autoencoder:
 
     def build(self) -> nn.Module:
         """Return the autoencoder with its error as the output, drawn at random."""
-        return _Error(nn.Sequential(*list(BreastCancer().build())[:1]))
+        scale = next(BreastCancer().build().children())
+        return _Error(scale)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean reconstruction error, whatever the labels."""

@@ -54,7 +54,9 @@ def test_each_hospital_is_standardised_by_its_own_training_rows() -> None:
         constant = [k for k in range(13) if float(spread[k]) == 0]
         assert all(abs(float(spread[k]) - 1) < 1e-5 for k in range(13) if k not in constant)
         if name == "switzerland":  # cholesterol was not measured there: 0 in every row
-            assert CHOLESTEROL in constant and float(one.held_out.x[:, CHOLESTEROL].abs().max()) == 0
+            assert (
+                CHOLESTEROL in constant and float(one.held_out.x[:, CHOLESTEROL].abs().max()) == 0
+            )
 
 
 @HEART
@@ -125,9 +127,7 @@ def test_a_bad_line_of_adult_is_told(tmp_path: Path, find: str, put: str, messag
     ],
 )
 def test_a_bad_line_of_german_is_told(tmp_path: Path, find: str, put: str, message: str) -> None:
-    row = (
-        "A11 6 A34 A43 1169 A65 A75 4 A93 A101 4 A121 67 A143 A152 2 A173 1 A192 A201 1\n"
-    )
+    row = "A11 6 A34 A43 1169 A65 A75 4 A93 A101 4 A121 67 A143 A152 2 A173 1 A192 A201 1\n"
     path = tmp_path / "german.data"
     path.write_text(row.replace(find, put))
     with pytest.raises(ConfigError, match=message):
@@ -170,7 +170,9 @@ def test_synthetic_sites_are_the_authors_and_a_tenth_is_held_out() -> None:
     assert min(sizes) >= 50 and sum(sizes) == 22349
     assert all(train == int(0.9 * (train + test)) for train, test in counts(dealt).values())
     alike = Synthetic(alpha=0, beta=0, seed=3).deal(SyntheticRecipe(), None)
-    assert not torch.equal(alike[SiteId("site-00")].train.x[:5], dealt[SiteId("site-00")].train.x[:5])
+    assert not torch.equal(
+        alike[SiteId("site-00")].train.x[:5], dealt[SiteId("site-00")].train.x[:5]
+    )
     with pytest.raises(ConfigError, match="standard deviations, 0 or more"):
         Synthetic(alpha=-1.0)
 
