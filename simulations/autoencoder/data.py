@@ -21,7 +21,7 @@ from fedml.simulation.population import Data, ShippedData
 
 @dataclass(frozen=True)
 class Clinics:
-    """`sites` clinics; the share `held_out` of each one's benign rows scores, with malignant ones."""
+    """`sites` clinics; the share `held_out` of each one's benign rows is scored."""
 
     sites: int = 5
     seed: int = 0
