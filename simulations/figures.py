@@ -29,7 +29,7 @@ def figure(experiment: str, text: str) -> Figure:
         rounds to accuracy 0.97                      infinity if it was never there
 
     for any score. Raises `ConfigError` for other texts.
-    """  # noqa: D400, D415
+    """
     own = _own(experiment)
     if text in own:
         return own[text]

@@ -43,7 +43,6 @@ def test_rows() -> Rows:
     return _rows("t10k")
 
 
-
 def read(images: Path) -> Rows:
     """Return the rows of an idx file of images, with the labels' file beside it."""
     labels = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
@@ -53,7 +52,8 @@ def read(images: Path) -> Rows:
 def read_idx(path: Path) -> Tensor:
     """Return the bytes of an idx file, gzipped or not, in its shape; `ConfigError` if broken."""
     try:
-        data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        packed = path.read_bytes()
+        data = gzip.decompress(packed) if path.suffix == ".gz" else packed
         zeros, kind, dimensions = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{dimensions}I", data, 4)
     except (OSError, EOFError, struct.error) as error:
@@ -78,6 +78,7 @@ class Pixels(nn.Module):
         self._shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the pixels of a batch of rows."""
         return (x.float() / 255.0).reshape(len(x), *self._shape)
 
 

@@ -1,1 +1,1 @@
-"""FedProx's MNIST: 1,000 devices with two digits each."""
+"""FedProx's MNIST: a thousand sites with two digits each, their sizes by a power law."""

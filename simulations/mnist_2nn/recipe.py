@@ -1,4 +1,4 @@
-"""The "2NN" of McMahan et al. 2017, arXiv:1602.05629: two hidden layers of 200, 199,210 parameters."""
+"""The "2NN" of McMahan et al. 2017, arXiv:1602.05629: two hidden layers, 199,210 parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The CNN of McMahan et al. 2017, arXiv:1602.05629, section 3: 1,663,370 parameters."""
+"""The CNN of McMahan et al. 2017, arXiv:1602.05629: 1,663,370 parameters.
+
+Two 5 x 5 convolutions of 32 and 64 channels, each with a 2 x 2 max pooling, and a layer of 512.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from simulations.mnist import Pixels
 from simulations.mnist_2nn.recipe import TwoLayers
 
 
-class Convolutions(TwoLayers):
+class Convolutional(TwoLayers):
     """The recipe; it differs from the 2NN's in its model alone."""
 
     def build(self) -> nn.Module:
@@ -22,7 +25,7 @@ class Convolutions(TwoLayers):
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(7 * 7 * 64, 512),
+            nn.Linear(64 * 7 * 7, 512),
             nn.ReLU(),
             nn.Linear(512, 10),
         )

@@ -20,6 +20,7 @@ GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in configs().glob("*/
 NEEDED = {
     "privacy=record": ["privacy.epsilon=3"],
     "population=files": ["population.files={bern: bern.csv}"],
+    "task=own": ["model=breast_cancer", "training.lr=1", "training.steps=1"],
 }
 
 

@@ -9,16 +9,16 @@ from torch import nn
 from fedml.errors import ConfigError
 from fedml.protocol.messages import SiteId
 from fedml.simulation.executors.base import Holding
-from simulations.mnist_1000.data import Devices
-from simulations.mnist_1000.recipe import LogisticRegression
-from simulations.mnist_cnn.recipe import Convolutions
+from simulations.mnist_1000.data import PowerLaw
+from simulations.mnist_1000.recipe import Linear
+from simulations.mnist_cnn.recipe import Convolutional
 from tests.simulations.data import needs
 
 PLACE = "mnist/train-images-idx3-ubyte.gz"
 
 
 def dealt(seed: int, sites: int = 1000) -> dict[SiteId, Holding]:
-    return dict(Devices(sites, seed).deal(LogisticRegression(), None))
+    return dict(PowerLaw(sites, seed).deal(Linear(), None))
 
 
 @needs(PLACE)
@@ -51,7 +51,7 @@ def test_no_image_goes_to_two_devices() -> None:
 
 
 @needs(PLACE)
-def test_a_seed_decides() -> None:
+def test_a_seed_decides_sizes_and_rows() -> None:
     one, again, other = (dealt(seed, 100) for seed in (1, 1, 2))
     assert all(torch.equal(one[site].train.x, again[site].train.x) for site in one)
     assert [len(a.train) for a in one.values()] != [len(a.train) for a in other.values()]
@@ -59,12 +59,12 @@ def test_a_seed_decides() -> None:
 
 @pytest.mark.parametrize("sites", [0, 15, 6000])
 def test_impossible_numbers_of_devices_are_refused(sites: int) -> None:
-    with pytest.raises(ConfigError, match=f"population.sites {sites}: use 10, 20"):
-        Devices(sites)
+    with pytest.raises(ConfigError, match=f"{sites} sites: give a multiple of ten"):
+        PowerLaw(sites)
 
 
 def test_the_cnn_is_the_paper_s() -> None:
-    model = Convolutions().build()
+    model = Convolutional().build()
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_663_370
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     assert [(c.out_channels, c.kernel_size) for c in convolutions] == [(32, (5, 5)), (64, (5, 5))]
@@ -74,6 +74,6 @@ def test_the_cnn_is_the_paper_s() -> None:
 
 def test_pixels_reach_the_models_as_shares_of_white() -> None:
     bytes_ = torch.tensor([[0, 255, 51] + [0] * 781], dtype=torch.uint8)
-    for recipe in (Convolutions(), LogisticRegression()):
+    for recipe in (Convolutional(), Linear()):
         scaled = recipe.build().get_submodule("0")(bytes_).flatten()
         assert scaled[:3].tolist() == [0.0, 1.0, pytest.approx(0.2)]
