@@ -120,7 +120,10 @@ class Recipe(Protocol):
 
 
 def installed(extra: Mapping[str, str] = _NONE) -> tuple[RecipeId, ...]:
-    """Return every recipe of this machine, by name; `extra` maps names to `file.py:Class`."""
+    """Return every recipe of this machine, by name.
+
+    `extra` maps names to `file.py:Class`, or to `package.module:Class` of what can be imported.
+    """
     return tuple(identify(name, extra) for name in sorted(_catalogue(extra)))
 
 
@@ -142,7 +145,7 @@ def load(wanted: RecipeId, extra: Mapping[str, str] = _NONE) -> Recipe:
         )
     home, _, attribute = target.rpartition(":")
     try:
-        own = wanted.name in extra
+        own = home.endswith(".py")
         module = _execute(place, source, digest) if own else importlib.import_module(home)
         recipe: Recipe = getattr(module, attribute)()
     except (ImportError, AttributeError, TypeError, SyntaxError) as error:
@@ -151,7 +154,7 @@ def load(wanted: RecipeId, extra: Mapping[str, str] = _NONE) -> Recipe:
 
 
 def _catalogue(extra: Mapping[str, str]) -> Mapping[str, str]:
-    """Return `module:Class` or `file.py:Class` by recipe name."""
+    """Return `package.module:Class` or `file.py:Class` by recipe name."""
     found = dict(BUILT_IN)
     others = [(entry.name, entry.value) for entry in entry_points(group="fedml.recipes")]
     for name, target in (*others, *extra.items()):
@@ -169,7 +172,7 @@ def _locate(name: str, extra: Mapping[str, str]) -> tuple[Path, str]:
     home, colon, attribute = target.rpartition(":")
     if not (colon and home and attribute.isidentifier()):
         raise ConfigError(f"recipe {name!r} is {target!r}; write /path/file.py:Class")
-    return (Path(home) if name in extra else _module_file(name, home)), target
+    return (Path(home) if home.endswith(".py") else _module_file(name, home)), target
 
 
 def _module_file(name: str, module: str) -> Path:

@@ -13,8 +13,9 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from fedml.errors import ConfigError, TaskFailed
+from fedml.errors import ConfigError, Refused, TaskFailed
 from fedml.learning.descent import Descent, find_rule
 from fedml.learning.gradients import Precision
 from fedml.learning.private import PrivateGradient
@@ -23,6 +24,7 @@ from fedml.params import Params
 from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
+from fedml.strategies import STATISTICS
 
 
 def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice]:
@@ -90,6 +92,8 @@ class Trainer:
         this site lacks, `ConfigError` for a recipe unfit for the mode, `TaskFailed` if the work
         breaks or diverges.
         """
+        if task.brief.rule in STATISTICS:
+            return self._measure(task, rows), memory
         rule = find_rule(task.brief.rule)
         device = torch.device(self.device)
         memory = {name: slot.to(device) for name, slot in memory.items()}
@@ -153,6 +157,38 @@ class Trainer:
             except RuntimeError:
                 return False
         return True
+
+    def _measure(self, task: Task, rows: Rows) -> Update:
+        """Return what a statistic reports of all rows at once, in evaluation mode."""
+        if self.privacy.mode != "none":
+            raise Refused(
+                f"rule {task.brief.rule} reports exact numbers made of rows, which "
+                f"{self.privacy.mode} privacy forbids; use privacy=none, or strategy=fedavg"
+            )
+        if len(rows) == 0:
+            raise ConfigError("there are no rows to measure; check the site's data file")
+        device = torch.device(self.device)
+        model = self._fresh().to(device).eval()
+        x, y = rows.x.to(device), rows.y.to(device)
+
+        def loss(params: Params) -> Tensor:
+            return self.recipe.loss(functional_call(model, dict(params), (x,)), y)
+
+        brief = on_device(task.brief, device)
+        Params(model.state_dict()).check_like(brief.params)
+        with _failures_named(task):
+            delta, slots = STATISTICS[brief.rule].measure(brief, loss)
+            with torch.no_grad():
+                metrics = {"loss": float(loss(brief.params))}
+        return Update(
+            task.id,
+            task.round,
+            task.site,
+            delta.to("cpu"),
+            float(len(rows)),
+            {name: slot.to("cpu") for name, slot in slots.items()},
+            metrics,
+        )
 
     def _plainly(
         self, descent: Descent, brief: Brief, rows: Rows, seed: int

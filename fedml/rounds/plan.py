@@ -18,7 +18,7 @@ from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
 from fedml.records import Reader, from_record, to_record
-from fedml.strategies import Strategy, build, describe
+from fedml.strategies import Strategy, build, describe, measures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +182,11 @@ def _cohort(cohort: Cohort) -> Iterator[str]:
 def _privacy(plan: Plan) -> Iterator[str]:
     if plan.privacy.mode != "record":
         return
+    if measures(plan.strategy):
+        yield (
+            f"strategy {type(plan.strategy).__name__} with record privacy: its sites report exact "
+            "numbers made of rows, which no noise hides; use strategy=fedavg, or privacy=none"
+        )
     if plan.privacy.rounds != plan.rounds:
         yield (
             f"privacy.rounds {plan.privacy.rounds} is not rounds {plan.rounds}: "

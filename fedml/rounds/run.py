@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedml.errors import ConfigError
 from fedml.params import Params
 from fedml.protocol.messages import RunId, Scores
 from fedml.protocol.operations import Receipt, RunState
@@ -32,7 +31,7 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.plan import Plan
 from fedml.rounds.selection import Muster, Pool, Roll
-from fedml.strategies import RULES, Aggregate, ServerState
+from fedml.strategies import Aggregate, ServerState, reports
 
 Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
 _NONE: Barred = {}
@@ -55,9 +54,7 @@ class Run:
         barred: Barred = _NONE,
     ) -> None:
         """Prefer `begin` and `resume`, which say what they are for."""
-        rule = plan.strategy.brief(state).rule
-        if rule not in RULES:
-            raise ConfigError(f"rule {rule!r} is not installed; there are {', '.join(RULES)}")
+        reports(plan.strategy.brief(state))  # raises if nobody here has the rule
         self.id, self.plan, self.state = id, plan, state
         self.receipts: list[Receipt] = []
         self._by_round: dict[tuple[rounds.Kind, int], list[Receipt]] = {}
@@ -262,8 +259,8 @@ class Run:
             brief = self.plan.strategy.brief(self.state)
         else:
             brief = Brief(self.state.params)
-        reducer, reports = self.plan.strategy.reducer, RULES[brief.rule].reports
-        self._round, self._opened = rounds.Round(opening, reducer, reports), opened
+        reducer = self.plan.strategy.reducer
+        self._round, self._opened = rounds.Round(opening, reducer, reports(brief)), opened
         self._patience = ""
         return [opened, *self._carry(self._round.open(brief), opened.at)]
 

@@ -7,18 +7,29 @@ from fedml.strategies.base import (
     Reducer,
     Reduction,
     ServerState,
+    Statistic,
     Strategy,
     add_stack,
 )
-from fedml.strategies.catalogue import RULES, build, describe, strategies
+from fedml.strategies.catalogue import (
+    RULES,
+    STATISTICS,
+    build,
+    describe,
+    measures,
+    reports,
+    strategies,
+)
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.newton import Newton
 from fedml.strategies.reducers import WeightedMean
 
 __all__ = [
     "RULES",
+    "STATISTICS",
     "Aggregate",
     "FedAdagrad",
     "FedAdam",
@@ -27,15 +38,19 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "LocalRule",
+    "Newton",
     "Plain",
     "Prox",
     "Reducer",
     "Reduction",
     "ServerState",
+    "Statistic",
     "Strategy",
     "WeightedMean",
     "add_stack",
     "build",
     "describe",
+    "measures",
+    "reports",
     "strategies",
 ]

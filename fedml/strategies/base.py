@@ -8,9 +8,11 @@ A strategy is a frozen dataclass whose fields are its settings, checked at birth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from fedml.errors import ConfigError, MalformedUpdate
 from fedml.params import Params
@@ -119,6 +121,19 @@ class LocalRule(Protocol):
         self, brief: Brief, memory: Slots, delta: Params, path: Mapping[str, float]
     ) -> tuple[Slots, Slots]:
         """Return (slots to report, memory to keep); `path` has `lr` and `steps` taken."""
+
+
+class Statistic(Protocol):
+    """Site half of an algorithm whose sites measure at the global model and take no step.
+
+    What it reports is exact, so record privacy refuses it.
+    """
+
+    def reports(self, brief: Brief) -> frozenset[str]:
+        """Return the names of the slots that `measure` reports."""
+
+    def measure(self, brief: Brief, loss: Callable[[Params], Tensor]) -> tuple[Params, Slots]:
+        """Return (delta, slots); `loss` is the mean over all of the site's rows, differentiable."""
 
 
 class Plain:

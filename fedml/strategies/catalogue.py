@@ -12,16 +12,22 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
+import torch
+
 from fedml.errors import ConfigError
+from fedml.params import Params
+from fedml.protocol.tasks import Brief
 from fedml.records import Reader, from_record, to_record
-from fedml.strategies.base import LocalRule, Plain, Reducer, Strategy
+from fedml.strategies.base import LocalRule, Plain, Reducer, Statistic, Strategy
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.reducers import WeightedMean
 
 RULES: Mapping[str, LocalRule] = {"plain": Plain(), "prox": Prox()}
+STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
 _OURS: Mapping[str, type[Strategy]] = {
     "fedavg": FedAvg,
@@ -30,6 +36,7 @@ _OURS: Mapping[str, type[Strategy]] = {
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
+    "newton": Newton,
 }
 
 
@@ -46,6 +53,25 @@ def strategies() -> Mapping[str, type[Strategy]]:
                 "mend or uninstall its package"
             ) from error
     return {**found, **_OURS}
+
+
+def reports(brief: Brief) -> frozenset[str]:
+    """Return the names of the slots that an answer to `brief` has.
+
+    Raises `ConfigError` if its rule is not installed.
+    """
+    if brief.rule in STATISTICS:
+        return STATISTICS[brief.rule].reports(brief)
+    if brief.rule in RULES:
+        return RULES[brief.rule].reports
+    table = {**RULES, **STATISTICS}
+    raise ConfigError(f"rule {brief.rule!r} is not installed; there are {_list(table)}")
+
+
+def measures(strategy: Strategy) -> bool:
+    """Return whether its sites report a `Statistic`: exact numbers, which no noise hides."""
+    probe = Params({"w": torch.zeros(1)})
+    return strategy.brief(strategy.start(probe)).rule in STATISTICS
 
 
 def describe(strategy: Strategy) -> dict[str, object]:
@@ -87,5 +113,5 @@ def _build(table: Mapping[str, type], what: str, settings: object) -> Strategy:
     return built
 
 
-def _list(table: Mapping[str, type]) -> str:
+def _list(table: Mapping[str, object]) -> str:
     return ", ".join(sorted(table))

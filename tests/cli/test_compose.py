@@ -20,6 +20,7 @@ NEEDED = {
     "population=files": ["population.files={bern: bern.csv}"],
     "population=column": ["population.column=target"],
     "population=crowd": ["cohort.size=5"],
+    "task=own": ["model=breast_cancer", "training.lr=1", "training.steps=1"],
     "population=shards": ["population.drop_rest=true"],
 }
 

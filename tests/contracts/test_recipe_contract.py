@@ -1,4 +1,4 @@
-"""What every recipe promises, over all that come with fedml."""
+"""What every recipe promises, over all that come with fedml and all of the experiments."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from fedml.cli.compose import configs
 from fedml.learning.recipe import BUILT_IN, Recipe, Rows, identify, load
 from fedml.learning.trainer import Trainer
 from fedml.params import Params
@@ -17,13 +19,18 @@ from fedml.protocol.tasks import Brief, Task
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=sorted(BUILT_IN))
+EXPERIMENTS: dict[str, str] = {}
+for path in sorted((configs() / "experiment").glob("*.yaml")):
+    EXPERIMENTS.update(yaml.safe_load(path.read_text()).get("recipes", {}))
+
+
+@pytest.fixture(params=sorted({**BUILT_IN, **EXPERIMENTS}))
 def recipe(request: pytest.FixtureRequest) -> Recipe:
-    return load(identify(request.param))
+    return load(identify(request.param, EXPERIMENTS), EXPERIMENTS)
 
 
 def _targets(recipe: Recipe, rows: int) -> torch.Tensor:
-    return torch.arange(rows) % len(recipe.labels)
+    return torch.arange(rows) % max(2, len(recipe.labels))  # one output tells two labels apart
 
 
 def test_examples_are_the_same_each_time_and_finite(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import torch
 from fedml.params import Params
 from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.tasks import Brief, Update
-from fedml.strategies import RULES, ServerState, Strategy, build, describe, strategies
+from fedml.strategies import RULES, STATISTICS, ServerState, Strategy, build, describe, strategies
 
 NAMES = sorted(strategies())
 TARGET = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
@@ -28,14 +28,21 @@ def model() -> Params:
 
 def update(brief: Brief, number: int, site: int) -> Update:
     """What a site sends that walks halfway to the target, in steps of its rule."""
-    rule, here = RULES[brief.rule], brief.params
+    here = brief.params
+    step = Params({"w": here["w"] * 0, "seen": torch.tensor(7 + site), "flag": torch.tensor(True)})
+    who = (TaskId(f"t{site}"), number, SiteId(f"s{site}"))
+    if brief.rule in STATISTICS:
+        delta, slots = STATISTICS[brief.rule].measure(
+            brief, lambda params: 0.5 * (params["w"] - TARGET).square().sum()
+        )
+        return Update(*who, delta + step, 1.0 + site, slots)
+    rule = RULES[brief.rule]
     for _ in range(3):
         pull = Params({"w": here["w"] - TARGET, "seen": here["seen"] * 0, "flag": here["flag"]})
         here = here.zip(rule.gradient(brief, {}, here, pull), lambda w, g: w - 0.2 * g)
-    step = Params({"w": here["w"] * 0, "seen": torch.tensor(7 + site), "flag": torch.tensor(True)})
     delta = (here - brief.params) + step
     slots, _ = rule.finish(brief, {}, delta, {"lr": 0.2, "steps": 3.0})
-    return Update(TaskId(f"t{site}"), number, SiteId(f"s{site}"), delta, 1.0 + site, slots)
+    return Update(*who, delta, 1.0 + site, slots)
 
 
 def advance(
@@ -91,7 +98,7 @@ def test_steps_are_counted(strategy: Strategy) -> None:
 
 def test_its_rule_is_installed_and_its_settings_are_numbers(strategy: Strategy) -> None:
     brief = strategy.brief(strategy.start(model()))
-    assert brief.rule in RULES
+    assert brief.rule in {**RULES, **STATISTICS}
     assert all(isinstance(value, float) for value in brief.settings.values())
 
 

@@ -1,0 +1,1 @@
+"""Census income, by workclass."""

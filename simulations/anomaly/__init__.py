@@ -1,0 +1,1 @@
+"""Anomaly detection: an autoencoder that has seen benign samples alone."""

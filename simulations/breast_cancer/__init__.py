@@ -1,0 +1,1 @@
+"""Breast cancer at five clinics with unlike patients."""

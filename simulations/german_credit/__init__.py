@@ -1,0 +1,1 @@
+"""German credit: one bank's loans, by what they are for."""

@@ -1,0 +1,1 @@
+"""Fed-Heart-Disease: four real hospitals."""

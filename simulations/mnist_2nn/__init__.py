@@ -1,0 +1,1 @@
+"""McMahan et al.'s two-layer network on MNIST."""

@@ -1,0 +1,1 @@
+"""McMahan et al.'s convolutional network on MNIST."""

@@ -1,0 +1,1 @@
+"""Shakespeare, character by character: a site for each speaker."""

@@ -1,0 +1,1 @@
+"""FedProx's synthetic(alpha, beta): sites that differ in their models and in their rows."""
