@@ -31,6 +31,10 @@ NEEDED = {
     "population=column": ["population.column=target"],
     "population=crowd": ["cohort.size=5"],
     "population=shards": ["population.drop_rest=true"],
+    "population=own": [
+        "population._target_=fedml.simulation.population.IID",
+        "+population.sites=3",
+    ],
 }
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(fedml.__file__).parents[1])}
 
@@ -139,9 +143,12 @@ def test_a_recipe_file_of_one_s_own_is_found_by_its_name(tmp_path: Path) -> None
         simulate(own[1:])
 
 
-def test_an_experiment_s_own_data_is_built(tmp_path: Path) -> None:
+def test_an_experiment_s_own_data_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "simulations"]:
+        monkeypatch.delitem(sys.modules, name)  # ours, if another test has imported them
     folder = tmp_path / "simulations" / "probe"
     folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
     (folder / "data.py").write_text(
         "from fedml.simulation.population import ShippedData\nclass Probe(ShippedData):\n    pass\n"
     )

@@ -7,7 +7,7 @@ batch) is done by `Inline`, and the log says why.
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,7 +39,6 @@ from fedml.simulation.executors.inline import Inline
 from fedml.stacked import Stacked
 from fedml.strategies import RULES
 
-_log = logging.getLogger(__name__)
 _CPU_BYTES = 2**30  # for one chunk, unless `bytes` says otherwise
 _GPU_SHARE = 0.6  # of what is free
 _ROWS_AT_ONCE = 2**16  # scored together
@@ -129,7 +128,7 @@ class Vectorised:
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            _log.warning("vectorised: site by site, for %s", reason)
+            print(f"executor: site by site, for {reason}", file=sys.stderr, flush=True)
 
     # training
 
