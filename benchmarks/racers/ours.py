@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.utils import vector_to_parameters  # noqa: F401
+from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.race import Gate
 from benchmarks.workloads import WORKLOADS, Workload, accuracy
@@ -15,6 +19,7 @@ from fedml.params import Params
 from fedml.protocol.messages import RunId, SiteId, Training
 from fedml.rounds import Commit, Plan, Run
 from fedml.rounds.plan import Cohort, Evaluation
+from fedml.simulation.crowd import Users
 from fedml.simulation.engine import Engine, statuses
 from fedml.simulation.executors.base import Executor, Holding, Memory
 from fedml.strategies import FedAvg
@@ -63,9 +68,24 @@ def plan_of(workload: Workload) -> Plan:
     )
 
 
-def holdings_of(workload: Workload) -> dict[SiteId, Holding]:
-    """Return the workload's users as sites."""
+@dataclass(frozen=True)
+class _Dealt:
+    """Rows that every user has from the start, [users, samples, ...]."""
+
+    x: Tensor
+    y: Tensor
+
+    def rows(self, users: NDArray[np.uint64], first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return `count` rows of each user."""
+        of = torch.from_numpy(users.astype(np.int64))
+        return self.x[of, first : first + count], self.y[of, first : first + count]
+
+
+def holdings_of(workload: Workload) -> Mapping[SiteId, Holding]:
+    """Return the workload's users as sites: many small ones as a crowd."""
     x, y = workload.data()
+    if workload.name == "w2":
+        return Users(_Dealt(x, y), workload.users, workload.samples)
     nobody = Rows(x[0, :0], y[0, :0])
     return {
         SiteId(f"site-{user:05d}"): Holding(Rows(x[user], y[user]), nobody)
@@ -77,7 +97,7 @@ def _executor(
     name: str,
     plan: Plan,
     recipe: Recipe,
-    holdings: dict[SiteId, Holding],
+    holdings: Mapping[SiteId, Holding],
     workers: int,
     precision: str,
 ) -> Executor:

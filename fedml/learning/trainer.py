@@ -128,9 +128,17 @@ class Trainer:
         return self._build()
 
     def _fresh(self) -> nn.Module:
-        """Return a model as the recipe builds it, for one task."""
+        """Return a model as the recipe builds it, for one task.
+
+        Its parameters are new ones over shared storage: give them data of their own, as `bind`
+        does, and do not write to them before.
+        """
+        pristine = self._pristine
+        memo: dict[int, object] = {
+            id(one): nn.Parameter(one.detach(), one.requires_grad) for one in pristine.parameters()
+        }
         try:
-            return copy.deepcopy(self._pristine)
+            return copy.deepcopy(pristine, memo)
         except (RuntimeError, TypeError):  # it holds what cannot be copied
             return self._build()
 
