@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/simulations"))
     parser.add_argument("--only", default="", help="lines whose setting contains this text")
     parser.add_argument("--write", action="store_true", help="put the figures into the README")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if options.experiment is None:
         print("\n".join(table.experiments()))
         return 0
