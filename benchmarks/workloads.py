@@ -65,7 +65,7 @@ class Workload:
         return x.div_((1 + self.noise**2) ** 0.5), y  # of variance 1
 
 
-W1 = Workload("w1", 1000, 50, 50, 10, 0.1, (3, 32, 32), 10, 16.0)
+W1 = Workload("w1", 1000, 50, 50, 10, 0.1, (3, 32, 32), 10, 4.0)
 W2 = Workload("w2", 10_000, 20, 200, 20, 0.1, (30,), 2, 3.0)
 WORKLOADS = {"w1": W1, "w2": W2}
 
