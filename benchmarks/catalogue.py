@@ -57,7 +57,9 @@ def benchmark(
 
 
 def select(names: Sequence[str]) -> list[Benchmark]:
-    """Return the benchmarks whose name starts with one of `names`, all if there are none.
+    """Return the benchmarks that are called, or else whose name starts with, one of `names`.
+
+    Without names, all.
 
     Raises `ConfigError` if one of `names` fits nothing.
     """
@@ -66,5 +68,7 @@ def select(names: Sequence[str]) -> list[Benchmark]:
     for name in names:
         if not any(known.startswith(name) for known in _known):
             raise ConfigError(f"no benchmark {name!r}; there are {', '.join(sorted(_known))}")
-    wanted = tuple(names) or ("",)
-    return [known for name, known in sorted(_known.items()) if name.startswith(wanted)]
+    whole = {name for name in names if name in _known}
+    starts = tuple(name for name in names if name not in whole) or (() if names else ("",))
+    wanted = (name for name in sorted(_known) if name in whole or name.startswith(starts))
+    return [_known[name] for name in wanted]
