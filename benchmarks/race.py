@@ -1,13 +1,15 @@
 """Simulators side by side: each a tree of processes that does one round when it is told to.
 
 Rounds are taken in turn, so that whatever else the machine does hits all alike, and a racer that
-waits takes no time. A racer is a module of `benchmarks.racers`, run as
+waits takes no time: it is stopped, for some spin where they wait. A racer is a module of
+`benchmarks.racers`, run as
 `python -m benchmarks.racers.NAME ADDRESS WORKLOAD WORKERS PRECISION`.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,9 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+
+
+_RESTLESS = {"flower"}  # Ray takes a stopped process for a lost one
 
 
 class Gate:
@@ -55,18 +60,31 @@ class Racer:
         self.cpu: list[float] = []  # seconds of all its processes together
         self.peak = 0.0  # bytes: the most that its processes took together, after a round
         self.first = self._ask("round", started)
+        self._signal(signal.SIGSTOP)
 
     def round(self) -> None:
         """Do a round and note how long it took."""
+        self.go()
         before = processor_time(self._process)
         self.seconds.append(self._ask("round", time.perf_counter()))
         self.cpu.append(processor_time(self._process) - before)
         self.peak = max(self.peak, proportional_memory(self._process))
+        self._signal(signal.SIGSTOP)
+
+    def go(self) -> None:
+        """Let it run on, who is stopped between rounds."""
+        self._signal(signal.SIGCONT)
 
     def score(self) -> float:
         """Return the accuracy of its model now."""
+        self.go()
         self._connection.send("score")
         return self._answer()
+
+    def _signal(self, what: signal.Signals) -> None:
+        if self.name not in _RESTLESS:
+            for one in (self._process, *descendants(self._process)):
+                os.kill(one, what)
 
     def _ask(self, what: str, since: float) -> float:
         self._connection.send(what)
@@ -109,8 +127,8 @@ def _started(name: str, arguments: Sequence[str], workers: int) -> Iterator[Race
             )
             try:
                 connection = _accept(listener, process, Path(folder, "log"), name)
-                racer = Racer(name, began, process.pid, connection)
-                yield racer
+                yield (racer := Racer(name, began, process.pid, connection))
+                racer.go()
                 connection.close()
             except TaskFailed:
                 sys.stderr.write("".join(Path(folder, "log").read_text()[-2000:]))

@@ -96,10 +96,11 @@ class Params(Mapping[str, Tensor]):
     else `MalformedUpdate` is raised; broadcasting never happens. Treat the views as read-only.
     """
 
-    __slots__ = ("_views", "buffers", "layout")
+    __slots__ = ("_views", "buffers", "known", "layout")
 
     layout: Layout
     buffers: Mapping[torch.dtype, Tensor]
+    known: dict[str, float | str]  # what was found out about the values, for they do not change
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         layout = Layout.of(tensors)
@@ -122,6 +123,7 @@ class Params(Mapping[str, Tensor]):
     def _set(self, layout: Layout, buffers: Mapping[torch.dtype, Tensor]) -> None:
         self.layout, self.buffers = layout, dict(buffers)
         self._views: dict[str, Tensor] = {}
+        self.known = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._views:
@@ -195,14 +197,29 @@ class Params(Mapping[str, Tensor]):
         )
         return math.sqrt(math.fsum(squares))
 
+    def peak(self) -> float:
+        """Return the largest magnitude of a floating element: NaN if one is NaN, 0 without any.
+
+        The values are looked at once, at the first call: they must not change afterwards.
+        """
+        known = self.known.get("peak")
+        if not isinstance(known, float):
+            floats = (b for d, b in self.buffers.items() if d.is_floating_point and b.numel())
+            ends = [float(end) for buffer in floats for end in buffer.aminmax()]  # NaN spreads
+            known = math.nan if any(map(math.isnan, ends)) else max(map(abs, ends), default=0.0)
+            self.known["peak"] = known
+        return known
+
     def is_finite(self) -> bool:
-        """True if no floating element is NaN or infinite."""
-        floats = (b for d, b in self.buffers.items() if d.is_floating_point and b.numel())
-        return all(bool(torch.stack(b.aminmax()).isfinite().all()) for b in floats)  # NaN spreads
+        """True if no floating element is NaN or infinite; looks as `peak` does, once."""
+        return math.isfinite(self.peak())
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same values on `device`; no copy where they are there already."""
-        return self.over(self.layout, {d: b.to(device) for d, b in self.buffers.items()})
+        moved = {d: b.to(device) for d, b in self.buffers.items()}
+        if all(b is self.buffers[d] for d, b in moved.items()):
+            return self
+        return self.over(self.layout, moved)
 
     def digest(self) -> str:
         """SHA-256 of `encode()`, in hex: equal parameters have equal digests."""

@@ -6,6 +6,7 @@ A step is then a few operations over one vector, however many layers there are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -57,18 +58,26 @@ class Descent:
         self._rule = None if brief.rule == "plain" else find_rule(brief.rule)
         self._brief, self._memory = brief, memory
         self.params = bind(model, brief.params)
-        self._grads = self.params.zeros()
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ConfigError("the recipe's model has nothing to train: no requires_grad tensor")
-        for name, parameter in trainable.items():
-            parameter.grad = self._grads[name]
         self.trainable: Mapping[str, nn.Parameter] = trainable
-        self.gradients = {name: self._grads[name] for name in trainable}
         self._masks = self._still(trainable)
         self._velocity: dict[torch.dtype, Tensor] = {}
         bent = self._rule is not None or training.momentum or training.weight_decay
         self._straight = not bent
+
+    @cached_property
+    def _grads(self) -> Params:
+        return self.params.zeros()
+
+    @cached_property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Where whoever calls `step` puts each trainable tensor's gradient."""
+        views = {name: self._grads[name] for name in self.trainable}
+        for name, view in views.items():
+            self.trainable[name].grad = view
+        return views
 
     def _still(self, trainable: Mapping[str, nn.Parameter]) -> dict[torch.dtype, Tensor | None]:
         """Return, by dtype, ones where tensors move; None where all of the buffer does."""
@@ -131,8 +140,15 @@ class Descent:
         self.steps += 1
 
     def moved(self) -> Params:
-        """Return the parameters now, with the buffers as the model left them."""
+        """Return how far parameters and buffers went from the brief's; the descent ends here."""
         state, own = self.model.state_dict(), self.params
-        if all(state[name].data_ptr() == own[name].data_ptr() for name in own):
-            return own
-        return Params(state)  # a buffer was replaced, and not written to
+        if any(state[name].data_ptr() != own[name].data_ptr() for name in own):
+            own = Params(state)  # a buffer was replaced, and not written to
+        own.check_like(self._brief.params)
+        for dtype, buffer in own.buffers.items():  # in place: a copy would cost as much again
+            start = self._brief.params.buffers[dtype]
+            if dtype == torch.bool:
+                buffer.logical_xor_(start)
+            else:
+                buffer.sub_(start)
+        return own

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,15 @@ from torch.func import functional_call
 from fedml.errors import ConfigError, Refused, TaskFailed
 from fedml.learning.descent import Descent, find_rule
 from fedml.learning.gradients import Precision
-from fedml.learning.private import PrivateGradient
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
 from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
 from fedml.strategies import STATISTICS
+
+if TYPE_CHECKING:
+    from fedml.learning.private import PrivateGradient
 
 
 def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice]:
@@ -74,6 +76,8 @@ class Trainer:
                 f"precision {self.precision}: rows' gradients are clipped and noised in fp32; "
                 "set precision=fp32 or privacy=none"
             )
+        if self.privacy.mode == "record":
+            _private_gradient()  # before anyone forks
 
     def train(
         self,
@@ -103,9 +107,9 @@ class Trainer:
             x, y = rows.x.to(device), rows.y.to(device)
             descent = Descent(model, brief, memory, self.training)
             if self.privacy.mode == "record":
-                delta, weight, metrics = self._privately(descent, brief, Rows(x, y), public_rows)
+                delta, weight, metrics = self._privately(descent, Rows(x, y), public_rows)
             else:
-                delta, weight, metrics = self._plainly(descent, brief, Rows(x, y), seed)
+                delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
         path = {"lr": self.training.lr, "steps": float(descent.steps)}
         slots, kept = rule.finish(brief, memory, delta, path)
         update = Update(
@@ -143,23 +147,23 @@ class Trainer:
             return self._build()
 
     def _forward(self, model: nn.Module, x: Tensor) -> Tensor:
-        if self.precision == "fp32":
-            output: Tensor = model(x)
-            return output
         if x.ndim == 4 and self._takes_channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            output = model(x)
-        return output.float()
+        with self._arithmetic(x.device):
+            output: Tensor = model(x)
+        return output if self.precision == "fp32" else output.float()
+
+    def _arithmetic(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @cached_property
     def _takes_channels_last(self) -> bool:
-        """True if images may come channels last, in which bf16 convolutions are quicker.
+        """True if images may come channels last, in which convolutions and pooling are quicker.
 
         A model that calls `view` on a convolution's output takes them in no other order.
         """
         x = self.recipe.example(2).contiguous(memory_format=torch.channels_last)
-        with seeded(0, x.device), torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
+        with seeded(0, x.device), self._arithmetic(x.device), torch.no_grad():
             try:
                 self._fresh()(x)
             except RuntimeError:
@@ -199,7 +203,7 @@ class Trainer:
         )
 
     def _plainly(
-        self, descent: Descent, brief: Brief, rows: Rows, seed: int
+        self, descent: Descent, rows: Rows, seed: int
     ) -> tuple[Params, float, dict[str, float]]:
         if len(rows) == 0:
             raise ConfigError("there are no rows to train on; check the site's data file")
@@ -208,7 +212,7 @@ class Trainer:
             loss = self.recipe.loss(self._forward(descent.model, rows.x[batch]), rows.y[batch])
             losses.append(loss.detach())
             descent.descend(loss)
-        delta = descent.moved() - brief.params
+        delta = descent.moved()
         path = torch.stack(losses)
         if not (delta.is_finite() and bool(path.isfinite().all())):
             bad = (~path.isfinite()).nonzero()
@@ -216,12 +220,12 @@ class Trainer:
         return delta, float(len(rows)), {"loss": float(path.double().mean())}
 
     def _privately(
-        self, descent: Descent, brief: Brief, rows: Rows, public_rows: int | None
+        self, descent: Descent, rows: Rows, public_rows: int | None
     ) -> tuple[Params, float, dict[str, float]]:
         if public_rows is None:
             raise ConfigError("public_rows is missing: under privacy a site declares its row count")
         event = training_event(self.training, self.privacy, public_rows)
-        gradient = PrivateGradient(
+        gradient = _private_gradient()(
             self.recipe,
             descent,
             rows,
@@ -232,7 +236,7 @@ class Trainer:
         for _ in range(event.steps):
             gradient.fill()
             descent.step()
-        delta = descent.moved() - brief.params
+        delta = descent.moved()
         for name, _ in descent.model.named_buffers():
             if name in delta:
                 delta[name].zero_()  # whatever a buffer picked up stays here
@@ -240,6 +244,13 @@ class Trainer:
             raise diverged(descent.steps, descent.steps)
         metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
         return delta, float(public_rows), metrics
+
+
+def _private_gradient() -> type[PrivateGradient]:
+    """Import what privacy takes: Opacus needs a second and 90 MB that plain training saves."""
+    from fedml.learning.private import PrivateGradient
+
+    return PrivateGradient
 
 
 def diverged(step: int, steps: int) -> TaskFailed:

@@ -6,17 +6,10 @@ are there; the clock jumps from event to event, so a deadline of an hour costs n
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
-import torch
-from cryptography.hazmat.primitives.poly1305 import Poly1305
-from numpy.typing import NDArray
-from torch import Tensor
 
 from fedml.protocol.messages import DatasetCard, SiteId, TaskId
 from fedml.protocol.operations import Receipt
@@ -45,9 +38,8 @@ from fedml.rounds import (
     WakeAt,
 )
 from fedml.simulation.executors.base import Answer, CutTask, Executor
+from fedml.simulation.marks import mark_of, marks_of
 from fedml.simulation.world import Instant, World
-
-_SMALL = 2**14  # bytes of an update that SHA-256 is quick enough for
 
 
 @dataclass(frozen=True)
@@ -182,56 +174,10 @@ def _cut(task: Task, work: float) -> CutTask:
 def _event(answer: Answer) -> Event:
     match answer:
         case Stack():
-            return StackArrived(answer, _fingerprints(answer))
+            return StackArrived(answer, marks_of(answer))
         case Update():
-            return UpdateArrived(answer, _fingerprint(answer))
+            return UpdateArrived(answer, mark_of(answer))
         case Report():
             return ReportArrived(answer)
         case SiteLost():
             return answer
-
-
-def _fingerprint(update: Update) -> str:
-    """Return 64 hex digits that tell updates apart: of small ones the SHA-256.
-
-    Of large ones it is a polynomial's value, at a seventh of the cost: nobody forges bytes that
-    never leave his machine, so a known key will do.
-    """
-    parts = (("", update.delta), *sorted(update.slots.items()))
-    raw = [_raw(buffer) for _, part in parts for buffer in part.buffers.values()]
-    return _marks("\0".join(name for name, _ in parts), [buffer[None] for buffer in raw])[0]
-
-
-def _fingerprints(stack: Stack) -> tuple[str, ...]:
-    """Return the same for each row; "" on an accelerator, for fetching it would cost a round."""
-    parts = (("", stack.delta), *sorted(stack.slots.items()))
-    if any(b.device.type != "cpu" for _, part in parts for b in part.buffers.values()):
-        return ("",) * len(stack)
-    raw = [_raw(buffer) for _, part in parts for buffer in part.buffers.values()]
-    return tuple(_marks("\0".join(name for name, _ in parts), raw))
-
-
-def _raw(buffer: Tensor) -> NDArray[np.uint8]:
-    found: NDArray[np.uint8] = buffer.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return found
-
-
-def _marks(names: str, matrices: Sequence[NDArray[np.uint8]]) -> list[str]:
-    """Return a mark of each row of `matrices`, each [rows, bytes], taken side by side."""
-    if sum(matrix.shape[1] for matrix in matrices) <= _SMALL:
-        whole = np.concatenate(matrices, axis=1) if len(matrices) > 1 else matrices[0]
-        start = hashlib.sha256(names.encode())
-        return [_ended(start.copy(), row) for row in whole]
-    found = []
-    for row in range(len(matrices[0])):
-        mark = Poly1305(b"fingerprints of simulated update")
-        mark.update(names.encode())
-        for matrix in matrices:
-            mark.update(matrix[row].data)
-        found.append(hashlib.sha256(mark.finalize()).hexdigest())
-    return found
-
-
-def _ended(total: hashlib._Hash, row: NDArray[np.uint8]) -> str:
-    total.update(row)  # type: ignore[arg-type]  # an array is a buffer
-    return total.hexdigest()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import fedml.learning.private  # noqa: F401 - so that children find it imported
 from fedml import durable
 from fedml.errors import ConfigError, FedmlError
 from fedml.learning.evaluation import evaluate

@@ -8,10 +8,12 @@ is computed in float64, rounded to a multiple of 2^-32 and summed in int64. The 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedml.errors import MalformedUpdate
@@ -21,7 +23,8 @@ from fedml.stacked import Stacked
 from fedml.strategies.base import Aggregate
 
 GRID = 2.0**32  # steps per unit; a power of two, so scaling by it is exact
-_CHUNK = 2**18  # elements widened at a time: 4 MB of scratch, whatever the model
+_CHUNK = 2**18  # elements of a stack, or of the sum, widened at a time, whatever the model
+_TILE = 2**15  # elements of an update widened at a time, so that they stay in a core's cache
 _INT64 = 2**63
 # A float64 of at most 2^51, added to this, is rounded to a whole number, ties to even, which then
 # stands in the sum's low bits: quicker than rounding and converting.
@@ -145,6 +148,10 @@ def _reach(peak: float, weight: float) -> int:
     return round(scaled)
 
 
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.rint(values, out=values).astype(np.int64)
+
+
 class _Sum:
     """A fixed-point sum of weighted `Params`, with the running maximum of their integers."""
 
@@ -157,19 +164,12 @@ class _Sum:
         self._most: dict[torch.dtype, Tensor] = {}
         self._reach = 0  # sum of all peaks, in grid steps: no element's sum can be beyond it
         self._lifts = 0  # how often the sums hold the bits of _LIFT, to be taken off at the end
-        self._scratch = torch.empty(0, dtype=torch.float64)
+        self._scratch: NDArray[np.float64] = np.empty(0)
 
     def measure(self, part: Params, weight: float) -> int:
         """Return the largest |weight * value| in grid steps; raises if int64 cannot hold it."""
         self._check_layout(part)
-        peak = 0.0
-        for dtype in self._sums:
-            buffer = part.buffers[dtype]
-            if buffer.numel():
-                low, high = buffer.aminmax()
-                largest = max(abs(float(low)), abs(float(high)))
-                peak = math.nan if math.isnan(largest) else max(peak, largest)
-        return _reach(peak, weight)
+        return _reach(part.peak(), weight)
 
     def measure_rows(
         self, part: Stacked, weights: Sequence[float], refused: dict[int, str]
@@ -203,23 +203,25 @@ class _Sum:
         self._reach += peak
         lift = peak < 2**51
         self._lifts += lift
-        for dtype, sums in self._sums.items():
-            values = part.buffers[dtype]
-            for start in range(0, len(values), _CHUNK):
-                piece = self._widened(values[start : start + _CHUNK])
-                piece.mul_(weight * GRID)  # exact: GRID is a power of two
-                whole = piece.add_(_LIFT).view(torch.int64) if lift else piece.round_().long()
-                sums[start : start + _CHUNK].add_(whole)  # may wrap, as may taking lifts off
+        for dtype, total in self._sums.items():
+            sums = total.numpy()
+            for start, piece in self._scaled(part.buffers[dtype], weight * GRID):
+                whole = np.add(piece, _LIFT, out=piece).view(np.int64) if lift else _rounded(piece)
+                sums[start : start + len(piece)] += whole  # may wrap, as may taking lifts off
         for dtype, values in part.buffers.items():
             if not dtype.is_floating_point:
                 most = self._most.get(dtype)
                 self._most[dtype] = values if most is None else torch.maximum(most, values)
 
-    def _widened(self, values: Tensor) -> Tensor:
-        """Return a copy of at most `_CHUNK` values as float64; the next call overwrites it."""
-        if len(self._scratch) < len(values):
-            self._scratch = torch.empty(len(values), dtype=torch.float64)
-        return self._scratch[: len(values)].copy_(values)
+    def _scaled(self, values: Tensor, factor: float) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Yield where each tile of `values` starts, and the tile times `factor`, in one scratch."""
+        if not len(self._scratch):
+            self._scratch = np.empty(_TILE)
+        source = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        for start in range(0, len(source), _TILE):
+            tile = source[start : start + _TILE]
+            out = self._scratch[: len(tile)]
+            yield start, np.multiply(tile, factor, out=out, dtype=np.float64)
 
     def add_rows(self, part: Stacked, weights: Sequence[float], peaks: int) -> None:
         """Add rows where they lie: their fixed-point sum comes to the CPU, and not they."""

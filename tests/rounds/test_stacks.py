@@ -18,7 +18,7 @@ from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.tasks import Brief, Stack, Update
 from fedml.rounds import Opening, Round, StackArrived, UpdateArrived
 from fedml.rounds.round import Close, Command, DeadlinePassed, Event, Fail
-from fedml.simulation.engine import _fingerprint, _fingerprints
+from fedml.simulation.marks import mark_of, marks_of
 from fedml.stacked import Stacked
 from fedml.strategies import Aggregate, Reduction, WeightedMean, add_stack
 from tests.rounds.worlds import RUN
@@ -198,8 +198,8 @@ def test_a_stack_is_no_answer_to_an_evaluation() -> None:
 
 def test_a_row_is_marked_as_the_update_it_stands_for() -> None:
     rows = updates_of([(site, 1.3 * k, 1.0, "right") for k, site in enumerate(NAMES)], slot=True)
-    marks = _fingerprints(stacked(rows))
-    assert marks == tuple(_fingerprint(one) for one in rows)
+    marks = marks_of(stacked(rows))
+    assert marks == tuple(mark_of(one) for one in rows)
     assert len({*marks}) == len(rows)
 
 

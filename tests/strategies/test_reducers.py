@@ -78,6 +78,7 @@ def test_the_mean_is_the_exact_mean_to_half_a_grid_step_per_update(
 
 def test_chunks_cover_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reducers, "_CHUNK", 7)
+    monkeypatch.setattr(reducers, "_TILE", 7)
     delta = Params({"w": torch.arange(100.0), "v": torch.arange(33.0, dtype=torch.float64)})
     got = reduce([update(delta, 2.0), update(delta, 3.0)]).delta
     assert torch.equal(got["w"], delta["w"])

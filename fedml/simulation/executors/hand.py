@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -31,6 +31,7 @@ from fedml.simulation.executors.base import Answer, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.machine import tune_allocator
 from fedml.simulation.executors.sheets import Sheet, bytes_of
+from fedml.simulation.marks import mark_of
 
 _NONE = Params({})
 _FORK = multiprocessing.get_context("fork")
@@ -64,6 +65,7 @@ class Reply:
     releases: dict[tuple[SiteId, str], int]
     tensors: Place | None = None
     kept: Place | None = None
+    known: Mapping[str, dict[str, float | str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,6 +144,8 @@ class Hand:
         tensors, kept = self._read(reply.tensors), self._read(reply.kept)
         task, answer = self.jobs.popleft().task, reply.answer
         if isinstance(answer, Update):
+            for name, known in reply.known.items():
+                tensors[name].known.update(known)
             answer = replace(answer, delta=tensors.pop("delta"), slots=tensors)
             return answer, Memory({task.site: kept}, reply.releases)
         return answer, Memory({}, reply.releases)
@@ -227,10 +231,13 @@ class _Desk:
         if not isinstance(answer, Update):
             self.orders.send(Reply(answer, memory.releases))
             return
-        tensors = self._store({"delta": answer.delta, **answer.slots})
+        parts = {"delta": answer.delta, **answer.slots}
+        mark_of(answer)  # here, where the values are still in this core's cache
+        known = {name: part.known for name, part in parts.items()}
+        tensors = self._store(parts)
         kept = self._store(memory.slots.get(answer.site, {}))
         bare = replace(answer, delta=_NONE, slots={})
-        self.orders.send(Reply(bare, memory.releases, tensors, kept))
+        self.orders.send(Reply(bare, memory.releases, tensors, kept, known))
         for place in (tensors, kept):
             if place is not None and place.size:
                 sheet = self.sheets[place.sheet]
