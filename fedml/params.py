@@ -188,6 +188,10 @@ class Params(Mapping[str, Tensor]):
         """Zeros of the same layout and devices."""
         return self.over(self.layout, {d: torch.zeros_like(b) for d, b in self.buffers.items()})
 
+    def clone(self) -> Self:
+        """Return the same values in memory of their own."""
+        return self.over(self.layout, {d: b.clone() for d, b in self.buffers.items()})
+
     def norm(self) -> float:
         """L2 norm over all floating tensors together, accumulated in float64."""
         squares = (

@@ -5,7 +5,7 @@ A step is then a few operations over one vector, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -25,14 +25,13 @@ def find_rule(name: str) -> LocalRule:
     return RULES[name]
 
 
-def bind(model: nn.Module, values: Params) -> Params:
-    """Make the model's tensors views of a copy of `values`; return that copy.
+def bind(model: nn.Module, own: Params) -> None:
+    """Make the model's tensors views of `own`.
 
     Raises `MalformedUpdate` if the model has other names, shapes or dtypes.
     """
-    own = Params.over(values.layout, {d: b.clone() for d, b in values.buffers.items()})
     if Layout.of(model.state_dict()) != own.layout:
-        Params(model.state_dict()).check_like(values)
+        Params(model.state_dict()).check_like(own)
     bound: set[int] = set()  # a tensor under two names keeps the first, as named_parameters does
     for name, module in model.named_modules():
         for key in (*module._parameters, *module._buffers):
@@ -43,7 +42,6 @@ def bind(model: nn.Module, values: Params) -> Params:
                 bound.add(id(parameter))
             elif buffer_ is not None and place in own:
                 module._buffers[key] = own[place]
-    return own
 
 
 class Descent:
@@ -53,11 +51,20 @@ class Descent:
     `step`. Only tensors with `requires_grad` move by it; momentum starts at zero for each task.
     """
 
-    def __init__(self, model: nn.Module, brief: Brief, memory: Slots, training: Training) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        brief: Brief,
+        memory: Slots,
+        training: Training,
+        copy: Callable[[Params], Params] = Params.clone,
+    ) -> None:
+        """Start where the brief is, in the memory that `copy` gives for its parameters."""
         self.model, self.training, self.steps = model, training, 0
         self._rule = None if brief.rule == "plain" else find_rule(brief.rule)
         self._brief, self._memory = brief, memory
-        self.params = bind(model, brief.params)
+        self.params = copy(brief.params)
+        bind(model, self.params)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ConfigError("the recipe's model has nothing to train: no requires_grad tensor")

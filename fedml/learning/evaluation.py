@@ -33,7 +33,7 @@ def evaluate(
     private = privacy.mode == "record"
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
-    bind(model, task.brief.params.to(device))
+    bind(model, task.brief.params.to(device).clone())
     try:
         scores = _scores(recipe, model, rows, device, alone=private)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -60,7 +60,7 @@ def evaluate_all(
     private = privacy.mode == "record"
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
-    bind(model, tasks[0].brief.params.to(device))
+    bind(model, tasks[0].brief.params.to(device).clone())
     everyone = Rows(torch.cat([rows.x for rows in sites]), torch.cat([rows.y for rows in sites]))
     try:
         scores = _scores(recipe, model, everyone, device, alone=private)

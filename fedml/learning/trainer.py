@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,7 +59,8 @@ class Trainer:
     With privacy mode "record", one call is one `training_event`: it must be charged before the
     update leaves, and called again it is another release. With precision "bf16" the model runs
     under autocast, and its parameters, their gradients and the loss stay float32. A model is
-    built once and copied for each task, so no task sees what another left in it.
+    built once and copied for each task, so no task sees what another left in it. `copy` gives
+    the memory that a task trains in, and in which its delta comes to lie.
     """
 
     recipe: Recipe
@@ -67,6 +68,7 @@ class Trainer:
     privacy: Privacy
     device: str = "cpu"
     precision: Precision = "fp32"
+    copy: Callable[[Params], Params] = Params.clone
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -105,7 +107,7 @@ class Trainer:
         with seeded(seed, device), _failures_named(task):
             model = self._fresh().to(device).train()
             x, y = rows.x.to(device), rows.y.to(device)
-            descent = Descent(model, brief, memory, self.training)
+            descent = Descent(model, brief, memory, self.training, self.copy)
             if self.privacy.mode == "record":
                 delta, weight, metrics = self._privately(descent, Rows(x, y), public_rows)
             else:

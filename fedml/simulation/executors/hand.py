@@ -63,7 +63,8 @@ class Reply:
 
     answer: Answer
     releases: dict[tuple[SiteId, str], int]
-    tensors: Place | None = None
+    delta: Place | None = None
+    slots: Place | None = None
     kept: Place | None = None
     known: Mapping[str, dict[str, float | str]] = field(default_factory=dict)
 
@@ -141,12 +142,12 @@ class Hand:
     def take(self) -> tuple[Answer, Memory]:
         """Return the answer to the first of the jobs, and what its site's memory has come to."""
         reply: Reply = self.connection.recv()
-        tensors, kept = self._read(reply.tensors), self._read(reply.kept)
+        delta, slots, kept = map(self._read, (reply.delta, reply.slots, reply.kept))
         task, answer = self.jobs.popleft().task, reply.answer
         if isinstance(answer, Update):
             for name, known in reply.known.items():
-                tensors[name].known.update(known)
-            answer = replace(answer, delta=tensors.pop("delta"), slots=tensors)
+                (delta if name in delta else slots)[name].known.update(known)
+            answer = replace(answer, delta=delta[""], slots=slots)
             return answer, Memory({task.site: kept}, reply.releases)
         return answer, Memory({}, reply.releases)
 
@@ -190,18 +191,23 @@ def work(orders: Connection, inline: Inline, strangers: list[Connection], parent
         return
 
 
-@dataclass
 class _Desk:
-    """Where a worker keeps the brief it works on, and the sheets for its answers."""
+    """Where a worker keeps the brief it works on, and the sheets for its answers.
 
-    orders: Connection
-    inline: Inline
-    brief: dict[str, Params] = field(default_factory=dict)
-    sheets: list[Sheet] = field(default_factory=list)
-    free: set[int] = field(default_factory=set)
+    A task trains on the sheet that its delta will be read from, so it is never copied.
+    """
+
+    def __init__(self, orders: Connection, inline: Inline) -> None:
+        self.orders, self.inline = orders, replace(inline, copy=self._lay)
+        self.brief: dict[str, Params] = {}
+        self.sheets: list[Sheet] = []
+        self.free: set[int] = set()
+        self.told: set[int] = set()  # sheets that the executor has the descriptors of
+        self.laid: tuple[int, int, Params] | None = None  # sheet, length, what is on it
 
     def serve(self, order: Order) -> None:
         self.free.update(order.freed)
+        self._clear()
         if order.board.size:
             self.brief = self._fetch(order.board)
         slots = self._fetch(order.slots) if order.slots else {}
@@ -231,27 +237,51 @@ class _Desk:
         if not isinstance(answer, Update):
             self.orders.send(Reply(answer, memory.releases))
             return
-        parts = {"delta": answer.delta, **answer.slots}
         mark_of(answer)  # here, where the values are still in this core's cache
-        known = {name: part.known for name, part in parts.items()}
-        tensors = self._store(parts)
-        kept = self._store(memory.slots.get(answer.site, {}))
+        known = {name: part.known for name, part in (("", answer.delta), *answer.slots.items())}
+        delta: Place | None
+        if self.laid is not None and self.laid[2] is answer.delta:
+            delta, self.laid = self._place(*self.laid[:2]), None
+        else:
+            delta = self._store({"": answer.delta})
+        slots, kept = self._store(answer.slots), self._store(memory.slots.get(answer.site, {}))
         bare = replace(answer, delta=_NONE, slots={})
-        self.orders.send(Reply(bare, memory.releases, tensors, kept, known))
-        for place in (tensors, kept):
+        self.orders.send(Reply(bare, memory.releases, delta, slots, kept, known))
+        for place in (delta, slots, kept):
             if place is not None and place.size:
                 sheet = self.sheets[place.sheet]
                 send_handle(self.orders, sheet.descriptor, os.getppid())
                 sheet.close_descriptor()
 
+    def _lay(self, values: Params) -> Params:
+        """Return a copy of `values` on a sheet, where what becomes of them is found."""
+        self._clear()
+        number, length = self._write({"": values})
+        own = self.sheets[number].read(length)[""]
+        self.laid = number, length, own
+        return own
+
+    def _clear(self) -> None:
+        """Take back the sheet of a task that came to nothing, or left its delta elsewhere."""
+        if self.laid is not None:
+            self.free.add(self.laid[0])
+            self.laid = None
+
     def _store(self, parts: Slots) -> Place | None:
-        if not parts:
-            return None
+        return self._place(*self._write(parts)) if parts else None
+
+    def _place(self, number: int, length: int) -> Place:
+        size = 0 if number in self.told else self.sheets[number].size
+        self.told.add(number)
+        return Place(number, length, size)
+
+    def _write(self, parts: Slots) -> tuple[int, int]:
+        """Copy `parts` to a sheet; return its number, and how much of it they take."""
         size = bytes_of(parts)
         for number in sorted(self.free):
             if self.sheets[number].size >= size:
                 self.free.discard(number)
-                return Place(number, self.sheets[number].write(parts))
+                return number, self.sheets[number].write(parts)
         sheet = Sheet.new(size)
         self.sheets.append(sheet)
-        return Place(len(self.sheets) - 1, sheet.write(parts), size)
+        return len(self.sheets) - 1, sheet.write(parts)

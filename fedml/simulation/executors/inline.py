@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedml.errors import ConfigError, FedmlError, Refused
@@ -10,6 +10,7 @@ from fedml.learning.evaluation import evaluate
 from fedml.learning.gradients import Precision
 from fedml.learning.recipe import Recipe
 from fedml.learning.trainer import Trainer
+from fedml.params import Params
 from fedml.privacy.accounting import evaluation_event, training_event
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Report, Task, Update
@@ -28,7 +29,7 @@ class Inline:
     """Works through tasks one by one, on one device.
 
     Under record privacy it adds up each site's epsilon as the site's ledger would; the number of
-    rows counts as public.
+    rows counts as public. `copy` is the trainer's.
     """
 
     plan: Plan
@@ -37,12 +38,13 @@ class Inline:
     memory: Memory = field(default_factory=Memory)
     device: str = "cpu"
     precision: Precision = "fp32"
+    copy: Callable[[Params], Params] = Params.clone
 
     def __post_init__(self) -> None:
         check_device(self.device)
         plan = self.plan
         self._trainer = Trainer(
-            self.recipe, plan.training, plan.privacy, self.device, self.precision
+            self.recipe, plan.training, plan.privacy, self.device, self.precision, self.copy
         )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
