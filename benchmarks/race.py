@@ -62,12 +62,13 @@ class Racer:
         self.first = self._ask("round", started)
         self._signal(signal.SIGSTOP)
 
-    def round(self) -> None:
-        """Do a round and note how long it took."""
+    def rounds(self, count: int) -> None:
+        """Do some rounds, one after the other, and note how long each took."""
         self.go()
-        before = processor_time(self._process)
-        self.seconds.append(self._ask("round", time.perf_counter()))
-        self.cpu.append(processor_time(self._process) - before)
+        for _ in range(count):
+            before = processor_time(self._process)
+            self.seconds.append(self._ask("round", time.perf_counter()))
+            self.cpu.append(processor_time(self._process) - before)
         self.peak = max(self.peak, proportional_memory(self._process))
         self._signal(signal.SIGSTOP)
 

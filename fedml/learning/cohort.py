@@ -74,7 +74,10 @@ class CohortTrainer:
         training: Training,
         device: torch.device,
         precision: Precision = "fp32",
+        *,
+        by_rows: bool = False,
     ) -> None:
+        """With `by_rows` rows' own gradients will be asked for, as privacy does."""
         self.recipe, self.training, self.device, self.precision = (
             recipe, training, device, precision,
         )  # fmt: skip
@@ -83,8 +86,9 @@ class CohortTrainer:
         self.dtype = _moving_dtype(self.model)
         _check(recipe, self.model, self._example)
         self.layout = Layout.of(self.model.state_dict())
-        self._check_batches()
         self._layers = layers_of(self.model) if self.mixes_no_rows else None
+        if self._layers is None or by_rows:  # else torch.func's compiler need not be imported
+            self._check_batches()
 
     def _check_batches(self) -> None:
         """Raise `ConfigError` where torch would only loop: it warns, and falls behind `Trainer`."""

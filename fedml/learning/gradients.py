@@ -135,14 +135,19 @@ class Layered:
             tensors, output = frame.tensors(leaf), x
             for layer in self._layers:
                 output = layer(output, tensors)
-        batched = vmap(
-            frame.loss,
-            in_dims=(0, 0, None if weights is None else 0),
-            randomness="different",
-        )
-        losses = batched(output, y, weights)
+        losses = self._losses(output, y, weights)
         [gradient] = torch.autograd.grad(losses.sum(), [leaf])
         return losses.detach(), gradient
+
+    def _losses(self, output: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the loss of each model's batch."""
+        loss = self._frame.loss
+        losses: Tensor
+        if weights is None:  # one number for in_dims: a tuple of them costs torch as much again
+            losses = vmap(lambda o, t: loss(o, t, None), randomness="different")(output, y)
+        else:
+            losses = vmap(loss, randomness="different")(output, y, weights)
+        return losses
 
 
 def layers_of(model: nn.Module) -> list[_Layer] | None:
@@ -151,7 +156,8 @@ def layers_of(model: nn.Module) -> list[_Layer] | None:
     A layer without tensors runs on the rows of all models together, so it must treat rows alone.
     """
     if not isinstance(model, nn.Sequential):
-        return None
+        layer = None if any(True for _ in model.children()) else _layer("", model)
+        return None if layer is None else [layer]
     layers: list[_Layer] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential):
@@ -168,11 +174,12 @@ def layers_of(model: nn.Module) -> list[_Layer] | None:
 
 
 def _layer(name: str, module: nn.Module) -> _Layer | None:
+    prefix = f"{name}." if name else ""
     if type(module) is nn.Linear:
-        return _linear(name, biased=module.bias is not None)
+        return _linear(prefix, biased=module.bias is not None)
     if type(module) is nn.Conv2d:
         plain = module.groups == 1 and module.padding_mode == "zeros"
-        return _convolution(name, module) if plain and module.padding != "same" else None
+        return _convolution(prefix, module) if plain and module.padding != "same" else None
     if module.state_dict() or any(True for _ in module.parameters()):
         return None
 
@@ -183,11 +190,11 @@ def _layer(name: str, module: nn.Module) -> _Layer | None:
     return fold
 
 
-def _linear(name: str, *, biased: bool) -> _Layer:
+def _linear(prefix: str, *, biased: bool) -> _Layer:
     def linear(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight, rows = tensors[f"{name}.weight"].mT, x.flatten(1, -2)
+        weight, rows = tensors[f"{prefix}weight"].mT, x.flatten(1, -2)
         if biased:
-            output = torch.baddbmm(tensors[f"{name}.bias"][:, None], rows, weight)
+            output = torch.baddbmm(tensors[f"{prefix}bias"][:, None], rows, weight)
         else:
             output = torch.bmm(rows, weight)
         return output.reshape(*x.shape[:-1], output.shape[-1])
@@ -195,7 +202,7 @@ def _linear(name: str, *, biased: bool) -> _Layer:
     return linear
 
 
-def _convolution(name: str, module: nn.Conv2d) -> _Layer:
+def _convolution(prefix: str, module: nn.Conv2d) -> _Layer:
     """Return a convolution as one matrix product a row: patches [models, rows, patch, places]."""
     padding = (0, 0) if isinstance(module.padding, str) else module.padding
     places = tuple(zip(module.kernel_size, module.stride, padding, module.dilation, strict=True))
@@ -204,10 +211,10 @@ def _convolution(name: str, module: nn.Conv2d) -> _Layer:
         patches = functional.unfold(
             x.flatten(0, 1), module.kernel_size, module.dilation, padding, module.stride
         ).unflatten(0, x.shape[:2])
-        weight = tensors[f"{name}.weight"].flatten(2)
+        weight = tensors[f"{prefix}weight"].flatten(2)
         output: Tensor = torch.matmul(weight[:, None], patches)
         if module.bias is not None:
-            output = output + tensors[f"{name}.bias"][:, None, :, None]
+            output = output + tensors[f"{prefix}bias"][:, None, :, None]
         size = [
             (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
             for length, (kernel, stride, pad, dilation) in zip(x.shape[3:], places, strict=True)

@@ -45,6 +45,8 @@ class RowStack:
 
     def to(self, device: torch.device) -> RowStack:
         """Return the same rows on `device`."""
+        if self.x.device == device == self.y.device:
+            return self
         return RowStack(self.x.to(device), self.y.to(device), self.counts)
 
 

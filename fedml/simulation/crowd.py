@@ -99,7 +99,7 @@ def lots(text: str, total: int, size: int) -> list[int]:
     if 2 * size >= total:
         everyone = hashes(seed, nobody, 0, total)[0].argsort(kind="stable")
         return everyone[:size].tolist()  # type: ignore[no-any-return]
-    draws = 4 * size
+    draws = size + size // 4 + 16
     while True:
         drawn = hashes(seed, nobody, 0, draws)[0] % np.uint64(total)
         _, first = np.unique(drawn, return_index=True)

@@ -97,7 +97,10 @@ class Vectorised:
         plan = self.plan
         try:
             device = torch.device(self.device)
-            return CohortTrainer(self.recipe, plan.training, device, self.precision)
+            by_rows = plan.privacy.mode != "none"
+            return CohortTrainer(
+                self.recipe, plan.training, device, self.precision, by_rows=by_rows
+            )
         except (ConfigError, *_UNBATCHED) as error:
             return f"the model cannot be batched: {error}"
 
