@@ -437,6 +437,20 @@ def test_an_empty_sample_is_a_step_of_noise_that_is_fresh_each_time() -> None:
     assert (values * 4).std() == pytest.approx(1.0, abs=0.3)  # noise over rate times rows
 
 
+def test_noise_seeded_from_the_experiment() -> None:
+    """Whoever knows the plan, its seed included, must not know the noise."""
+    recipe, holdings = Toy(), sites((12, 12))
+    everyone = Training(lr=1.0, steps=1, batch_size=0)  # no sampling: only the noise can differ
+    plan = replace(toy_plan(everyone), privacy=PRIVATE)
+    for make in (Vectorised, Inline):
+        once, again = (by_site(make, plan, recipe, holdings) for _ in range(2))
+        for site, one in once.items():
+            other = again[site]
+            assert isinstance(one, Update)
+            assert isinstance(other, Update)
+            assert one.delta != other.delta
+
+
 def test_a_model_unfit_for_privacy_is_the_reference_s_refusal() -> None:
     def mixing() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 3), nn.Softmax(dim=0))
