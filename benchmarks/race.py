@@ -16,9 +16,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
+from benchmarks.workloads import DEALT, WORKLOADS
 from fedml.errors import TaskFailed
 
 _PATIENCE = 300.0  # seconds; more than any simulator's start or round takes
@@ -30,7 +32,12 @@ ALLOCATOR = {
 }
 
 
-_RESTLESS = {"flower"}  # Ray takes a stopped process for a lost one
+@cache
+def _dealt(workload: str) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder with the workload's rows, which goes with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="fedml-race-data-")
+    WORKLOADS[workload].deal(Path(folder.name))
+    return folder
 
 
 class Gate:
@@ -83,9 +90,8 @@ class Racer:
         return self._answer()
 
     def _signal(self, what: signal.Signals) -> None:
-        if self.name not in _RESTLESS:
-            for one in (self._process, *descendants(self._process)):
-                os.kill(one, what)
+        for one in (self._process, *descendants(self._process)):
+            os.kill(one, what)
 
     def _ask(self, what: str, since: float) -> float:
         self._connection.send(what)
@@ -117,13 +123,15 @@ def _started(name: str, arguments: Sequence[str], workers: int) -> Iterator[Race
         address = str(Path(folder, "gate"))
         with Listener(address) as listener, Path(folder, "log").open("w+") as log:
             command = [*_launcher(name, workers), f"benchmarks.racers.{name}", address, *arguments]
+            surroundings = {**ALLOCATOR, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+            surroundings[DEALT] = _dealt(arguments[0]).name
             began = time.perf_counter()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+                env={**os.environ, **surroundings},
                 start_new_session=True,
             )
             try:

@@ -195,7 +195,7 @@ class Round:
         counted, lost, asked = len(self._counted), len(self._missing), len(self.opening.asked)
         return f"{counted} of {asked} sites answered" + (f", {lost} lost" if lost else "")
 
-    def open(self, brief: Brief) -> list[Command]:
+    def open(self, brief: Brief) -> list[SendTask | WakeAt]:
         """Start the round: one task per site, and a deadline."""
         self._brief, opening = brief, self.opening
         tasks = [
@@ -257,10 +257,11 @@ class Round:
             self._lose(due.sites[number], f"answer refused: {reason}")
         told = [digests[row] for row in rows]
         spent = due.epsilons or (0.0,) * len(rows)
-        counted = map(Counted, due.sites, due.weights, told, spent)
         self._counted.update(
-            {one.site: one for number, one in enumerate(counted) if number not in refused}
+            zip(due.sites, map(Counted, due.sites, due.weights, told, spent), strict=True)
         )
+        for number in refused:
+            del self._counted[due.sites[number]]
         self._waiting.difference_update(due.sites)
 
     def _due(self, stack: Stack) -> list[int]:

@@ -262,7 +262,7 @@ class Run:
         reducer = self.plan.strategy.reducer
         self._round, self._opened = rounds.Round(opening, reducer, reports(brief)), opened
         self._patience = ""
-        return [opened, *self._carry(self._round.open(brief), opened.at)]
+        return [opened, *self._round.open(brief)]
 
     def _carry(self, commands: list[rounds.Command], now: float) -> list[Command]:
         carried: list[Command] = []

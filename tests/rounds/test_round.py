@@ -43,7 +43,7 @@ def altered(name: str, **changes: object) -> Update:
 
 def open_round(quorum: int = 2, opening: Opening = OPENING) -> tuple[Round, list[Command]]:
     round_ = Round(replace(opening, quorum=quorum), WeightedMean())
-    return round_, round_.open(Brief(MODEL))
+    return round_, [*round_.open(Brief(MODEL))]
 
 
 def feed(round_: Round, *events: Event) -> list[Command]:
