@@ -361,6 +361,25 @@ async def test_an_update_that_was_folded_in_is_let_go_and_not_asked_for_again(
     assert await bern.next(Forget) == Forget(orders[0].task, True)  # only now
 
 
+async def test_what_a_site_handed_in_partly_goes_with_the_round(
+    hub: Hub, sites: list[Site]
+) -> None:
+    run = await hub.submit(plan())
+    bern, *others = sites
+    order = await bern.order()
+    blob = bern.trained(order).update
+    assert hub.runs.desk.objection(bern.name, order.task, blob) == ""
+    intake = hub.blobs.receive(blob, bern.name)
+    intake.write(b"the beginning")
+    await bern.send(Failed(order.task, "enough"))
+    await play(others)
+    await hub.receipt(run)
+    model = (await bern.order()).model.digest
+    assert {path.name for path in hub.blobs.folder.iterdir()} == {model}
+    with pytest.raises(Unreachable, match="a newer transfer took over"):
+        intake.write(b"the rest")
+
+
 async def test_the_state_on_the_disk_is_the_next_model_that_is_sent(
     hub: Hub, sites: list[Site]
 ) -> None:
