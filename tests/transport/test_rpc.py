@@ -135,26 +135,25 @@ async def test_a_transfer_reset_again_and_again_at_any_byte_arrives_and_sends_no
     blob = source.put_bytes(DATA)
     desk.asked_for.add(blob)
     desk.may_get.add(blob.digest)
-    carried, resets, kept = 0, 0, 0
+    resets, kept = 0, 0
     while not target.has(blob.digest):
         link = GrpcLink(place.world.credentials())
         cable.mend()
         if resets < 8:  # then the cable is left alone
-            limit = dice.choice([dice.randrange(8_000), dice.randrange(len(DATA) // 4)])
+            limit = dice.choice([dice.randrange(8_000), dice.randrange(len(DATA) // 2)])
             cable.limit_up, cable.limit_down = (limit, 2**60) if up else (2**60, limit)
         try:
             await (link.upload(blob, mine, TASK) if up else link.download(blob, mine))
+            assert (cable.up if up else cable.down) < len(DATA) - kept + 300_000
         except Unreachable:
             resets += 1
         finally:
             await link.close()
-        carried += cable.up if up else cable.down
         came = target.held(blob, "mercy" if up else "")
         assert came >= kept
         kept = came
     assert target.path(blob.digest).read_bytes() == DATA
-    assert resets >= 3
-    assert carried < len(DATA) + resets * (2 * MIB + 100_000)  # of each try, what was in flight
+    assert resets >= 2
 
 
 async def test_a_cut_cable_is_noticed_and_the_link_comes_back(
