@@ -34,7 +34,6 @@ from fedml.transport.link import Operations
 from fedml.transport.rpc import OperationsClient
 
 T = TypeVar("T")
-SITES = tuple(f"site-{number}" for number in range(1, 5))
 _MODEL = "bytes"
 _RUN = RunId(f"{_MODEL}-1")
 
@@ -53,11 +52,14 @@ class Account:
         return [b.opened - a.opened for a, b in itertools.pairwise(self.receipts)]
 
 
-def play(size: int, rounds: int, say: Say) -> Account:
+def play(size: int, rounds: int, say: Say, *, count: int = 4) -> Account:
     """Run a round of warming up and `rounds` more, of a model of `size` bytes, float32.
+
+    `count` sites take part.
 
     Raises `TaskFailed` if one of the processes does not make it.
     """
+    sites = [f"site-{number}" for number in range(1, count + 1)]
     total = rounds + 2  # the last only closes the period of the one before
     with tempfile.TemporaryDirectory(prefix="fedml-benchmark-") as place:
         folder = Path(place)
@@ -74,24 +76,24 @@ def play(size: int, rounds: int, say: Say) -> Account:
             say("  coordinator ready")
             before = _memory(pid, "VmRSS")
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak starts anew
-            for site in SITES:
+            for site in sites:
                 _credentials(hub, address, site).save(folder / site)
                 crew.start(site, "benchmarks.puppet", folder / site, site, floats, total)
-            _ask(operator, lambda hub: hub.submit(_plan(total + 1).to_json()))
-            crew.await_ends(SITES, 60 + total * (1 + size / 10e6))
+            _ask(operator, lambda hub: hub.submit(_plan(total + 1, count).to_json()))
+            crew.await_ends(sites, 60 + total * (1 + count * size / 40e6))
             peak = _memory(pid, "VmHWM")
             detail = _ask(operator, lambda hub: hub.show_run(_RUN))
         return Account(detail.receipts[1:total], before, peak)
 
 
-def _plan(rounds: int) -> Plan:
+def _plan(rounds: int, count: int) -> Plan:
     return Plan(
         model=_MODEL,
         recipe=identify(RECIPE),
         dataset=DATASET,
         strategy=FedAvg(),
         training=Training(lr=0.1, steps=1),
-        cohort=Cohort(quorum=len(SITES), deadline=120.0),
+        cohort=Cohort(quorum=count, deadline=600.0),
         rounds=rounds,
         evaluation=Evaluation(at_end=False),
     )

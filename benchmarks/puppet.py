@@ -49,7 +49,7 @@ async def serve(folder: Path, name: str, size: int, rounds: int) -> None:
                 start = _STEP * order.round
                 delta = Params({"w": values[start : start + size]})
                 update = await asyncio.to_thread(blobs.put_bytes, *encode({"delta": delta}))
-                await link.upload(update, blobs)
+                await link.upload(update, blobs, order.task)
                 await link.send(Trained(order.task, update, 1.0))
                 held[order.task] = (order.model.digest, update.digest)
             case Forget(task):

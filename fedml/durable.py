@@ -57,6 +57,28 @@ def copy(source: Path, path: Path) -> None:
         ) from error
 
 
+def link(source: Path, path: Path) -> None:
+    """Make `path` another name of the file `source`, whose bytes are on the disk from then on.
+
+    Where there are no second names it becomes a copy. The file must not be written to any more.
+    """
+    make_folder(path.parent)
+    try:
+        path.unlink(missing_ok=True)
+        try:
+            path.hardlink_to(source)
+        except OSError:
+            return copy(source, path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; free space or rights") from error
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder` and its parents unless they are there; raises `ConfigError` if it cannot be."""
     try:
@@ -132,13 +154,13 @@ class Log:
         if not data:
             sync_folder(path.parent)
 
-    def append(self, record: Record) -> None:
-        """Add `record`; when this returns it is on the disk. Raises `ConfigError` if it cannot be.
+    def append(self, *records: Record) -> None:
+        """Add `records`; when this returns they are on the disk. Raises `ConfigError` if not.
 
-        A failed append (disk full) leaves the log as it was.
+        A failed append (disk full) leaves the log as it was. A crash may leave the first few.
         """
-        body = dump_json(record)
-        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        bodies = [dump_json(record) for record in records]
+        line = b"".join(b"%08x %s\n" % (zlib.crc32(body), body) for body in bodies)
         end = os.fstat(self._descriptor).st_size
         try:
             written = os.write(self._descriptor, line)
@@ -148,7 +170,7 @@ class Log:
         except OSError as error:
             os.ftruncate(self._descriptor, end)
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
-        self.records.append(json.loads(body))
+        self.records += map(json.loads, bodies)
 
     def select(self, test: Callable[[Record], bool]) -> list[Record]:
         """Return the records, oldest first, for which `test` holds."""

@@ -9,7 +9,6 @@ exactly, and never scaled or averaged into floats.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -18,11 +17,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_READ, MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Self
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from fedml.errors import ConfigError, MalformedMessage, MalformedUpdate
@@ -42,6 +42,8 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(_CODES)}
 MAX_HEADER = 16 * 2**20  # bytes; a header names tensors, it is never this long
+_WINDOW = 2**20  # bytes of a mapped file that are in memory at a time
+_BROAD = 2**23  # bytes from which on hashing is worth more than one thread
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,12 @@ class Params(Mapping[str, Tensor]):
 
     Arithmetic returns new objects. Both operands must have the same names, shapes and dtypes,
     else `MalformedUpdate` is raised; broadcasting never happens. Treat the views as read-only.
+
+    Those that `read` maps from a file take no memory to speak of: what goes over all values goes
+    window by window, and lets each go.
     """
 
-    __slots__ = ("_views", "buffers", "known", "layout")
+    __slots__ = ("_file", "_views", "buffers", "known", "layout")
 
     layout: Layout
     buffers: Mapping[torch.dtype, Tensor]
@@ -123,6 +128,7 @@ class Params(Mapping[str, Tensor]):
     def _set(self, layout: Layout, buffers: Mapping[torch.dtype, Tensor]) -> None:
         self.layout, self.buffers = layout, dict(buffers)
         self._views: dict[str, Tensor] = {}
+        self._file: mmap | None = None
         self.known = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -164,13 +170,15 @@ class Params(Mapping[str, Tensor]):
     def _combine(self, other: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
         self.check_like(other)
         fns = {torch.bool: torch.logical_xor}  # torch has no subtraction of booleans
-        pairs = {d: fns.get(d, fn)(b, other.buffers[d]) for d, b in self.buffers.items()}
-        return self.over(self.layout, pairs)
+        return self.over(
+            self.layout, {d: _each(fns.get(d, fn), d, self, other) for d in self.buffers}
+        )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Apply an elementwise `fn` to each floating buffer; integers stay as they are."""
         return self.over(
-            self.layout, {d: fn(b) if d.is_floating_point else b for d, b in self.buffers.items()}
+            self.layout,
+            {d: _each(fn, d, self) if d.is_floating_point else b for d, b in self.buffers.items()},
         )
 
     def zip(self, other: Params, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
@@ -179,7 +187,7 @@ class Params(Mapping[str, Tensor]):
         return self.over(
             self.layout,
             {
-                d: fn(b, other.buffers[d]) if d.is_floating_point else b
+                d: _each(fn, d, self, other) if d.is_floating_point else b
                 for d, b in self.buffers.items()
             },
         )
@@ -208,8 +216,9 @@ class Params(Mapping[str, Tensor]):
         """
         known = self.known.get("peak")
         if not isinstance(known, float):
-            floats = (b for d, b in self.buffers.items() if d.is_floating_point and b.numel())
-            ends = [float(end) for buffer in floats for end in buffer.aminmax()]  # NaN spreads
+            floats = (d for d, b in self.buffers.items() if d.is_floating_point and b.numel())
+            pieces = (piece for dtype in floats for _, piece in self.windows(dtype))
+            ends = [float(end) for piece in pieces for end in piece.aminmax()]  # NaN spreads
             known = math.nan if any(map(math.isnan, ends)) else max(map(abs, ends), default=0.0)
             self.known["peak"] = known
         return known
@@ -225,12 +234,33 @@ class Params(Mapping[str, Tensor]):
             return self
         return self.over(self.layout, moved)
 
+    def windows(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """Yield one buffer's elements in order, with the first one's place: a mapped file's
+        window by window, each let go when the next is asked for, else all at once.
+        """
+        buffer = self.buffers[dtype]
+        if self._file is None:
+            yield 0, buffer
+            return
+        step = _WINDOW // dtype.itemsize
+        for start in range(0, len(buffer), step):
+            yield start, buffer[start : start + step]
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Give back the memory of what was looked at of a mapped file; a later look reads again."""
+        if self._file is not None:
+            self._file.madvise(MADV_DONTNEED)
+
     def digest(self) -> str:
-        """SHA-256 of `encode()`, in hex: equal parameters have equal digests."""
-        total = hashlib.sha256()
-        for piece in encode({"": self}):
-            total.update(piece)
-        return total.hexdigest()
+        """BLAKE3 of `encode()`, in hex: equal parameters have equal digests."""
+        digest = self.known.get("digest")
+        if not isinstance(digest, str):
+            total = blake3(max_threads=blake3.AUTO if self.layout.bytes >= _BROAD else 1)
+            for piece in pieces({"": self}):
+                total.update(piece)
+            digest = self.known["digest"] = total.hexdigest()
+        return digest
 
     def check_like(self, other: Params) -> None:
         """Raise `MalformedUpdate` unless `other` has the same names, shapes and dtypes."""
@@ -265,6 +295,18 @@ def encode(parts: Mapping[str, Params]) -> list[memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]
+
+
+def pieces(parts: Mapping[str, Params]) -> Iterator[memoryview]:
+    """Yield what `encode` returns in pieces of a few MB, to be used before the next is asked for.
+
+    Mapped files are let go piece by piece, so they take no memory to speak of.
+    """
+    for whole in encode(parts):
+        for start in range(0, len(whole), _WINDOW):
+            yield whole[start : start + _WINDOW]
+            for params in parts.values():
+                params.let_go()
 
 
 def order(parts: Mapping[str, Params]) -> list[tuple[torch.dtype, str]]:
@@ -317,7 +359,14 @@ def read(path: Path) -> dict[str, Params]:
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        return decode(mmap(file.fileno(), size, access=ACCESS_READ) if size else b"")
+        if not size:
+            return decode(b"")
+        data = mmap(file.fileno(), size, access=ACCESS_READ)
+    parts = decode(data)
+    for params in parts.values():
+        params._file = data
+        params.let_go()  # the header
+    return parts
 
 
 def _parse_header(text: bytes) -> _Entries:
@@ -356,6 +405,23 @@ def _gather(entries: _Entries, body: memoryview) -> Params:
             joined = bytearray().join(body[start:end] for start, end in spans)
             buffers[dtype] = _view(memoryview(joined), dtype)
     return Params.over(layout, buffers)
+
+
+def _each(fn: Callable[..., Tensor], dtype: torch.dtype, *operands: Params) -> Tensor:
+    """Apply an elementwise `fn` to the operands' buffers of one dtype, mapped ones by windows."""
+    mapped = [params for params in operands if params._file is not None]
+    buffers = [params.buffers[dtype] for params in operands]
+    if not mapped:
+        return fn(*buffers)
+    whole, step = torch.empty(0), _WINDOW // dtype.itemsize
+    for start in range(0, len(buffers[0]), step):
+        piece = fn(*(buffer[start : start + step] for buffer in buffers))
+        if start == 0:
+            whole = torch.empty(len(buffers[0]), dtype=piece.dtype)
+        whole[start : start + step] = piece
+        for params in mapped:
+            params.let_go()
+    return whole if len(buffers[0]) else fn(*buffers)
 
 
 def _view(data: memoryview, dtype: torch.dtype) -> Tensor:

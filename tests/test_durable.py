@@ -141,3 +141,33 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=r"cannot make .*; is the path right"):
             make()
+
+
+def test_records_that_go_together_are_one_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = durable.Log(tmp_path / "log")
+    waits: list[int] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (waits.append(1), sync(descriptor)))
+    log.append({"a": 1}, {"b": 2}, {"c": 3})
+    assert len(waits) == 1
+    log.close()
+    data = (tmp_path / "log").read_bytes()
+    for size in range(len(data)):  # a crash leaves the first few, whole
+        (tmp_path / "log").write_bytes(data[:size])
+        again = durable.Log(tmp_path / "log")
+        assert again.records == [{"a": 1}, {"b": 2}, {"c": 3}][: data[:size].count(b"\n")]
+        again.close()
+
+
+def test_a_second_name_is_on_the_disk_and_outlives_the_first(tmp_path: Path) -> None:
+    source, path = tmp_path / "blob", tmp_path / "states" / "one"
+    for data in (b"first", b"second"):
+        durable.replace(source, data)
+        durable.link(source, path)
+        assert path.samefile(source)
+    source.unlink()
+    assert path.read_bytes() == b"second"
+    with pytest.raises(ConfigError, match="No such file"):
+        durable.link(source, path)

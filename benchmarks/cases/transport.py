@@ -23,11 +23,27 @@ def large(quick: bool, say: Say) -> Reading:
     return _round(100 * _MB, 3 if quick else 12, say)
 
 
+@benchmark("transport/500MB", "s")
+def huge(quick: bool, say: Say) -> Reading:
+    """Measure the median round of a 500 MB model and four sites."""
+    return _round(500 * _MB, 1 if quick else 5, say)
+
+
 @benchmark("transport/memory", "MB")
 def memory(quick: bool, say: Say) -> Reading:
     """Measure how far four updates of 100 MB raise the coordinator's memory; the limit is one."""
+    return _raised(4, 2 if quick else 6, say)
+
+
+@benchmark("transport/memory32", "MB")
+def memory_of_many(quick: bool, say: Say) -> Reading:
+    """Measure the same with 32 sites."""
+    return _raised(32, 1 if quick else 3, say)
+
+
+def _raised(sites: int, rounds: int, say: Say) -> Reading:
     size = 100 * _MB
-    account = federation.play(size, 2 if quick else 6, say)
+    account = federation.play(size, rounds, say, count=sites)
     return Reading((account.peak - account.before) / _MB, size / _MB)
 
 

@@ -41,9 +41,17 @@ from fedml.rounds.selection import SiteStatus
 from fedml.transport.desks import Send
 
 Answer = Declined | Failed | Trained | Scored
-_SPARE = 2  # updates beyond one a task that a site may offer, for instance after a crash
+_OFFERS = 3  # updates that a site may offer for a task: one, and two more after a mishap
 _SILENT_BEATS = 3  # heartbeats without a word after which a stream counts as dead
 _log = structlog.get_logger()
+
+
+@dataclass
+class _Offers:
+    """What a site would hand in, or did, for one task: digests of updates, good or not."""
+
+    run: RunId
+    digests: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -54,12 +62,8 @@ class _Seat:
     hello: Hello | None = None
     seen: float = 0.0
     outstanding: dict[TaskId, Assignment] = field(default_factory=dict)
-    offered: set[str] = field(default_factory=set)  # digests of updates, good or not
-
-    @property
-    def training(self) -> list[Assignment]:
-        return [order for order in self.outstanding.values() if order.kind == "train"]
-
+    settled: set[TaskId] = field(default_factory=set)  # answered, and the answer was taken in
+    offers: dict[TaskId, _Offers] = field(default_factory=dict)
     farewell: asyncio.TimerHandle | None = None
 
 
@@ -93,6 +97,7 @@ class Desk:
     def cancel(self, site: SiteId, task: TaskId, reason: str) -> None:
         """Take a task back."""
         seat = self._seat(site)
+        seat.settled.discard(task)
         if seat.outstanding.pop(task, None):
             self._push(seat, Cancel(task, reason))
 
@@ -100,15 +105,29 @@ class Desk:
         """Tell `site` that a task's round is over."""
         seat = self._seat(site)
         seat.outstanding.pop(task, None)
+        seat.settled.discard(task)
         self._push(seat, Forget(task, counted))
 
-    def abandon(self, run: RunId, reason: str) -> None:
-        """Take all tasks of a run back; it is over in a way that left no receipt."""
+    def settle(self, site: SiteId, task: TaskId) -> None:
+        """The answer to a task was taken in: the site keeps it, and is not asked for it again."""
+        seat = self._seat(site)
+        if task in seat.outstanding:
+            seat.settled.add(task)
+
+    def abandon(self, run: RunId, reason: str) -> list[tuple[SiteId, str]]:
+        """Take all tasks of a run back; it is over in a way that left no receipt.
+
+        Returns what was offered for them, by whom.
+        """
+        offered: list[tuple[SiteId, str]] = []
         for site, seat in self._seats.items():
             for order in list(seat.outstanding.values()):
                 if order.run == run:
                     self.cancel(site, order.task, reason)
                     self._push(seat, Forget(order.task, False))
+            for task in [task for task, offers in seat.offers.items() if offers.run == run]:
+                offered += [(site, digest) for digest in self.leftovers(site, task)]
+        return offered
 
     def announce(self, model: str) -> None:
         """Tell every site that is here to look at a model's channel; others hear it on return."""
@@ -148,29 +167,33 @@ class Desk:
         """True if an outstanding task of `site` names this blob as its model."""
         return any(a.model.digest == digest for a in self._seat(site).outstanding.values())
 
-    def objection(self, site: SiteId, blob: Blob) -> str:
-        """Say why `site` may not hand in this blob now; "" if it may.
+    def objection(self, site: SiteId, task: TaskId, blob: Blob) -> str:
+        """Say why `site` may not hand in this blob for a task; "" if it may.
 
-        It may have twice the largest outstanding model's bytes, and a little: algorithms report
-        slots as large as the model at most once. A task has one update, so few are taken.
+        It may have twice the model's bytes, and a little: algorithms report slots as large as the
+        model at most once. A task has one update, so few are taken; each has its own count, so
+        that no other task, of this run or another, ever stands in its way.
         """
         seat = self._seat(site)
-        if not (tasks := seat.training):
+        order = seat.outstanding.get(task)
+        if order is None or order.kind != "train":
             return "no update is expected"
-        if blob.size > (most := max(2 * order.model.size + 2**20 for order in tasks)):
+        if blob.size > (most := 2 * order.model.size + 2**20):
             return f"at most {most} bytes are expected"
-        if blob.digest not in seat.offered and len(seat.offered) >= len(tasks) + _SPARE:
-            return f"it has offered {len(seat.offered)} updates for {len(tasks)} tasks"
-        seat.offered.add(blob.digest)
+        offers = seat.offers.setdefault(task, _Offers(order.run)).digests
+        if blob.digest not in offers and len(offers) >= _OFFERS:
+            return f"it has offered {len(offers)} others for this task"
+        offers.add(blob.digest)
         return ""
 
-    def leftovers(self, site: SiteId) -> set[str]:
-        """Return, once, what `site` offered for tasks that are all over now."""
-        seat = self._seat(site)
-        if seat.training:
-            return set()
-        offered, seat.offered = seat.offered, set()
-        return offered
+    def is_settled(self, site: SiteId, task: TaskId) -> bool:
+        """True if the answer to a task was taken in, and its round is not over yet."""
+        return task in self._seat(site).settled
+
+    def leftovers(self, site: SiteId, task: TaskId) -> set[str]:
+        """Return, once, what `site` offered for a task that is over now."""
+        offers = self._seat(site).offers.pop(task, None)
+        return offers.digests if offers else set()
 
     # --- one site's stream --------------------------------------------------------------------
 
@@ -208,8 +231,9 @@ class Desk:
         for task in hello.kept:
             if task not in seat.outstanding:
                 send(Forget(task, self._was_counted(task)))
-        for assignment in seat.outstanding.values():
-            send(assignment)
+        for task, assignment in seat.outstanding.items():
+            if task not in seat.settled:
+                send(assignment)
         for model in self._models():
             send(ReleaseNotice(model))
         _log.info("site connected", site=site, version=hello.version)

@@ -17,7 +17,7 @@ from fedml.coordinator.runs import Runs
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.identity.certificates import Identity
 from fedml.identity.enrolment import Registrar
-from fedml.protocol.messages import Blob, Hello, RunId, SiteEvent, SiteId
+from fedml.protocol.messages import Blob, Hello, RunId, SiteEvent, SiteId, TaskId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import Admission, JoinRequest
 from fedml.releases.registry import Registry
@@ -48,9 +48,12 @@ class Federation:
             return self.released
         raise Refused(f"blob {digest[:12]} is not for {site.name}")
 
-    async def incoming(self, site: Identity, blob: Blob) -> BlobStore:
-        """Return the store for an update, if the site owes one and it is not too large."""
-        if objection := self.runs.desk.objection(SiteId(site.name), blob):
+    async def incoming(self, site: Identity, task: TaskId, blob: Blob) -> BlobStore | None:
+        """Return the store for a task's update, if the site owes one and it is not too large."""
+        desk, name = self.runs.desk, SiteId(site.name)
+        if desk.is_settled(name, task):
+            return None
+        if objection := desk.objection(name, task, blob):
             raise Refused(f"{site.name} offers {blob.size} bytes; {objection}")
         return self.blobs
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 
+from fedml.params import Params, pieces
 from fedml.protocol.messages import Blob
 from fedml.transport.chunks import BlobStore
 
@@ -17,11 +18,10 @@ class Holds:
         self.store = store
         self._count: Counter[str] = Counter()
 
-    async def put(self, pieces: Iterable[bytes | memoryview]) -> Blob:
-        """Store one blob, and hold it."""
-        pieces = tuple(pieces)
+    async def put(self, parts: Mapping[str, Params]) -> Blob:
+        """Store what `parts` encode to as one blob, and hold it."""
         while True:
-            blob = await asyncio.to_thread(self.store.put_bytes, *pieces)
+            blob = await asyncio.to_thread(self.store.put_pieces, pieces(parts))
             self.hold(blob.digest)
             if self.store.has(blob.digest):  # else another let go of it just before we held it
                 return blob
@@ -37,7 +37,7 @@ class Holds:
         self.discard(digest)
 
     def discard(self, digest: str) -> None:
-        """Delete a blob unless somebody holds it."""
+        """Delete a blob unless somebody holds it; who sends an equal one may go on."""
         if self._count[digest] <= 0:
             del self._count[digest]
-            self.store.delete(digest)
+            self.store.drop(digest)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import structlog
 
@@ -19,7 +20,7 @@ from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.errors import FedmlError, MalformedMessage, Refused
-from fedml.params import encode, read
+from fedml.params import read
 from fedml.protocol.messages import (
     Assignment,
     Blob,
@@ -48,6 +49,7 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
 from fedml.rounds.run import Run
+from fedml.strategies import ServerState
 
 _LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
 _log = structlog.get_logger()
@@ -76,7 +78,8 @@ class Host:
         self._register, self._changed = register, changed
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._brief: tuple[Brief, Blob] | None = None
-        self._uploads: list[str] = []
+        self._state: tuple[ServerState, Blob] | None = None  # the last one that was committed
+        self._uploads: Counter[str] = Counter()  # not folded in yet, by digest
         self._asked_again: set[TaskId] = set()
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
@@ -117,10 +120,11 @@ class Host:
     async def _trained(self, site: SiteId, order: Assignment, answer: Trained) -> None:
         task, digest = answer.task, answer.update.digest
         self._holds.hold(digest)
-        self._uploads.append(digest)
+        self._uploads[digest] += 1
         try:
             update = await asyncio.to_thread(self._read_update, site, order, answer)
         except (FedmlError, OSError) as error:
+            self._let_go(digest)
             gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
             if gone and task not in self._asked_again:
                 self._asked_again.add(task)
@@ -160,11 +164,19 @@ class Host:
                     if isinstance(command, End):
                         return command
                 self._changed(self.run.id)
-                commands.extend(await self._decide(await self._inbox.get()))
+                event = await self._inbox.get()
+                commands.extend(await self._decide(event))
+                if isinstance(event, UpdateArrived):
+                    self._taken(event.update.site, event.update.task, event.digest)
+                del event  # or an update would stay mapped while we wait
         finally:
             for timer in self._timers:
                 timer.cancel()
-            self._let_go()
+            for digest in list(self._uploads.elements()):
+                self._let_go(digest)
+            self._forget_brief()
+            if self._state is not None:
+                self._holds.let_go(self._state[1].digest)
 
     async def _decide(self, event: Event) -> list[Command]:
         """Let the run take an event in; an update is megabytes to add, so not on the loop."""
@@ -173,11 +185,8 @@ class Host:
     async def _carry_out(self, command: Command) -> list[Command]:
         match command:
             case Opened():
-                self._asked = command.opening.asked
-                entry = RoundOpened(self.run.id, command, self._data())
-                await asyncio.to_thread(self._journal.append, entry)
-                self._log.info("round opened", round=command.opening.number,
-                               kind=command.opening.kind, sites=len(self._asked))  # fmt: skip
+                await asyncio.to_thread(self._journal.append, self._opened(command))
+                self._tell_opened(command)
             case SendTask(task):
                 self._desk.assign(task.site, await self._assignment(task))
             case CancelTask(task, site, reason):
@@ -190,7 +199,8 @@ class Host:
             case ForgetTask(task, site):
                 counted = was_counted(self.run.receipts[-1], site)
                 self._desk.forget(site, task, counted=counted)
-                for digest in self._desk.leftovers(site):
+                for digest in self._desk.leftovers(site, task):
+                    self._holds.store.abandon(digest, site)
                     self._holds.discard(digest)
             case Candidate():
                 await self._candidate(command)
@@ -199,22 +209,63 @@ class Host:
                 self._log.info("run ended", state=state, detail=detail)
         return []
 
+    def _opened(self, command: Opened) -> RoundOpened:
+        """Note who is asked; return the entry that must be on the disk before they are."""
+        self._asked = command.opening.asked
+        return RoundOpened(self.run.id, command, self._data())
+
+    def _tell_opened(self, command: Opened) -> None:
+        opening = command.opening
+        self._log.info("round opened", round=opening.number, kind=opening.kind,
+                       sites=len(opening.asked))  # fmt: skip
+
     async def _commit(self, command: Commit) -> list[Command]:
-        receipt, state = command.receipt, command.state
-        await asyncio.to_thread(self._journal.commit, self.run.id, receipt, state)
+        """Put a round's end on the disk, with the next round's opening: one wait for the disk.
+
+        What the run makes of it is carried out only then.
+        """
+        receipt, state, file = command.receipt, None, None
+        self._forget_brief()
+        if command.state is not None:
+            state, file = await self._keep(command.state)
+        commands = self.run.handle(Committed(state), time.time())
+        opened = [command for command in commands if isinstance(command, Opened)]
+        entries = [self._opened(command) for command in opened]
+        await asyncio.to_thread(self._journal.commit, self.run.id, receipt, file, *entries)
         ended = "committed" if receipt.model else "failed"
         telemetry.ROUNDS.labels(ended).inc()
         self._log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,
                        counted=len(receipt.counted), missing=dict(receipt.missing),
                        scores=dict(receipt.scores))  # fmt: skip
-        self._let_go()
-        return self.run.handle(Committed(), time.time())
+        for next_round in opened:
+            self._tell_opened(next_round)
+        return [command for command in commands if not isinstance(command, Opened)]
 
-    def _let_go(self) -> None:
-        """Let the round's blobs go."""
-        for digest in self._uploads:
-            self._holds.let_go(digest)
-        self._uploads.clear()
+    async def _keep(self, state: ServerState) -> tuple[ServerState, Path]:
+        """Encode a new state once: to be committed, and to be sent out as the next brief.
+
+        It is returned as its file says, which takes no memory, and with the file.
+        """
+        blob = await self._holds.put({"": state.params, **state.slots})
+        if self._state is not None:
+            self._holds.let_go(self._state[1].digest)
+        path = self._holds.store.path(blob.digest)
+        parts = await asyncio.to_thread(read, path)
+        parts[""].known.update(state.params.known)
+        mapped = ServerState(parts.pop(""), parts, state.step)
+        self._state = (mapped, blob)
+        return mapped, path
+
+    def _taken(self, site: SiteId, task: TaskId, digest: str) -> None:
+        """The run has made of an update what it will: if it counts, it is part of the sum."""
+        self._let_go(digest)
+        self._desk.settle(site, task)
+
+    def _let_go(self, digest: str) -> None:
+        self._uploads[digest] -= 1
+        self._holds.let_go(digest)
+
+    def _forget_brief(self) -> None:
         if self._brief is not None:
             self._holds.let_go(self._brief[1].digest)
             self._brief = None
@@ -245,9 +296,15 @@ class Host:
         )
 
     async def _encoded(self, brief: Brief) -> Blob:
-        """Encode a round's brief once, whatever the number of sites."""
+        """Encode a round's brief once, whatever the number of sites; not at all if it is the
+        state that was just committed.
+        """
         if self._brief is None or self._brief[0] is not brief:
-            blob = await self._holds.put(encode({"": brief.params, **brief.slots}))
+            if self._state is not None and _is_all_of(brief, self._state[0]):
+                blob = self._state[1]
+                self._holds.hold(blob.digest)
+            else:
+                blob = await self._holds.put({"": brief.params, **brief.slots})
             self._brief = (brief, blob)
         return self._brief[1]
 
@@ -272,6 +329,15 @@ class Host:
             return
         self._expected = frozenset()
         self.tell(SitesChanged(statuses))
+
+
+def _is_all_of(brief: Brief, state: ServerState) -> bool:
+    """True if a brief holds the very tensors of a state, and all of them."""
+    return (
+        brief.params is state.params
+        and brief.slots.keys() == state.slots.keys()
+        and all(slot is state.slots[name] for name, slot in brief.slots.items())
+    )
 
 
 def _line(reason: str) -> str:

@@ -15,7 +15,7 @@ from typing import cast
 
 from fedml import durable
 from fedml.errors import ConfigError, Corrupt, MalformedMessage
-from fedml.params import encode, read
+from fedml.params import read
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt, RunState
 from fedml.records import from_record, to_record
@@ -125,23 +125,27 @@ class Journal:
             self._log.close()
             raise
 
-    def append(self, entry: Entry) -> None:
-        """Write `entry`; when this returns it is on the disk."""
-        kind = type(entry).__name__
+    def append(self, *entries: Entry) -> None:
+        """Write `entries`, with one wait for the disk; when this returns they are on it."""
+        records = [{"kind": type(entry).__name__, "entry": to_record(entry)} for entry in entries]
         with self._mutex:
             if self._closed:
                 raise ConfigError(f"{self._log.path} is closed; the coordinator is going down")
-            self._log.append({"kind": kind, "entry": to_record(entry)})
-            self._note(entry)
+            self._log.append(*records)
+            for entry in entries:
+                self._note(entry)
 
-    def commit(self, run: RunId, receipt: Receipt, state: ServerState | None) -> None:
-        """Write a round's end, its state file first; older states of the run go."""
+    def commit(self, run: RunId, receipt: Receipt, state: Path | None, *more: Entry) -> None:
+        """Write a round's end, its state first, and `more` entries that follow it at once.
+
+        `state` is a file with the state's parts that nobody will write to: it gets a second name
+        among the states. Older states of the run go.
+        """
         name = f"{run}.{receipt.round}.safetensors" if state else ""
         if state:
-            parts = {"": state.params, **state.slots}
-            durable.replace(self._states / name, *encode(parts))
+            durable.link(state, self._states / name)
         before = self.runs[run].state
-        self.append(RoundCommitted(run, receipt, name))
+        self.append(RoundCommitted(run, receipt, name), *more)
         if name and before not in ("", name):
             (self._states / before).unlink(missing_ok=True)
 

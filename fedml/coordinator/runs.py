@@ -178,7 +178,9 @@ class Runs:
 
     async def _fail(self, id: RunId, reason: str) -> None:
         _log.error("run failed", run=id, reason=reason)
-        self.desk.abandon(id, f"the run failed: {reason}")
+        for site, digest in self.desk.abandon(id, f"the run failed: {reason}"):
+            self._holds.store.abandon(digest, site)
+            self._holds.discard(digest)
         await asyncio.to_thread(self._journal.append, Ended(id, "failed", reason))
 
     async def _load(self, id: RunId) -> Run:

@@ -19,9 +19,7 @@ _CHANGE = frozenset(
     f"Operations/{name}"
     for name in ("Submit", "StopRun", "Release", "Rollback", "Invite", "Revoke")
 )
-_FEDERATE = frozenset(
-    f"Federation/{name}" for name in ("Connect", "Download", "Upload", "Offset", "Fetch")
-)
+_FEDERATE = frozenset(f"Federation/{name}" for name in ("Connect", "Download", "Upload", "Fetch"))
 _RENEW = frozenset({"Federation/Renew"})
 
 ALLOWED: Mapping[Role, frozenset[str]] = {

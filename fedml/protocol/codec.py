@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from types import UnionType
-from typing import Literal, NewType, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, NewType, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf.message import DecodeError, EncodeError, Message
 
@@ -37,11 +37,15 @@ _DOCUMENTS = frozenset({"plan", "manifest"})
 
 def encode(message: object) -> bytes:
     """Return a dataclass as bytes; one of a union is encoded as itself, without the union."""
+    if isinstance(message, requests.Chunk):
+        return _frame(b"", message.data)
     return _serialize(_put_message(message, type(message).__name__))
 
 
 def decode(kind: type[T], data: bytes) -> T:
     """Return the dataclass `kind` that `data` holds."""
+    if kind is requests.Chunk and (chunk := _unframe(data, 0)):
+        return cast(T, chunk)
     return _take_message(kind, _parse(kind.__name__, data), kind.__name__)
 
 
@@ -67,12 +71,63 @@ def decode_event(data: bytes) -> SiteEvent:
 
 def encode_part(part: requests.UploadPart) -> bytes:
     """Return one of the `UploadPart`s as bytes."""
+    if isinstance(part, requests.Chunk):
+        return _frame(_PART, part.data)
     return _encode_one("UploadPart", requests.UploadPart, part)
 
 
 def decode_part(data: bytes) -> requests.UploadPart:
     """Return the `UploadPart` that `data` holds."""
+    if data[:1] == _PART:
+        size, start = _varint_at(data, 1)
+        if size == len(data) - start and (chunk := _unframe(data, start)):
+            return chunk
     return _decode_one("UploadPart", requests.UploadPart, data)  # type: ignore[return-value]
+
+
+# --- chunks, by hand: protobuf would copy each MiB twice either way -----------------------------
+
+_DATA = b"\x0a"  # field 1 of Chunk, some bytes
+_PART = b"\x12"  # field 2 of UploadPart, a Chunk
+
+
+def _frame(part: bytes, data: bytes | memoryview) -> bytes:
+    """Return a chunk as protobuf would write it, within the field `part` of another message."""
+    if len(data) > MAX_CHUNK:
+        raise MalformedMessage(f"Chunk.data: {len(data)} bytes, limit {MAX_CHUNK}")
+    head = _DATA + _varint(len(data)) if data else b""
+    if part:
+        head = part + _varint(len(head) + len(data)) + head
+    return b"".join((head, data))
+
+
+def _unframe(data: bytes, start: int) -> requests.Chunk | None:
+    """Return the chunk that starts there, a view, if it is written as we write them."""
+    if data[start : start + 1] != _DATA:
+        return None
+    size, start = _varint_at(data, start + 1)
+    if size != len(data) - start or size > MAX_CHUNK:
+        return None
+    return requests.Chunk(memoryview(data)[start:])
+
+
+def _varint(number: int) -> bytes:
+    digits = bytearray()
+    while number > 0x7F:
+        digits.append(number & 0x7F | 0x80)
+        number >>= 7
+    digits.append(number)
+    return bytes(digits)
+
+
+def _varint_at(data: bytes, start: int) -> tuple[int, int]:
+    """Return a number, and where it ends; -1 if it is none that a length would be."""
+    number = 0
+    for place, digit in enumerate(data[start : start + 5]):
+        number |= (digit & 0x7F) << 7 * place
+        if digit < 0x80:
+            return number, start + place + 1
+    return -1, start
 
 
 # --- whole messages ---------------------------------------------------------------------------
@@ -196,6 +251,8 @@ def _scalar(hint: object, name: str, strict: bool) -> Callable[[object, str], ob
         return partial(_word, get_args(hint))
     if isinstance(hint, NewType):
         return _id if strict else partial(_text, MAX_TEXT)
+    if hint == bytes | memoryview:
+        return _bytes
     if hint is str:
         return partial(_text, MAX_DOCUMENT if name in _DOCUMENTS else MAX_TEXT)
     if hint is float:

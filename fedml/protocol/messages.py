@@ -48,7 +48,7 @@ def check_id(what: str, id: str) -> str:
 
 
 def check_digest(what: str, digest: str) -> str:
-    """Return `digest` if it is a SHA-256 in lower-case hex; else raise `ConfigError`."""
+    """Return `digest` if it is one of 256 bits in lower-case hex; else raise `ConfigError`."""
     if not _DIGEST.fullmatch(digest):
         raise ConfigError(f"{what} {digest[:70]!r} is no SHA-256 in lower-case hex")
     return digest
@@ -56,7 +56,10 @@ def check_digest(what: str, digest: str) -> str:
 
 @dataclass(frozen=True)
 class Blob:
-    """Bytes that travel apart from messages: SHA-256 in hex, and length in bytes."""
+    """Bytes that travel apart from messages: their digest in hex, and length in bytes.
+
+    Models and updates are named by BLAKE3, files of releases by SHA-256, as in what is signed.
+    """
 
     digest: str
     size: int

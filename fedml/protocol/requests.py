@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedml.errors import ConfigError
-from fedml.protocol.messages import Blob, RunId, check_digest, check_name
+from fedml.protocol.messages import Blob, RunId, TaskId, check_digest, check_id, check_name
 from fedml.protocol.operations import Role
 
 
@@ -56,21 +56,20 @@ class FetchRequest:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next bytes, at most `codec.MAX_CHUNK`."""
+    """The next bytes, at most `codec.MAX_CHUNK`; none at all say only that the sender is there."""
 
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True)
 class UploadStart:
-    """First part of an upload: which blob, and from which byte on the chunks go."""
+    """First part of an upload: which blob, the update of which task. Chunks wait for `Stored`."""
 
     blob: Blob
-    offset: int
+    task: TaskId
 
     def __post_init__(self) -> None:
-        if not 0 <= self.offset <= self.blob.size:
-            raise ConfigError(f"offset {self.offset} in a blob of {self.blob.size} bytes")
+        check_id("task", self.task)
 
 
 UploadPart = UploadStart | Chunk
@@ -78,9 +77,13 @@ UploadPart = UploadStart | Chunk
 
 @dataclass(frozen=True)
 class Stored:
-    """How many bytes of the blob the coordinator has; the blob's size once it is verified."""
+    """How many bytes of the blob the coordinator has; the blob's size once it is verified.
+
+    Once `go` is set the rest may come; until then it is not the sender's turn.
+    """
 
     size: int
+    go: bool
 
 
 @dataclass(frozen=True)

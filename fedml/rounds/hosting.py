@@ -37,7 +37,12 @@ class StopAsked:
 
 @dataclass(frozen=True)
 class Committed:
-    """What the last `Commit` carried is on the disk."""
+    """What the last `Commit` carried is on the disk, or goes there before anything else is done.
+
+    `state` is the state that it carried as it was read back, for a host that maps its files.
+    """
+
+    state: ServerState | None = None
 
 
 Event = (

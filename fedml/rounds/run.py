@@ -147,8 +147,8 @@ class Run:
                 self._stopped = self._stopped or reason
                 ended = self._round.abandon(f"the run was stopped: {reason}") if self._round else []
                 return self._carry(ended, now) if ended else self._go_on(now)
-            case Committed():
-                return self._committed(now)
+            case Committed(state):
+                return self._committed(state, now)
             case (
                 rounds.UpdateArrived()
                 | rounds.StackArrived()
@@ -312,14 +312,14 @@ class Run:
         self._round, self._commit = None, Commit(receipt, state, account.final)
         return self._commit
 
-    def _committed(self, now: float) -> list[Command]:
+    def _committed(self, state: ServerState | None, now: float) -> list[Command]:
         if self._commit is None:
             return []
         assert self._opened is not None, "a commit without a round"
         opening, commit = self._opened.opening, self._commit
         self._commit = None
         self._keep(commit.receipt)
-        self.state = commit.state or self.state
+        self.state = state or commit.state or self.state
         forget = [ForgetTask(opening.task_id(site), site) for site in opening.asked]
         return [*forget, *self._go_on(now)]
 

@@ -8,7 +8,6 @@ forgotten is never done again, for a second answer to the same order would be a 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,13 +16,12 @@ from pathlib import Path
 import structlog
 
 from fedml import durable, telemetry
-from fedml.errors import Corrupt, FedmlError, Refused, TaskFailed, Unreachable, Untrusted
+from fedml.errors import Corrupt, FedmlError, Refused, TaskFailed, Unreachable
 from fedml.learning.recipe import installed
 from fedml.privacy.ledger import Ledger
 from fedml.protocol.messages import (
     Accepted,
     Assignment,
-    Blob,
     Declined,
     Failed,
     RecipeId,
@@ -37,7 +35,7 @@ from fedml.site.foreman import Foreman
 from fedml.site.gate import Permit, decide
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
-from fedml.transport.chunks import BlobStore
+from fedml.transport.chunks import BlobStore, transit_blob
 from fedml.transport.link import Link
 
 _LARGEST_BLOB = 64 * 2**30  # bytes
@@ -282,10 +280,11 @@ class Clerk:
     async def _deliver(self, order: Assignment, result: Result) -> None:
         if isinstance(result, Trained):
             path = self._memory.desk(order.task).update
-            blob = await asyncio.to_thread(self._blobs.put_file, path)
-            if blob != result.update:
-                raise Untrusted(f"{path} changed after it was charged; refusing to send it")
-            await self._link.upload(blob, self._blobs)
+            await asyncio.to_thread(self._blobs.put_link, path, result.update)
+            try:
+                await self._link.upload(result.update, self._blobs, order.task)
+            except Refused as error:  # its word, not ours: we do not decline
+                raise TaskFailed(f"the coordinator does not take the update: {error}") from error
         await self._link.send(result)
 
 
@@ -302,8 +301,7 @@ def _read_result(order: Assignment, desk: Desk, epsilon: float) -> Result:
     try:
         if order.kind == "evaluate":
             return Scored(order.task, outcome["totals"], outcome["count"], epsilon)
-        data = desk.update.read_bytes()
-        blob = Blob(hashlib.sha256(data).hexdigest(), len(data))
+        blob = transit_blob(desk.update)
         return Trained(order.task, blob, outcome["weight"], outcome["metrics"], epsilon)
     except (OSError, KeyError, TypeError) as error:
         raise Corrupt(f"{desk.outcome} does not tell a result ({error!r})") from error

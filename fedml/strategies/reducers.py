@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from fedml.strategies.base import Aggregate
 
 GRID = 2.0**32  # steps per unit; a power of two, so scaling by it is exact
 _CHUNK = 2**18  # elements of a stack, or of the sum, widened at a time, whatever the model
+_MANY = 2**20  # elements from which on a sum's memory becomes that of the mean
 _TILE = 2**15  # elements of an update widened at a time, so that they stay in a core's cache
 _INT64 = 2**63
 # A float64 of at most 2^51, added to this, is rounded to a whole number, ties to even, which then
@@ -58,6 +60,7 @@ class _RunningMean:
         self._parts: dict[str, _Sum] = {}
         self._weights: list[float] = []
         self._metrics: dict[str, list[tuple[float, float]]] = {}
+        self._total: Aggregate | None = None  # nothing is added any more
 
     def add(self, update: Update) -> None:
         weight = update.weight
@@ -110,6 +113,11 @@ class _RunningMean:
         return self._parts or {name: _Sum(part.layout) for name, part in parts.items()}
 
     def result(self) -> Aggregate:
+        if self._total is None:
+            self._total = self._mean()
+        return self._total
+
+    def _mean(self) -> Aggregate:
         if not self._weights:
             raise MalformedUpdate("no update to average")
         weight = math.fsum(self._weights)
@@ -118,6 +126,8 @@ class _RunningMean:
                 f"the weights add up to {weight:g}, too little for a sum in steps of 2^-32; "
                 f"use weights that add up to {_LEAST:g} or more, such as row counts"
             )
+        for part in self._parts.values():
+            part.check()
         means = {name: part.mean(weight) for name, part in self._parts.items()}
         delta = means.pop("")
         metrics = {name: _mean(pairs) for name, pairs in sorted(self._metrics.items())}
@@ -152,14 +162,23 @@ def _rounded(values: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.rint(values, out=values).astype(np.int64)
 
 
+def _memory(numbers: int) -> mmap:
+    """Return zeroed memory for that many int64, of which a part can be given back."""
+    return mmap(-1, numbers * 8, MAP_PRIVATE | MAP_ANONYMOUS)
+
+
 class _Sum:
     """A fixed-point sum of weighted `Params`, with the running maximum of their integers."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._sums: dict[torch.dtype, Tensor] = {}
+        self._memory: dict[torch.dtype, mmap] = {}  # of long sums
         for dtype, size in layout.sizes.items():
-            if dtype.is_floating_point:
+            if dtype.is_floating_point and size >= _MANY:
+                self._memory[dtype] = _memory(size)
+                self._sums[dtype] = torch.frombuffer(self._memory[dtype], dtype=torch.int64)
+            elif dtype.is_floating_point:
                 self._sums[dtype] = torch.zeros(size, dtype=torch.int64)
         self._most: dict[torch.dtype, Tensor] = {}
         self._reach = 0  # sum of all peaks, in grid steps: no element's sum can be beyond it
@@ -205,7 +224,7 @@ class _Sum:
         self._lifts += lift
         for dtype, total in self._sums.items():
             sums = total.numpy()
-            for start, piece in self._scaled(part.buffers[dtype], weight * GRID):
+            for start, piece in self._scaled(part, dtype, weight * GRID):
                 whole = np.add(piece, _LIFT, out=piece).view(np.int64) if lift else _rounded(piece)
                 sums[start : start + len(piece)] += whole  # may wrap, as may taking lifts off
         for dtype, values in part.buffers.items():
@@ -213,15 +232,18 @@ class _Sum:
                 most = self._most.get(dtype)
                 self._most[dtype] = values if most is None else torch.maximum(most, values)
 
-    def _scaled(self, values: Tensor, factor: float) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """Yield where each tile of `values` starts, and the tile times `factor`, in one scratch."""
+    def _scaled(
+        self, part: Params, dtype: torch.dtype, factor: float
+    ) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Yield where each tile of a buffer starts, and the tile times `factor`, in one scratch."""
         if not len(self._scratch):
             self._scratch = np.empty(_TILE)
-        source = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-        for start in range(0, len(source), _TILE):
-            tile = source[start : start + _TILE]
-            out = self._scratch[: len(tile)]
-            yield start, np.multiply(tile, factor, out=out, dtype=np.float64)
+        for first, values in part.windows(dtype):
+            source = (values.float() if dtype == torch.bfloat16 else values).numpy()
+            for start in range(0, len(source), _TILE):
+                tile = source[start : start + _TILE]
+                out = self._scratch[: len(tile)]
+                yield first + start, np.multiply(tile, factor, out=out, dtype=np.float64)
 
     def add_rows(self, part: Stacked, weights: Sequence[float], peaks: int) -> None:
         """Add rows where they lie: their fixed-point sum comes to the CPU, and not they."""
@@ -240,18 +262,32 @@ class _Sum:
                 largest, most = values.amax(0).cpu(), self._most.get(dtype)
                 self._most[dtype] = largest if most is None else torch.maximum(most, largest)
 
-    def mean(self, weight: float) -> Params:
+    def check(self) -> None:
+        """Raise unless the sum of all that was added surely fits."""
         if self._reach >= _INT64:
             raise MalformedUpdate(
                 f"the updates add up to {self._reach / GRID:.3g}, the sum holds "
                 f"{_INT64 / GRID:.3g}; lower the learning rate or the weights"
             )
+
+    def mean(self, weight: float) -> Params:
+        """Return the mean. A long one takes the place of its sum, of which nothing is left."""
         lifts = (self._lifts * _LIFTED + _INT64) % 2**64 - _INT64
         buffers = dict(self._most)
-        for dtype, sums in self._sums.items():
-            mean = torch.empty(len(sums), dtype=dtype)
-            for start in range(0, len(sums), _CHUNK):
-                piece = (sums[start : start + _CHUNK] - lifts).to(torch.float64)
-                mean[start : start + _CHUNK] = piece.div_(GRID * weight)
+        for dtype in list(self._sums):
+            sums, memory = self._sums.pop(dtype), self._memory.pop(dtype, None)
+            if memory is None:
+                mean = torch.empty(len(sums), dtype=dtype)
+            else:
+                mean = torch.frombuffer(memory, dtype=dtype, count=len(sums))
+            scratch = torch.empty(min(_TILE, len(sums)), dtype=torch.float64)
+            for start in range(0, len(sums), _TILE):
+                piece = sums[start : start + _TILE].sub_(lifts)
+                values = scratch[: len(piece)].copy_(piece).div_(GRID * weight)
+                mean[start : start + _TILE] = values  # no further than what was read
+            if memory is not None:
+                end = -(-mean.nbytes // PAGESIZE) * PAGESIZE
+                if end < sums.nbytes:
+                    memory.madvise(MADV_DONTNEED, end, sums.nbytes - end)
             buffers[dtype] = mean
         return Params.over(self.layout, buffers)

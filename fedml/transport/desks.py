@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedml.identity.certificates import Identity
-from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent
+from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, TaskId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import Admission, JoinRequest
 from fedml.transport.chunks import BlobStore
@@ -34,8 +34,11 @@ class FederationDesk(Protocol):
     async def outgoing(self, site: Identity, digest: str) -> BlobStore:
         """Return the store to send a blob from; raise `Refused` if it is none of the site's."""
 
-    async def incoming(self, site: Identity, blob: Blob) -> BlobStore:
-        """Return the store to keep a blob in; raise `Refused` if the site was not asked for it."""
+    async def incoming(self, site: Identity, task: TaskId, blob: Blob) -> BlobStore | None:
+        """Return the store to keep a task's update in, None if the task's was taken in already.
+
+        Raise `Refused` if the site was not asked for it.
+        """
 
     async def file(self, site: Identity, name: str) -> bytes:
         """Return a small named file; raise `ConfigError` if there is none."""

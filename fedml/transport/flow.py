@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
 from typing import TypeVar
 
-from fedml.errors import Unreachable
+from fedml.errors import FedmlError, Unreachable
 from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.requests import Chunk
 from fedml.telemetry import BYTES
-from fedml.transport.chunks import BlobStore, Intake
+from fedml.transport.chunks import BlobStore, Intake, Piece
 
 A = TypeVar("A")
 T = TypeVar("T")
 
 PATIENCE = 60.0  # seconds of silence within a transfer before it is given up
+_AHEAD = 2 * MAX_CHUNK  # bytes that may have come and not be written yet
 
 
 async def pour(store: BlobStore, digest: str, offset: int) -> AsyncGenerator[Chunk]:
@@ -41,35 +43,51 @@ async def pour(store: BlobStore, digest: str, offset: int) -> AsyncGenerator[Chu
 async def catch(chunks: AsyncIterator[Chunk], intake: Intake) -> None:
     """Take all chunks in and verify the blob; what has come is kept whatever happens.
 
-    While one chunk is hashed and written, the next is on its way. Raises `Unreachable` after
-    `PATIENCE` seconds of silence, and as `Intake` does.
+    While some are hashed and written, the next are on their way, but not many. Empty chunks say
+    no more than that the peer is there. Raises as `chunks` and `Intake` do.
     """
+    came: list[Piece] = []
     writing: asyncio.Future[None] | None = None
+    left = intake.blob.size - intake.offset
     try:
-        while (chunk := await soon(chunks, PATIENCE)) is not None:
-            if writing is not None:
-                await writing
-            writing = _thread(intake.write, chunk.data)
+        async for chunk in chunks:
+            came.append(chunk.data)
+            left -= len(chunk.data)
             BYTES.labels("in").inc(len(chunk.data))
+            full = sum(map(len, came)) >= _AHEAD
+            if left and (writing is None or writing.done() or full):
+                if writing is not None:
+                    await writing
+                writing, came = _thread(intake.write, *came), []
         if writing is not None:
             await writing
-        await asyncio.to_thread(intake.finish)
+        writing, came = _thread(intake.finish, *came), []
+        await writing
     finally:
         try:
             if writing is not None:
                 await asyncio.wait([writing])
+            if came:  # the peer broke off, and what it sent is good; or the intake has had enough
+                with suppress(FedmlError):
+                    await asyncio.to_thread(intake.write, *came)
         finally:
             intake.close()
 
 
-def _thread(act: Callable[[A], T], argument: A) -> asyncio.Future[T]:
-    return asyncio.get_running_loop().run_in_executor(None, act, argument)
+def _thread(act: Callable[..., T], *arguments: A) -> asyncio.Future[T]:
+    return asyncio.get_running_loop().run_in_executor(None, act, *arguments)
 
 
-async def soon(items: AsyncIterator[T], patience: float) -> T | None:
+async def soon(items: AsyncIterator[T], patience: float = PATIENCE) -> T | None:
     """Return the next item, None at the end; raises `Unreachable` after `patience` seconds."""
     try:
         async with asyncio.timeout(patience):
             return await anext(items, None)
     except TimeoutError as error:
         raise Unreachable(f"nothing came for {patience:.0f} s") from error
+
+
+async def patient(items: AsyncIterator[T]) -> AsyncGenerator[T]:
+    """Yield the items; raises `Unreachable` after `PATIENCE` seconds without one."""
+    while (item := await soon(items)) is not None:
+        yield item

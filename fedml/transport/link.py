@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent
+from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, TaskId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import Admission
 from fedml.transport.chunks import BlobStore
@@ -34,8 +34,8 @@ class Link(Protocol):
     async def download(self, blob: Blob, into: BlobStore) -> None:
         """Get a blob, from what `into` already has of it on; raises `Untrusted` on a wrong one."""
 
-    async def upload(self, blob: Blob, source: BlobStore) -> None:
-        """Hand in a blob, from what the coordinator already has of it on."""
+    async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
+        """Hand in a task's update, from what the coordinator already has of it on."""
 
     async def fetch(self, name: str, limit: int) -> bytes:
         """Return a small named file; raises `ConfigError` if there is none of that name.

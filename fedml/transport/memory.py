@@ -15,7 +15,7 @@ from fedml.errors import FedmlError, Unreachable, Untrusted
 from fedml.identity.access import Access
 from fedml.identity.certificates import Identity
 from fedml.protocol import codec
-from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent
+from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, TaskId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import (
     Admission,
@@ -106,13 +106,16 @@ class MemoryLink:
         async with aclosing(reception.download(self._who, request)) as chunks:
             await catch(chunks, intake)
 
-    async def upload(self, blob: Blob, source: BlobStore) -> None:
+    async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
         """See `Link`."""
         reception = self._coordinator.receive(self._who, "Federation/Upload")
         await asyncio.to_thread(source.path, blob.digest)  # says so if it is not there
-        held = (await reception.offset(self._who, blob)).size
-        async with aclosing(_parts(blob, source, held)) as parts:
-            await reception.upload(self._who, parts)
+        turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        parts = _parts(UploadStart(blob, task), source, turn)
+        async with aclosing(parts), aclosing(reception.upload(self._who, parts)) as answers:
+            async for stored in answers:
+                if stored.go and not turn.done():
+                    turn.set_result(stored.size)
 
     async def fetch(self, name: str, limit: int) -> bytes:
         """See `Link`."""
@@ -194,9 +197,11 @@ class _Stream:
         await asyncio.wait([self._task])
 
 
-async def _parts(blob: Blob, source: BlobStore, offset: int) -> AsyncGenerator[UploadPart]:
-    yield UploadStart(blob, offset)
-    async with aclosing(pour(source, blob.digest, offset)) as chunks:
+async def _parts(
+    start: UploadStart, source: BlobStore, turn: asyncio.Future[int]
+) -> AsyncGenerator[UploadPart]:
+    yield start
+    async with aclosing(pour(source, start.blob.digest, await turn)) as chunks:
         async for chunk in chunks:
             yield chunk
 

@@ -21,7 +21,7 @@ from fedml.errors import (
 from fedml.identity.access import Access
 from fedml.identity.certificates import Identity
 from fedml.protocol.codec import MAX_CHUNK
-from fedml.protocol.messages import Blob, Command, Hello, SiteEvent
+from fedml.protocol.messages import Command, Hello, SiteEvent
 from fedml.protocol.requests import (
     Chunk,
     DownloadRequest,
@@ -31,9 +31,11 @@ from fedml.protocol.requests import (
     UploadStart,
 )
 from fedml.transport.desks import FederationDesk
-from fedml.transport.flow import PATIENCE, catch, pour, soon
+from fedml.transport.flow import catch, pour, soon
+from fedml.transport.turns import Turns
 
 BACKLOG = 1000  # commands that may wait for a site; more, and it is too slow to be there
+MOVING = 8  # transfers each way that move at a time, see `Turns`
 PARTING = 5.0  # seconds that a last command gets to leave
 Write = Callable[[Command], Awaitable[None]]
 
@@ -44,10 +46,11 @@ class Reception:
     def __init__(self, desk: FederationDesk, access: Access) -> None:
         self._desk, self._access = desk, access
         self._streams: dict[str, _Stream] = {}
+        self._downloads, self._uploads = Turns(MOVING), Turns(MOVING)
 
     async def connect(self, who: Identity, events: AsyncIterator[SiteEvent], write: Write) -> None:
         """Serve one stream to its end; raises why it ended unless the site hung up."""
-        hello = await soon(events, PATIENCE)
+        hello = await soon(events)
         if not isinstance(hello, Hello):
             raise MalformedMessage(f"{who}: a stream starts with Hello")
         stream = _Stream(write)
@@ -79,33 +82,47 @@ class Reception:
             yield event
 
     async def download(self, who: Identity, request: DownloadRequest) -> AsyncGenerator[Chunk]:
-        """Yield a blob's chunks, if it is for this site."""
+        """Yield a blob's chunks, if it is for this site; empty ones until it is its turn."""
         store = await self._desk.outgoing(who, request.digest)
-        async with aclosing(pour(store, request.digest, request.offset)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._downloads.turn() as turn:
+            async with aclosing(turn.waits()) as waits:
+                async for _ in waits:
+                    yield Chunk(b"")
+            async with aclosing(pour(store, request.digest, request.offset)) as chunks:
+                async for chunk in chunks:
+                    with turn.lent():
+                        yield chunk
+                    if not turn.mine:
+                        async for _ in turn.waits():
+                            yield Chunk(b"")
 
-    async def offset(self, who: Identity, blob: Blob) -> Stored:
-        """Say how much of `blob` this site has handed in."""
-        store = await self._desk.incoming(who, blob)
-        return Stored(store.held(blob, who.name))
+    async def upload(
+        self, who: Identity, parts: AsyncIterator[UploadPart]
+    ) -> AsyncGenerator[Stored]:
+        """Take in a blob that this site was asked for.
 
-    async def upload(self, who: Identity, parts: AsyncIterator[UploadPart]) -> Stored:
-        """Take in a blob that this site was asked for."""
-        start = await soon(parts, PATIENCE)
+        Says from where on to send when it is the site's turn, and in the end that all is there.
+        """
+        start = await soon(parts)
         if not isinstance(start, UploadStart):
             raise MalformedMessage(f"{who}: an upload starts with UploadStart")
         blob = start.blob
-        store = await self._desk.incoming(who, blob)
-        intake = store.receive(blob, who.name)
-        if start.offset != intake.offset:
-            intake.close()
-            raise Unreachable(
-                f"blob {blob.digest[:12]}: the next byte is {intake.offset}, not {start.offset}"
-            )
-        async with aclosing(_chunks(who, parts)) as chunks:
-            await catch(chunks, intake)
-        return Stored(blob.size)
+        store = await self._desk.incoming(who, start.task, blob)
+        if store is None:
+            yield Stored(blob.size, True)
+            return
+        with self._uploads.turn() as turn:
+            async with aclosing(turn.waits()) as waits:
+                async for _ in waits:
+                    yield Stored(0, False)
+            intake = store.receive(blob, who.name)
+            yield Stored(intake.offset, True)
+            async with (
+                aclosing(_chunks(who, parts)) as sent,
+                aclosing(turn.over(sent)) as chunks,
+            ):
+                await catch(chunks, intake)
+        yield Stored(blob.size, True)
 
     async def fetch(self, who: Identity, request: FetchRequest) -> AsyncGenerator[Chunk]:
         """Yield the chunks of a named file."""

@@ -23,7 +23,7 @@ from fedml.identity.certificates import (
 )
 from fedml.identity.enrolment import Token
 from fedml.protocol import codec
-from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent
+from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, TaskId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import (
     Admission,
@@ -44,7 +44,7 @@ from fedml.protocol.requests import (
     UploadStart,
 )
 from fedml.transport.chunks import BlobStore
-from fedml.transport.flow import PATIENCE, catch, pour, soon
+from fedml.transport.flow import catch, patient, pour, soon
 from fedml.transport.link import Link
 from fedml.transport.terms import CLIENT_OPTIONS, error_of
 
@@ -104,17 +104,21 @@ class _Line:
                 answers.append(answer)
         return answers
 
-    async def hand_in(self, method: str, parts: AsyncGenerator[bytes], kind: type[T]) -> T:
-        """Make a call that sends many parts and gets one answer."""
-        call = self._channel.stream_unary(_path(method), bytes, bytes)(None)
+    async def hand_in(self, start: UploadStart, source: BlobStore) -> None:
+        """Send a blob when it is our turn, from where on the other end says."""
+        call = self.converse("Federation/Upload")
+        answers = _answers(call)
         try:
             with _errors_of(self.address):
-                with suppress(asyncio.InvalidStateError):  # it is over; awaiting it says why
-                    async with aclosing(parts):
-                        async for part in parts:
-                            await call.write(part)
+                with suppress(asyncio.InvalidStateError):  # it is over; reading says why
+                    await call.write(codec.encode_part(start))
+                    offset = await _go(answers)
+                    async with aclosing(pour(source, start.blob.digest, offset)) as chunks:
+                        async for chunk in chunks:
+                            await call.write(codec.encode_part(chunk))
                     await call.done_writing()
-                return codec.decode(kind, await call)
+                if await _go(answers) != start.blob.size:
+                    raise Unreachable(f"coordinator at {self.address}: it did not take all")
         finally:
             call.cancel()
 
@@ -191,21 +195,19 @@ class GrpcLink:
             return
         request = DownloadRequest(blob.digest, intake.offset)
         async with aclosing(self._open().stream("Federation/Download", request, Chunk)) as chunks:
-            await catch(chunks, intake)
+            await catch(patient(chunks), intake)
 
-    async def upload(self, blob: Blob, source: BlobStore) -> None:
+    async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
         """See `Link`."""
-        line = self._open()
         await asyncio.to_thread(source.path, blob.digest)  # says so if it is not there
-        held = (await line.ask("Federation/Offset", blob, Stored)).size
-        await line.hand_in("Federation/Upload", _parts(blob, source, held), Stored)
+        await self._open().hand_in(UploadStart(blob, task), source)
 
     async def fetch(self, name: str, limit: int) -> bytes:
         """See `Link`."""
         data = bytearray()
         stream = self._open().stream("Federation/Fetch", FetchRequest(name), Chunk)
         async with aclosing(stream) as chunks:
-            while (chunk := await soon(chunks, PATIENCE)) is not None:
+            while (chunk := await soon(chunks)) is not None:
                 data += chunk.data
                 if len(data) > limit:
                     raise Untrusted(f"file {name!r} is longer than {limit} bytes")
@@ -246,11 +248,17 @@ class GrpcLink:
         return codec.decode_command(data)
 
 
-async def _parts(blob: Blob, source: BlobStore, offset: int) -> AsyncGenerator[bytes]:
-    yield codec.encode_part(UploadStart(blob, offset))
-    async with aclosing(pour(source, blob.digest, offset)) as chunks:
-        async for chunk in chunks:
-            yield codec.encode_part(chunk)
+async def _answers(call: _Stream) -> AsyncGenerator[Stored]:
+    while isinstance(data := await call.read(), bytes):
+        yield codec.decode(Stored, data)
+
+
+async def _go(answers: AsyncGenerator[Stored]) -> int:
+    """Wait until we may go on; return how much the other end has."""
+    while (stored := await soon(answers)) is not None:
+        if stored.go:
+            return stored.size
+    raise Unreachable("the coordinator broke off")
 
 
 class OperationsClient:

@@ -18,7 +18,7 @@ from fedml.errors import ConfigError, FedmlError, PermissionDenied
 from fedml.identity.access import Access
 from fedml.identity.certificates import Identity, identity_of
 from fedml.protocol import codec
-from fedml.protocol.messages import Blob, Command
+from fedml.protocol.messages import Command
 from fedml.protocol.operations import RunDetail
 from fedml.protocol.requests import (
     Done,
@@ -170,7 +170,6 @@ class _Calls:
 def _federation(guard: _Guard, reception: Reception, enrolment: EnrolmentDesk) -> Handlers:
     calls = _Calls("Federation", guard)
     calls.stream("Download", DownloadRequest, reception.download)
-    calls.unary("Offset", Blob, reception.offset)
     calls.stream("Fetch", FetchRequest, reception.fetch)
     calls.unary("Renew", RenewRequest, lambda who, r: enrolment.renew(who, r.csr))
 
@@ -182,15 +181,16 @@ def _federation(guard: _Guard, reception: Reception, enrolment: EnrolmentDesk) -
             who = guard.admit("Federation/Connect", context)
             await reception.connect(who, _decoded(requests, codec.decode_event), write)
 
-    async def upload(requests: AsyncIterator[bytes], context: Context) -> bytes:
+    async def upload(requests: AsyncIterator[bytes], context: Context) -> None:
         async with _answering(context):
             who = guard.admit("Federation/Upload", context)
-            stored = await reception.upload(who, _decoded(requests, codec.decode_part))
-            return codec.encode(stored)
-        raise AssertionError("abort has raised")
+            parts = _decoded(requests, codec.decode_part)
+            async with aclosing(reception.upload(who, parts)) as answers:
+                async for stored in answers:
+                    await context.write(codec.encode(stored))
 
     calls.handlers["Connect"] = grpc.stream_stream_rpc_method_handler(connect)
-    calls.handlers["Upload"] = grpc.stream_unary_rpc_method_handler(upload)
+    calls.handlers["Upload"] = grpc.stream_stream_rpc_method_handler(upload)
     return calls.handlers
 
 

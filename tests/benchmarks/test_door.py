@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.catalogue import select
 
-RACES = ("_vs_", "_bf16")  # these take minutes
-QUICK = [one.name for one in select([]) if not any(race in one.name for race in RACES)]
+SLOW = ("_vs_", "_bf16", "500MB", "memory32")  # these take minutes
+QUICK = [one.name for one in select([]) if not any(slow in one.name for slow in SLOW)]
 ROOT = Path(__file__).parents[2]
 NAMES = ["simulation/w1", "transport/100MB", "transport/1MB", "transport/memory"]
 

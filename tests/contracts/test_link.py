@@ -29,7 +29,7 @@ from fedml.protocol.operations import RunInfo
 from fedml.telemetry import BYTES
 from fedml.transport.chunks import Intake
 from fedml.transport.link import Link
-from tests.transport.world import HELLO, MIB, GrpcPlace, MemoryPlace, Place, World
+from tests.transport.world import HELLO, MIB, TASK, GrpcPlace, MemoryPlace, Place, World
 
 T = TypeVar("T")
 DATA = random.Random(1).randbytes(3 * MIB + 17)
@@ -194,7 +194,7 @@ async def test_a_blob_comes_and_goes_whole(place: Place, link: Link) -> None:
         assert mine.path(there.digest).read_bytes() == data
         here = mine.put_bytes(data, b"from the site")
         desk.asked_for.add(here)
-        await soon(link.upload(here, mine))
+        await soon(link.upload(here, mine, TASK))
         assert desk.store.path(here.digest).read_bytes() == data + b"from the site"
 
 
@@ -212,7 +212,7 @@ async def test_a_transfer_goes_on_from_what_has_come(place: Place, link: Link, t
     desk.asked_for.add(blob)
     _begin(desk.store.receive(blob, "mercy"), start)
     before = carried("in")
-    await soon(link.upload(blob, mine))
+    await soon(link.upload(blob, mine, TASK))
     assert carried("in") - before == len(DATA) - start
     assert desk.store.path(blob.digest).read_bytes() == DATA
 
@@ -231,7 +231,7 @@ async def test_what_is_there_already_is_not_sent_again(place: Place, link: Link)
     desk.asked_for.add(blob)
     before = carried("in")
     await soon(link.download(blob, mine))
-    await soon(link.upload(blob, mine))
+    await soon(link.upload(blob, mine, TASK))
     assert carried("in") == before
 
 
@@ -249,7 +249,7 @@ async def test_a_blob_with_another_content_than_its_name_is_dropped(
     desk.store.delete(liar.digest)
     desk.asked_for.add(liar)
     with pytest.raises(Untrusted, match="the digest is wrong; dropped"):
-        await soon(link.upload(liar, mine))
+        await soon(link.upload(liar, mine, TASK))
     assert not any(desk.store.folder.iterdir())
 
 
@@ -264,7 +264,7 @@ async def test_a_blob_longer_than_announced_is_dropped(place: Place, link: Link)
     desk.store.delete(liar.digest)
     desk.asked_for.add(liar)
     with pytest.raises(Untrusted, match="more than 2097152 bytes"):
-        await soon(link.upload(liar, mine))
+        await soon(link.upload(liar, mine, TASK))
     assert not any(desk.store.folder.iterdir())
 
 
@@ -277,7 +277,7 @@ async def test_a_blob_over_the_stores_limit_is_refused_before_it_travels(
     desk.store.limit_bytes = MIB
     before = carried("out")
     with pytest.raises(Refused, match="limit 1048576"):
-        await soon(link.upload(here, mine))
+        await soon(link.upload(here, mine, TASK))
     assert carried("out") == before
     assert not any(desk.store.folder.iterdir())
 
@@ -287,7 +287,7 @@ async def test_a_blob_that_is_not_there_is_said(place: Place, link: Link) -> Non
     absent = Blob("0" * 64, 5)
     desk.may_get.add(absent.digest)
     desk.asked_for.add(absent)
-    for transfer in (link.download(absent, mine), link.upload(absent, mine)):
+    for transfer in (link.download(absent, mine), link.upload(absent, mine, TASK)):
         with pytest.raises(Refused, match="blob 000000000000 is not here"):
             await soon(transfer)
 
@@ -299,7 +299,7 @@ async def test_blobs_need_leave_either_way(place: Place, link: Link) -> None:
         await soon(link.download(secret, mine))
     unasked = mine.put_bytes(b"spam")
     with pytest.raises(Refused, match="nobody asked site mercy for blob"):
-        await soon(link.upload(unasked, mine))
+        await soon(link.upload(unasked, mine, TASK))
     assert not desk.store.has(unasked.digest)
 
 
@@ -309,7 +309,7 @@ async def test_an_older_transfer_gives_way_to_a_newer_one(place: Place, link: Li
     desk.asked_for.add(blob)
     older = desk.store.receive(blob, "mercy")
     older.write(DATA[:MIB])
-    await soon(link.upload(blob, mine))
+    await soon(link.upload(blob, mine, TASK))
     with pytest.raises(Unreachable, match="a newer transfer took over"):
         older.write(DATA[MIB : 2 * MIB])
     assert desk.store.path(blob.digest).read_bytes() == DATA

@@ -296,19 +296,49 @@ def test_an_update_may_be_twice_the_model_and_a_little(
     offer: Callable[[], Blob], objection: str
 ) -> None:
     desk = Office().desk
-    assert desk.objection(BERN, offer()) == "no update is expected"
+    assert desk.objection(BERN, ORDER.task, offer()) == "no update is expected"
     desk.assign(BERN, replace(ORDER, kind="evaluate"))
-    assert desk.objection(BERN, offer()) == "no update is expected"
+    assert desk.objection(BERN, ORDER.task, offer()) == "no update is expected"
     desk.assign(BERN, ORDER)
-    assert desk.objection(BERN, offer()) == objection
-    assert desk.objection(KYOTO, offer()) == "no update is expected"
+    assert desk.objection(BERN, ORDER.task, offer()) == objection
+    assert desk.objection(KYOTO, ORDER.task, offer()) == "no update is expected"
+    assert desk.objection(BERN, TaskId("other.1.1.bern"), offer()) == "no update is expected"
 
 
-def test_leftovers_are_told_when_all_of_a_site_s_tasks_are_over() -> None:
+def test_offers_are_counted_for_each_task_alone_so_no_run_bars_a_site_from_another() -> None:
+    """One run's task is always under way while the other's come and go."""
     desk = Office().desk
     desk.assign(BERN, ORDER)
-    desk.objection(BERN, Blob("11" * 32, 5))
-    assert desk.leftovers(BERN) == set()
-    desk.forget(BERN, ORDER.task, counted=False)
-    assert desk.leftovers(BERN) == {"11" * 32}
-    assert desk.leftovers(BERN) == set()
+    for number in range(100):
+        task = TaskId(f"other.{number}.1.bern")
+        desk.assign(BERN, replace(ORDER, task=task, run=RunId("other")))
+        blobs = [Blob(f"{number:062x}{turn:02x}", 5) for turn in range(4)]
+        said = [desk.objection(BERN, task, blob) for blob in blobs]
+        assert said == ["", "", "", "it has offered 3 others for this task"]
+        assert desk.objection(BERN, task, blobs[0]) == ""
+        desk.forget(BERN, task, counted=True)
+        assert desk.leftovers(BERN, task) == {blob.digest for blob in blobs[:3]}
+        assert desk.leftovers(BERN, task) == set()
+    assert desk.objection(BERN, ORDER.task, Blob("11" * 32, 5)) == ""
+
+
+def test_a_run_that_failed_leaves_no_offers() -> None:
+    desk = Office().desk
+    desk.assign(BERN, ORDER)
+    desk.objection(BERN, ORDER.task, Blob("11" * 32, 5))
+    assert desk.abandon(ORDER.run, "the disk is full") == [(BERN, "11" * 32)]
+    assert desk.leftovers(BERN, ORDER.task) == set()
+
+
+async def test_an_answer_that_was_taken_in_is_kept_and_not_asked_for_again() -> None:
+    office = Office()
+    await office.attend()
+    office.desk.assign(BERN, ORDER)
+    office.desk.settle(BERN, ORDER.task)
+    assert office.desk.is_settled(BERN, ORDER.task)
+    again = await office.attend(hello=Hello("1", "cpu", kept=(ORDER.task,)))
+    assert not again.those(Assignment)
+    assert not again.those(Forget)
+    office.desk.forget(BERN, ORDER.task, counted=True)
+    assert again.those(Forget) == [Forget(ORDER.task, True)]
+    assert not office.desk.is_settled(BERN, ORDER.task)

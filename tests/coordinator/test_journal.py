@@ -53,6 +53,13 @@ def journal(tmp_path: Path) -> Journal:
     return fresh
 
 
+def stated(folder: Path, state: ServerState = STATE) -> Path:
+    """Return a file with a state's parts, as the host leaves one among its blobs."""
+    path = folder / "blob"
+    durable.replace(path, *encode({"": state.params, **state.slots}))
+    return path
+
+
 def reopened(journal: Journal, folder: Path) -> Journal:
     journal.close()
     return Journal(folder)
@@ -68,7 +75,7 @@ def test_every_kind_of_entry_is_replayed(journal: Journal, tmp_path: Path) -> No
 
 def test_a_committed_round_is_replayed_with_its_state(journal: Journal, tmp_path: Path) -> None:
     journal.append(RoundOpened(RUN, OPENED))
-    journal.commit(RUN, RECEIPT, STATE)
+    journal.commit(RUN, RECEIPT, stated(tmp_path))
     journal.append(RoundOpened(RUN, replace(OPENED, opening=replace(OPENED.opening, number=2))))
     failed = replace(RECEIPT, round=2, counted=(), model="")
     journal.commit(RUN, failed, None)
@@ -82,13 +89,33 @@ def test_a_committed_round_is_replayed_with_its_state(journal: Journal, tmp_path
     assert again.state(RUN) == STATE
 
 
+def test_a_round_s_end_and_the_next_one_s_opening_are_noted_together(
+    journal: Journal, tmp_path: Path
+) -> None:
+    following = replace(OPENED, opening=replace(OPENED.opening, number=2))
+    state = stated(tmp_path)
+    journal.commit(RUN, RECEIPT, state, RoundOpened(RUN, following))
+    assert (tmp_path / "states" / "line-1.1.safetensors").samefile(state)
+    state.unlink()  # the blob goes; the state stays
+    again = reopened(journal, tmp_path)
+    assert again.runs[RUN].receipts == [RECEIPT]
+    assert again.runs[RUN].opened == following
+    assert again.state(RUN) == STATE
+    again.close()
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])  # a crash between the two
+    torn = Journal(tmp_path)
+    assert torn.runs[RUN].receipts == [RECEIPT]
+    assert torn.runs[RUN].opened is None
+
+
 def test_before_the_first_commit_there_is_no_state(journal: Journal) -> None:
     assert journal.state(RUN) is None
 
 
 def test_only_the_newest_state_is_kept(journal: Journal, tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        journal.commit(RUN, replace(RECEIPT, round=number), STATE)
+        journal.commit(RUN, replace(RECEIPT, round=number), stated(tmp_path))
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["line-1.3.safetensors"]
 
 
@@ -179,7 +206,7 @@ def test_a_run_is_submitted_once(journal: Journal) -> None:
 def test_a_state_that_is_gone_or_swapped_is_named_with_the_way_out(
     journal: Journal, tmp_path: Path, harm: object, message: str
 ) -> None:
-    journal.commit(RUN, RECEIPT, STATE)
+    journal.commit(RUN, RECEIPT, stated(tmp_path))
     path = tmp_path / "states" / "line-1.1.safetensors"
     harm(path)  # type: ignore[operator]
     with pytest.raises(Corrupt) as caught:
@@ -226,7 +253,9 @@ def test_threads_may_share_it(journal: Journal, tmp_path: Path) -> None:
     assert len(reopened(journal, tmp_path).runs) == 29
 
 
-def test_a_commit_of_a_round_that_moved_nothing_keeps_the_state(journal: Journal) -> None:
-    journal.commit(RUN, RECEIPT, STATE)
+def test_a_commit_of_a_round_that_moved_nothing_keeps_the_state(
+    journal: Journal, tmp_path: Path
+) -> None:
+    journal.commit(RUN, RECEIPT, stated(tmp_path))
     journal.append(RoundCommitted(RUN, replace(RECEIPT, kind="evaluate", scores={"a": 0.5})))
     assert cast(ServerState, journal.state(RUN)).params == MODEL

@@ -128,10 +128,10 @@ async def test_a_site_cannot_fill_the_disk_with_updates(hub: Hub, sites: list[Si
     run = await hub.submit(plan())
     bern, *others = sites
     order = await bern.order()
-    with pytest.raises(Refused, match="it has offered 3 updates for 1 tasks"):
+    with pytest.raises(Refused, match="it has offered 3 others for this task"):
         for number in range(10):
             trained = bern.trained(order, b"%d" % number)
-            await bern.link.upload(trained.update, bern.store)
+            await bern.link.upload(trained.update, bern.store, order.task)
     await bern.send(Failed(order.task, "enough"))
     await play(others)
     await hub.receipt(run)
@@ -249,7 +249,7 @@ async def test_metrics_that_would_swell_the_receipts_are_refused(
     bern, *others = sites
     order = await bern.order()
     trained = bern.trained(order)
-    await bern.link.upload(trained.update, bern.store)
+    await bern.link.upload(trained.update, bern.store, order.task)
     too_many = {f"m{number}": 1.0 for number in range(65)}
     await bern.send(replace(trained, metrics=too_many))
     await play(others)
@@ -338,6 +338,56 @@ async def test_runs_with_equal_models_and_updates_do_not_take_each_other_s_blobs
     receipt = await hub.receipt(runs[1])
     assert not receipt.missing
     assert receipt.model == (await hub.receipt(runs[0])).model
+
+
+async def test_an_update_that_was_folded_in_is_let_go_and_not_asked_for_again(
+    hub: Hub, sites: list[Site]
+) -> None:
+    run = await hub.submit(plan())
+    orders = [await site.order() for site in sites]
+    model = orders[0].model.digest
+    bern, kyoto, quito = sites
+    trained = await bern.answer(orders[0])
+    await hub.until(run, lambda info: "1 of 3 sites answered" in info.detail)
+    await until(lambda: {path.name for path in hub.blobs.folder.iterdir()} == {model})
+    await bern.link.close()
+    await bern.connect(hub, orders[0].task)
+    await bern.link.upload(trained.update, bern.store, orders[0].task)  # nothing of it travels
+    assert {path.name for path in hub.blobs.folder.iterdir()} == {model}
+    for site, order in ((kyoto, orders[1]), (quito, orders[2])):
+        await site.answer(order)
+    receipt = await hub.receipt(run)
+    assert [counted.site for counted in receipt.counted] == ["bern", "kyoto", "quito"]
+    assert await bern.next(Forget) == Forget(orders[0].task, True)  # only now
+
+
+async def test_what_a_site_handed_in_partly_goes_with_the_round(
+    hub: Hub, sites: list[Site]
+) -> None:
+    run = await hub.submit(plan())
+    bern, *others = sites
+    order = await bern.order()
+    blob = bern.trained(order).update
+    assert hub.runs.desk.objection(bern.name, order.task, blob) == ""
+    intake = hub.blobs.receive(blob, bern.name)
+    intake.write(b"the beginning")
+    await bern.send(Failed(order.task, "enough"))
+    await play(others)
+    await hub.receipt(run)
+    model = (await bern.order()).model.digest
+    assert {path.name for path in hub.blobs.folder.iterdir()} == {model}
+    with pytest.raises(Unreachable, match="a newer transfer took over"):
+        intake.write(b"the rest")
+
+
+async def test_the_state_on_the_disk_is_the_next_model_that_is_sent(
+    hub: Hub, sites: list[Site]
+) -> None:
+    await hub.submit(plan())
+    await play(sites)
+    digest = (await sites[0].order()).model.digest
+    (state,) = (hub.path / "states").iterdir()
+    assert state.samefile(hub.blobs.path(digest))
 
 
 async def test_an_equal_update_that_went_with_another_run_is_asked_for_again(
@@ -519,3 +569,10 @@ def test_settings_that_cannot_be_are_named() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Settings(**wrong)
+
+
+async def until(test: Callable[[], bool]) -> None:
+    """Wait for something on the disk, which sends no event."""
+    async with asyncio.timeout(20):
+        while not test():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)

@@ -179,7 +179,7 @@ class Site:
         trained = self.trained(order, data)
         for last in (False, False, True):  # as a daemon does: unreachable means once more
             try:
-                await self.link.upload(trained.update, self.store)
+                await self.link.upload(trained.update, self.store, order.task)
                 break
             except Unreachable:
                 if last:

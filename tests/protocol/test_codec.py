@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import re
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,7 +192,7 @@ singles = st.one_of(
     st.builds(requests.Admission, st.binary(max_size=50), st.binary(max_size=50), texts),
     st.builds(requests.DownloadRequest, digests, counts),
     st.builds(requests.FetchRequest, texts),
-    st.builds(requests.Stored, counts),
+    st.builds(requests.Stored, counts, st.booleans()),
     st.builds(requests.SubmitRequest, texts),
     st.just(requests.ListRequest()),
     st.builds(requests.RunRequest, runs),
@@ -201,7 +203,7 @@ singles = st.one_of(
     st.just(requests.Done()),
 )
 parts = st.one_of(
-    st.builds(lambda blob: requests.UploadStart(blob, blob.size // 2), blobs),
+    st.builds(requests.UploadStart, blobs, tasks),
     st.builds(requests.Chunk, st.binary(max_size=100)),
 )
 
@@ -409,5 +411,41 @@ def test_unknown_fields_of_a_newer_version_are_skipped() -> None:
 def test_requests_check_themselves() -> None:
     with pytest.raises(ConfigError, match="versions start at 1"):
         requests.ModelRequest("m", 0)
-    with pytest.raises(ConfigError, match="offset 11 in a blob of 10 bytes"):
-        requests.UploadStart(Blob("0" * 64, 10), 11)
+    with pytest.raises(ConfigError, match=r"'\.\./ledger' is no id"):
+        requests.UploadStart(Blob("0" * 64, 10), TaskId("../ledger"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 2**20 - 5, 2**20])
+def test_chunks_framed_by_hand_are_what_protobuf_writes(size: int) -> None:
+    chunk = requests.Chunk(random.Random(size).randbytes(size))
+    plain = fedml_pb2.Chunk(data=bytes(chunk.data))
+    part = fedml_pb2.UploadPart(chunk=plain)
+    assert codec.encode(chunk) == plain.SerializeToString()
+    assert codec.encode_part(chunk) == part.SerializeToString()
+    assert codec.decode(requests.Chunk, plain.SerializeToString()) == chunk
+    assert codec.decode_part(part.SerializeToString()) == chunk
+    assert codec.encode(requests.Chunk(memoryview(chunk.data))) == codec.encode(chunk)
+
+
+@given(st.binary(max_size=12))
+def test_foreign_chunks_are_read_as_protobuf_reads_them(data: bytes) -> None:
+    plain = fedml_pb2.Chunk()
+    try:
+        plain.ParseFromString(data)
+    except DecodeError:
+        with pytest.raises(MalformedMessage):
+            codec.decode(requests.Chunk, data)
+    else:
+        assert codec.decode(requests.Chunk, data).data == plain.data
+
+
+def test_a_chunk_too_large_is_refused_at_both_ends() -> None:
+    large = bytes(codec.MAX_CHUNK + 1)
+    for send in (codec.encode, codec.encode_part):
+        with pytest.raises(MalformedMessage, match="1048577 bytes"):
+            send(requests.Chunk(large))
+    plain = fedml_pb2.Chunk(data=large)
+    with pytest.raises(MalformedMessage, match="more than 1048576"):
+        codec.decode(requests.Chunk, plain.SerializeToString())
+    with pytest.raises(MalformedMessage, match="more than 1048576"):
+        codec.decode_part(fedml_pb2.UploadPart(chunk=plain).SerializeToString())

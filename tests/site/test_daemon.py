@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from fedml.errors import (
     ConfigError,
@@ -87,6 +87,24 @@ async def test_an_order_that_comes_twice_is_answered_with_the_same_bytes(tmp_pat
         wire.say(ORDER)
         assert await wire.event(Trained) == first
     assert wire.uploads == [UPDATE] * 3
+    assert records(tmp_path) == ["reserved", "charged"]
+
+
+async def test_an_update_that_the_coordinator_refuses_is_no_refusal_of_the_site_s(
+    tmp_path: Path,
+) -> None:
+    """To decline is final, and only the site's own policy may: the next order is answered."""
+    worked(tmp_path)
+    wire = Wire()
+    wire.on_upload = raising(Refused("it has offered 3 others for this task"))
+    async with running(tmp_path, wire):
+        wire.say(ORDER)
+        failed = await wire.event(Failed)
+        assert "the coordinator does not take the update: it has offered 3" in failed.reason
+        wire.on_upload = lambda: None
+        wire.say(ORDER)
+        assert (await wire.event(Trained)).update == UPDATED
+        assert not any(isinstance(event, Declined) for event in wire.heard)
     assert records(tmp_path) == ["reserved", "charged"]
 
 
@@ -581,7 +599,7 @@ class ModelWire(Wire):
 
     @property
     def blob(self) -> Blob:
-        return Blob(hashlib.sha256(self.model).hexdigest(), len(self.model))
+        return Blob(blake3(self.model).hexdigest(), len(self.model))
 
     async def download(self, blob: Blob, into: BlobStore) -> None:
         into.put_bytes(self.model)

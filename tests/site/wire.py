@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
+
+from blake3 import blake3
 
 from fedml import durable
 from fedml.errors import FedmlError, Unreachable
@@ -47,12 +48,12 @@ ORDER = Assignment(
     kind="train",
     recipe=RECIPE,
     dataset="records",
-    model=Blob(hashlib.sha256(MODEL).hexdigest(), len(MODEL)),
+    model=Blob(blake3(MODEL).hexdigest(), len(MODEL)),
     training=Training(lr=0.5, steps=2),
     privacy=Privacy("record", 1.0, 1e-5, rounds=1, evaluation_epsilon=0.5),
     cohort=3,
 )
-UPDATED = Blob(hashlib.sha256(UPDATE).hexdigest(), len(UPDATE))
+UPDATED = Blob(blake3(UPDATE).hexdigest(), len(UPDATE))
 
 
 def policy(folder: Path, *, epsilon: float = 1.2) -> Policy:
@@ -74,6 +75,7 @@ class Wire:
 
     hellos: asyncio.Queue[Hello] = field(default_factory=asyncio.Queue)
     events: asyncio.Queue[SiteEvent] = field(default_factory=asyncio.Queue)
+    heard: list[SiteEvent] = field(default_factory=list)  # the same, all of them
     commands: asyncio.Queue[Command | FedmlError] = field(default_factory=asyncio.Queue)
     failing: list[FedmlError] = field(default_factory=list)  # of the next calls of `connect`
     uploads: list[bytes] = field(default_factory=list)
@@ -101,6 +103,7 @@ class Wire:
     async def send(self, event: SiteEvent) -> None:
         if not self.connected:
             raise Unreachable("the stream is down")
+        self.heard.append(event)
         self.events.put_nowait(event)
 
     async def download(self, blob: Blob, into: BlobStore) -> None:
@@ -109,7 +112,7 @@ class Wire:
         await self.gate.wait()
         assert into.put_bytes(MODEL) == blob
 
-    async def upload(self, blob: Blob, source: BlobStore) -> None:
+    async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
         self.on_upload()
         self.uploads.append(source.path(blob.digest).read_bytes())
 

@@ -30,7 +30,7 @@ from fedml.identity.certificates import Credentials
 from fedml.protocol.messages import Welcome
 from fedml.transport.rpc import GrpcLink, join, renew
 from fedml.transport.terms import status_of
-from tests.transport.world import HELLO, MIB, Cable, GrpcPlace, World, reach
+from tests.transport.world import HELLO, MIB, TASK, Cable, GrpcPlace, World, reach
 
 DATA = random.Random(2).randbytes(4 * MIB + MIB // 2)
 
@@ -113,15 +113,47 @@ async def test_an_upload_cut_at_any_chunk_sends_only_the_rest(
     link = GrpcLink(place.world.credentials())
     cable.limit_up = chunk * MIB + 90_000
     with pytest.raises(Unreachable):
-        await link.upload(blob, mine)
+        await link.upload(blob, mine, TASK)
     await link.close()
     cable.mend()
     held = desk.store.held(blob, "mercy")
     assert held <= chunk * MIB
-    await link.upload(blob, mine)
+    await link.upload(blob, mine, TASK)
     assert desk.store.path(blob.digest).read_bytes() == DATA
     assert cable.up < len(DATA) - held + 100_000
     await link.close()
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_transfer_reset_again_and_again_at_any_byte_arrives_and_sends_nothing_twice(
+    place: GrpcPlace, cable: Cable, seed: int
+) -> None:
+    """Resets fall into handshakes, headers and data alike; what was kept is never sent again."""
+    dice, desk, mine = random.Random(seed), place.world.desk, place.world.site_store()
+    up = seed % 2 == 0
+    source, target = (mine, desk.store) if up else (desk.store, mine)
+    blob = source.put_bytes(DATA)
+    desk.asked_for.add(blob)
+    desk.may_get.add(blob.digest)
+    resets, kept = 0, 0
+    while not target.has(blob.digest):
+        link = GrpcLink(place.world.credentials())
+        cable.mend()
+        if resets < 8:  # then the cable is left alone
+            limit = dice.choice([dice.randrange(8_000), dice.randrange(len(DATA) // 2)])
+            cable.limit_up, cable.limit_down = (limit, 2**60) if up else (2**60, limit)
+        try:
+            await (link.upload(blob, mine, TASK) if up else link.download(blob, mine))
+            assert (cable.up if up else cable.down) < len(DATA) - kept + 300_000
+        except Unreachable:
+            resets += 1
+        finally:
+            await link.close()
+        came = target.held(blob, "mercy" if up else "")
+        assert came >= kept
+        kept = came
+    assert target.path(blob.digest).read_bytes() == DATA
+    assert resets >= 2
 
 
 async def test_a_cut_cable_is_noticed_and_the_link_comes_back(

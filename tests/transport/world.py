@@ -22,7 +22,7 @@ from fedml.identity.certificates import (
     new_key_and_csr,
 )
 from fedml.identity.enrolment import Invitations, Registrar
-from fedml.protocol.messages import Beat, Blob, Hello, RunId, SiteEvent, SiteId, Welcome
+from fedml.protocol.messages import Beat, Blob, Hello, RunId, SiteEvent, SiteId, TaskId, Welcome
 from fedml.protocol.operations import (
     Invitation,
     ModelVersion,
@@ -41,6 +41,7 @@ from fedml.transport.rpc import GrpcLink, OperationsClient
 from fedml.transport.server import ServerTls, serve
 
 HELLO = Hello("1", "cpu")
+TASK = TaskId("run-1.1.1.mercy")
 MIB = 2**20
 
 
@@ -81,7 +82,7 @@ class Desk:
             raise Refused(f"blob {digest[:12]} is not for {site}")
         return self.store
 
-    async def incoming(self, site: Identity, blob: Blob) -> BlobStore:
+    async def incoming(self, site: Identity, task: TaskId, blob: Blob) -> BlobStore:
         if blob not in self.asked_for:
             raise Refused(f"nobody asked {site} for blob {blob.digest[:12]}")
         return self.store

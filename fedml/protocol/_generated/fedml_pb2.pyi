@@ -487,12 +487,12 @@ class Chunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class UploadStart(_message.Message):
-    __slots__ = ("blob", "offset")
+    __slots__ = ("blob", "task")
     BLOB_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
     blob: Blob
-    offset: int
-    def __init__(self, blob: _Optional[_Union[Blob, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
+    task: str
+    def __init__(self, blob: _Optional[_Union[Blob, _Mapping]] = ..., task: _Optional[str] = ...) -> None: ...
 
 class UploadPart(_message.Message):
     __slots__ = ("upload_start", "chunk")
@@ -503,10 +503,12 @@ class UploadPart(_message.Message):
     def __init__(self, upload_start: _Optional[_Union[UploadStart, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Stored(_message.Message):
-    __slots__ = ("size",)
+    __slots__ = ("size", "go")
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    GO_FIELD_NUMBER: _ClassVar[int]
     size: int
-    def __init__(self, size: _Optional[int] = ...) -> None: ...
+    go: bool
+    def __init__(self, size: _Optional[int] = ..., go: _Optional[bool] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan",)
