@@ -149,7 +149,12 @@ def test_records_that_go_together_are_one_wait_for_the_disk(
     log = durable.Log(tmp_path / "log")
     waits: list[int] = []
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (waits.append(1), sync(descriptor)))
+
+    def counted(descriptor: int) -> None:
+        waits.append(1)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", counted)
     log.append({"a": 1}, {"b": 2}, {"c": 3})
     assert len(waits) == 1
     log.close()

@@ -7,7 +7,7 @@ import pytest
 
 from fedml.cli.endpoint import ROOT, ReleaseEndpoint
 from fedml.errors import ConfigError, Refused, Unreachable, Untrusted
-from fedml.protocol.messages import Blob, Command, Hello, SiteEvent
+from fedml.protocol.messages import Blob, Command, Hello, SiteEvent, TaskId
 from fedml.protocol.requests import Admission
 from fedml.releases.shelf import Shelf
 from fedml.releases.signing import Repository
@@ -45,7 +45,7 @@ class Courier:
     async def send(self, event: SiteEvent) -> None:
         raise Refused("only releases travel here")
 
-    async def upload(self, blob: Blob, source: BlobStore) -> None:
+    async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
         raise Refused("only releases travel here")
 
     async def renew(self, csr: bytes) -> Admission:
