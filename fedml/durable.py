@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedml import failpoints
 from fedml.errors import ConfigError, Corrupt
 
 Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meaning
@@ -32,6 +33,7 @@ def replace(path: Path, *pieces: bytes | memoryview, mode: int = 0o644) -> None:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
+        failpoints.reach("durable.replace")
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
@@ -141,6 +143,7 @@ class Log:
         line = b"%08x %s\n" % (zlib.crc32(body), body)
         end = os.fstat(self._descriptor).st_size
         try:
+            failpoints.reach("durable.append")
             written = os.write(self._descriptor, line)
             if written < len(line):
                 raise OSError(28, "no space left on the disk")

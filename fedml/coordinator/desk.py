@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from fedml import __version__, telemetry
+from fedml import __version__, failpoints, telemetry
 from fedml.errors import Unreachable
 from fedml.protocol.messages import (
     Accepted,
@@ -89,6 +89,7 @@ class Desk:
         seat = self._seat(site)
         seat.outstanding[assignment.task] = assignment
         self._push(seat, assignment)
+        failpoints.reach("task.assigned")
 
     def cancel(self, site: SiteId, task: TaskId, reason: str) -> None:
         """Take a task back."""
@@ -101,6 +102,7 @@ class Desk:
         seat = self._seat(site)
         seat.outstanding.pop(task, None)
         self._push(seat, Forget(task, counted))
+        failpoints.reach("task.forgotten")
 
     def abandon(self, run: RunId, reason: str) -> None:
         """Take all tasks of a run back; it is over in a way that left no receipt."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import structlog
 
-from fedml import telemetry
+from fedml import failpoints, telemetry
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
@@ -128,6 +128,7 @@ class Host:
             else:
                 self.tell(SiteLost(site, f"update refused: {_line(str(error))}", task=task))
         else:
+            failpoints.reach("update.read")
             self.tell(UpdateArrived(update, digest))
 
     def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
@@ -168,7 +169,9 @@ class Host:
 
     async def _decide(self, event: Event) -> list[Command]:
         """Let the run take an event in; an update is megabytes to add, so not on the loop."""
-        return await asyncio.to_thread(self.run.handle, event, time.time())
+        commands = await asyncio.to_thread(self.run.handle, event, time.time())
+        failpoints.reach("event.taken")
+        return commands
 
     async def _carry_out(self, command: Command) -> list[Command]:
         match command:
@@ -202,6 +205,7 @@ class Host:
     async def _commit(self, command: Commit) -> list[Command]:
         receipt, state = command.receipt, command.state
         await asyncio.to_thread(self._journal.commit, self.run.id, receipt, state)
+        failpoints.reach("round.committed")
         ended = "committed" if receipt.model else "failed"
         telemetry.ROUNDS.labels(ended).inc()
         self._log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.errors import ConfigError, Corrupt, MalformedMessage
 from fedml.params import encode, read
 from fedml.protocol.messages import RunId
@@ -131,7 +131,9 @@ class Journal:
         with self._mutex:
             if self._closed:
                 raise ConfigError(f"{self._log.path} is closed; the coordinator is going down")
+            failpoints.reach("journal.append")
             self._log.append({"kind": kind, "entry": to_record(entry)})
+            failpoints.reach("journal.appended")
             self._note(entry)
 
     def commit(self, run: RunId, receipt: Receipt, state: ServerState | None) -> None:
@@ -140,6 +142,7 @@ class Journal:
         if state:
             parts = {"": state.params, **state.slots}
             durable.replace(self._states / name, *encode(parts))
+            failpoints.reach("journal.state")
         before = self.runs[run].state
         self.append(RoundCommitted(run, receipt, name))
         if name and before not in ("", name):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from fedml import durable, telemetry
+from fedml import durable, failpoints, telemetry
 from fedml.errors import Corrupt, FedmlError, Refused, TaskFailed, Unreachable, Untrusted
 from fedml.learning.recipe import installed
 from fedml.privacy.ledger import Ledger
@@ -96,7 +96,12 @@ class Clerk:
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start the worker ahead of the first order."""
+        """Start the worker ahead of the first order; give back what is reserved for no order."""
+        kept = set(self._memory.kept())
+        for ledger in self._ledgers.values():
+            for task in ledger.reserved():
+                if task not in kept:
+                    await asyncio.to_thread(ledger.void, task)
         if self._policy.datasets:
             await self._foreman.start()
 
@@ -160,13 +165,15 @@ class Clerk:
 
     def _clear(self, task: TaskId, *, counted: bool = False) -> None:
         order, result = self._memory.assignment(task), self._memory.result(task)
+        if order is not None and order.dataset in self._ledgers:
+            # first: with the order gone, nobody would know of the reservation after a crash
+            self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
+        failpoints.reach("task.voided")
         self._memory.forget(task, counted=counted)
         if isinstance(result, Trained):
             self._blobs.delete(result.update.digest)
         if order is not None:
             self._blobs.delete(order.model.digest)
-            if order.dataset in self._ledgers:
-                self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
 
     # --- one order ----------------------------------------------------------------------------
 
@@ -214,6 +221,7 @@ class Clerk:
         permit = decide(self._policy, order, self.installed)
         ledger = self._ledgers.get(order.dataset) if permit.event else None
         desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
+        failpoints.reach("order.noted")
         if ledger is not None:
             await self._reserve(ledger, order, permit, desk)
         await self._tell(Accepted(order.task))
@@ -223,13 +231,16 @@ class Clerk:
             if ledger is not None:
                 await asyncio.to_thread(ledger.void, order.task)
             raise
+        failpoints.reach("work.done")
         epsilon = 0.0
         if ledger is not None:
             await asyncio.to_thread(ledger.charge, order.task)  # on disk before anything leaves
             epsilon = await asyncio.to_thread(lambda: ledger.spent(run=order.run))
             telemetry.EPSILON.labels(order.dataset).set(await asyncio.to_thread(ledger.spent))
+        failpoints.reach("work.charged")
         result = await asyncio.to_thread(_read_result, order, desk, epsilon)
         self._memory.finish(result)
+        failpoints.reach("result.kept")
         return result
 
     async def _reserve(self, ledger: Ledger, order: Assignment, permit: Permit, desk: Desk) -> None:
@@ -238,7 +249,9 @@ class Clerk:
             if ledger.is_charged(order.task) and not desk.outcome.exists():
                 raise Refused(
                     f"task {order.task} was charged and answered before, and is not done again "
-                    "for nothing; open a new run"
+                    "for nothing; submit a new run. A coordinator whose folder was made anew "
+                    f"counts its runs from 1: submit until the number is above {order.run}'s, "
+                    "or restore the old folder"
                 )
             await asyncio.to_thread(
                 ledger.reserve, order.task, order.run, permit.part, permit.event
@@ -255,6 +268,7 @@ class Clerk:
             await self._fetch_model(order, desk)
         except Refused as error:
             raise TaskFailed(f"the coordinator withholds the model: {error}") from error
+        failpoints.reach("model.fetched")
         await self._foreman.run(self._job(order, permit, desk), desk.outcome)
 
     async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
@@ -286,7 +300,9 @@ class Clerk:
             if blob != result.update:
                 raise Untrusted(f"{path} changed after it was charged; refusing to send it")
             await self._link.upload(blob, self._blobs)
+            failpoints.reach("update.uploaded")
         await self._link.send(result)
+        failpoints.reach("update.announced")
 
 
 def _guarded(task: TaskId, act: Callable[[], None]) -> None:

@@ -167,7 +167,7 @@ class Daemon:
         try:
             await self._link.send(event)
         except FedmlError as error:
-            _log.debug("not sent", event=type(event).__name__, reason=str(error))
+            _log.debug("not sent", what=type(event).__name__, reason=str(error))
 
     async def _hello(self, clerk: Clerk) -> Hello:
         return Hello(

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.errors import ConfigError, MalformedMessage, Untrusted
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, RunId, Scored, TaskId, Trained, check_id
@@ -119,6 +119,7 @@ class Memory:
         desk, assignment = self.desk(task), self.assignment(task)
         if assignment is not None and counted and desk.memory.exists():
             durable.replace(self.slots(assignment.run), desk.memory.read_bytes())
+        failpoints.reach("task.forgetting")
         shutil.rmtree(desk.folder, ignore_errors=True)
 
     def slots(self, run: RunId) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 from weakref import WeakValueDictionary
 
+from fedml import failpoints
 from fedml.durable import sync_folder
 from fedml.errors import ConfigError, Refused, Unreachable, Untrusted
 from fedml.protocol.codec import MAX_CHUNK
@@ -202,6 +203,7 @@ class Intake:
                 total = self._total(file)
                 file.write(data)
                 file.flush()  # so that what came survives us, and `held` sees it
+                failpoints.reach("chunk.taken")
             total.update(data)
             self.offset += len(data)
 
@@ -227,6 +229,7 @@ class Intake:
             with _disk(self._part):
                 _settle(file, self._part, self._place, lasting=self._lasting)
                 file.close()
+                failpoints.reach("blob.kept")
             self._file = None
 
     def close(self) -> None:
