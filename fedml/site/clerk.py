@@ -218,7 +218,8 @@ class Clerk:
         known = self._memory.assignment(order.task) == order
         if known and (kept := self._memory.result(order.task)):
             return kept
-        permit = decide(self._policy, order, self.installed)
+        # finding the noise takes seconds: the stream must beat meanwhile
+        permit = await asyncio.to_thread(decide, self._policy, order, self.installed)
         ledger = self._ledgers.get(order.dataset) if permit.event else None
         desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
         failpoints.reach("order.noted")

@@ -1,7 +1,7 @@
-"""A recipe for tests of faults: three chunks of model, a moment of training.
+"""Recipes for tests of faults: a moment of training, and three chunks of model or very few bytes.
 
-It is registered with an entry point of its own (see `fleet.register`), so coordinator, sites and
-workers find it as they find any installed recipe.
+They are registered with entry points of their own (see `fleet.register`), so coordinator, sites
+and workers find them as they find any installed recipe.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.nn import functional
 from fedml.learning.recipe import Rows
 
 FEATURES = 4
-WIDTH = 80_000  # 560,000 floats and a few: what travels is 2.1 MiB, so three chunks
 
 
 class Light:
     """Two classes from four features; scores `accuracy`."""
 
     labels = ("no", "yes")
+    width = 80_000  # 560,000 floats and a few: what travels is 2.1 MiB, so three chunks
 
     def build(self) -> nn.Module:
-        """Return two layers, wide enough to travel in several chunks."""
-        first, last = nn.Linear(FEATURES, WIDTH), nn.Linear(WIDTH, len(self.labels))
+        """Return two layers, the same each time."""
+        first, last = nn.Linear(FEATURES, self.width), nn.Linear(self.width, len(self.labels))
         generator = torch.Generator().manual_seed(7)
         for layer in (first, last):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
@@ -50,3 +50,9 @@ class Light:
     def example(self, rows: int) -> Tensor:
         """Return noise."""
         return torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(0))
+
+
+class Small(Light):
+    """The same, with a model of a few bytes: for runs under privacy, whose noise takes its time."""
+
+    width = 8
