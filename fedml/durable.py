@@ -7,6 +7,7 @@ the next `Log` cuts off and reports.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedml import failpoints
-from fedml.errors import ConfigError, Corrupt
+from fedml.errors import ConfigError, Corrupt, FedmlError, NoRoom
 
 Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meaning
 
@@ -38,7 +39,14 @@ def replace(path: Path, *pieces: bytes | memoryview, mode: int = 0o644) -> None:
         sync_folder(path.parent)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror}; free space or rights") from error
+        raise failure(f"cannot write {path}", error) from error
+
+
+def failure(what: str, error: OSError) -> FedmlError:
+    """Return what a failed write means: `NoRoom` if waiting helps, `ConfigError` if not."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoom(f"{what}: {error.strerror}; free space, and it goes on")
+    return ConfigError(f"{what}: {error.strerror}; free space, or mend the rights")
 
 
 def copy(source: Path, path: Path) -> None:
@@ -54,9 +62,7 @@ def copy(source: Path, path: Path) -> None:
         sync_folder(path.parent)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise ConfigError(
-            f"cannot copy {source} to {path}: {error.strerror}; free space or rights"
-        ) from error
+        raise failure(f"cannot copy {source} to {path}", error) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -135,7 +141,7 @@ class Log:
             sync_folder(path.parent)
 
     def append(self, record: Record) -> None:
-        """Add `record`; when this returns it is on the disk. Raises `ConfigError` if it cannot be.
+        """Add `record`; when this returns it is on the disk. Raises as `failure` says.
 
         A failed append (disk full) leaves the log as it was.
         """
@@ -146,11 +152,11 @@ class Log:
             failpoints.reach("durable.append")
             written = os.write(self._descriptor, line)
             if written < len(line):
-                raise OSError(28, "no space left on the disk")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._descriptor)
         except OSError as error:
             os.ftruncate(self._descriptor, end)
-            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
+            raise failure(f"cannot write {self.path}", error) from error
         self.records.append(json.loads(body))
 
     def select(self, test: Callable[[Record], bool]) -> list[Record]:

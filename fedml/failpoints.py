@@ -123,6 +123,11 @@ class Armed:
         for strike in due:
             _act(strike.action)
 
+    @property
+    def due(self) -> tuple[Strike, ...]:
+        """What has not happened yet."""
+        return tuple(self._strikes)
+
     def _read(self, file: Path) -> None:
         try:
             text = file.read_text()

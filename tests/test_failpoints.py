@@ -131,6 +131,8 @@ def reached(folder: Path) -> Counter[str]:
                     args=[ast.Constant(value=str(point))],
                 ):
                     found[point] += 1
+                case _:
+                    pass
     return found
 
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -18,6 +19,7 @@ from fedml import failpoints, telemetry
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
+from fedml.coordinator.patience import insist
 from fedml.errors import FedmlError, MalformedMessage, Refused
 from fedml.params import encode, read
 from fedml.protocol.messages import (
@@ -83,11 +85,13 @@ class Host:
         self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
         self._expected_until = time.monotonic() + grace
         self._log = _log.bind(run=run.id)
+        self._waits_for = ""  # why the next step is tried again and again
 
     @property
     def info(self) -> RunInfo:
         """The run in one line, as it stands."""
-        return run_info(self._journal, self.run.id, self.run)
+        info = run_info(self._journal, self.run.id, self.run)
+        return replace(info, detail=f"waits: {self._waits_for}") if self._waits_for else info
 
     def tell(self, event: Event) -> None:
         """Feed the run an event."""
@@ -157,7 +161,8 @@ class Host:
             while True:
                 while commands:
                     command = commands.popleft()
-                    commands.extend(await self._carry_out(command))
+                    step = partial(self._carry_out, command)
+                    commands.extend(await insist(step, self._wait))
                     if isinstance(command, End):
                         return command
                 self._changed(self.run.id)
@@ -166,6 +171,12 @@ class Host:
             for timer in self._timers:
                 timer.cancel()
             self._let_go()
+
+    def _wait(self, reason: str) -> None:
+        if reason and not self._waits_for:
+            self._log.warning("the run waits", reason=reason)
+        self._waits_for = reason
+        self._changed(self.run.id)
 
     async def _decide(self, event: Event) -> list[Command]:
         """Let the run take an event in; an update is megabytes to add, so not on the loop."""

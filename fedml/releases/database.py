@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedml.durable import failure
 from fedml.errors import ConfigError, Unreachable
 
 if TYPE_CHECKING:
@@ -69,8 +70,13 @@ def mlflow_errors(uri: str) -> Iterator[None]:
         yield
     except OperationalError as error:
         raise Unreachable(_line(uri, error)) from error
-    except (MlflowException, SQLAlchemyError, ModuleNotFoundError, OSError) as error:
+    except MlflowException as error:
+        away = error.error_code == "TEMPORARILY_UNAVAILABLE" or "API request to" in str(error)
+        raise (Unreachable if away else ConfigError)(_line(uri, error)) from error
+    except (SQLAlchemyError, ModuleNotFoundError) as error:
         raise ConfigError(_line(uri, error)) from error
+    except OSError as error:
+        raise failure(_line(uri, error), error) from error
 
 
 def _line(uri: str, error: Exception) -> str:

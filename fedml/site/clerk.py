@@ -193,7 +193,7 @@ class Clerk:
                 telemetry.TASKS.labels("refused").inc()
                 return await self._tell(Declined(order.task, str(error)))
             except Unreachable as error:
-                log.info("task waits for the coordinator", reason=str(error))
+                log.info("task waits", reason=str(error))
                 await self._pause(order.task, next(waits))
             except FedmlError as error:
                 log.error("task failed", reason=str(error))

@@ -14,7 +14,7 @@ from typing import Protocol
 import structlog
 
 from fedml import __version__, durable, telemetry
-from fedml.errors import FedmlError, Unreachable, Untrusted
+from fedml.errors import FedmlError, NoRoom, Unreachable, Untrusted
 from fedml.protocol.messages import (
     Assignment,
     Beat,
@@ -151,10 +151,10 @@ class Daemon:
             return
         try:
             serving = await self._endpoint.update(model, self._link)
-        except Unreachable as error:
-            _log.info("release waits for the coordinator", model=model, reason=str(error))
-            return
         except FedmlError as error:
+            if isinstance(error, Unreachable) and not isinstance(error, NoRoom):
+                _log.info("release waits for the coordinator", model=model, reason=str(error))
+                return
             _log.error("release refused", model=model, reason=str(error))
             telemetry.RELEASES.labels("refused").inc()
             now = next((s for s in self._endpoint.serving() if s.model == model), None)

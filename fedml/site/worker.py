@@ -65,7 +65,7 @@ def _do(job: Mapping[str, Any]) -> int:
 
 
 def _complain(folder: Path, text: str) -> None:
-    with suppress(ConfigError):  # no room, or no such task any more: the status must do
+    with suppress(FedmlError):  # no room, or no such task any more: the status must do
         durable.replace(folder / "error.json", durable.dump_json({"error": text}))
 
 

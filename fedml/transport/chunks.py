@@ -18,8 +18,8 @@ from typing import BinaryIO
 from weakref import WeakValueDictionary
 
 from fedml import failpoints
-from fedml.durable import sync_folder
-from fedml.errors import ConfigError, Refused, Unreachable, Untrusted
+from fedml.durable import failure, sync_folder
+from fedml.errors import Refused, Unreachable, Untrusted
 from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.messages import Blob, check_digest, check_name
 
@@ -266,4 +266,4 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; free space, or mend the rights") from error
+        raise failure(str(path), error) from error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
-from fedml.errors import ConfigError, Corrupt, Unreachable
+from fedml.errors import ConfigError, Corrupt, FedmlError, NoRoom, Unreachable
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt
+from fedml.releases.database import mlflow_errors
 from fedml.releases.registry import Story
 from fedml.releases.tracking import MlflowRegistry
 from tests.bundles import write_bundle
@@ -121,3 +125,24 @@ def test_a_wrong_database_is_one_clear_line_without_the_password(
         MlflowRegistry(uri.replace("://host", "://user:secret@127.0.0.1"), tmp_path)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "kind"),
+    [
+        (
+            MlflowException("(sqlite3.OperationalError) locked", TEMPORARILY_UNAVAILABLE),
+            Unreachable,
+        ),
+        (MlflowException("API request to http://db/x failed with exception timeout"), Unreachable),
+        (MlflowException("Invalid model name", INVALID_PARAMETER_VALUE), ConfigError),
+        (OSError(errno.ENOSPC, "No space left on device"), NoRoom),
+        (OSError(errno.EACCES, "Permission denied"), ConfigError),
+    ],
+)
+def test_what_passes_by_itself_is_told_apart_from_what_must_be_mended(
+    foreign: Exception, kind: type[FedmlError]
+) -> None:
+    with pytest.raises(kind) as caught, mlflow_errors("sqlite:///registry.db"):
+        raise foreign
+    assert type(caught.value) is kind
