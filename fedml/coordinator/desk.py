@@ -66,7 +66,7 @@ class _Seat:
 class Desk:
     """All sites of a coordinator. Its owner is told of answers, losses and changes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it must ask and tell, each by its name
         self,
         *,
         heartbeat: float,
@@ -76,10 +76,11 @@ class Desk:
         changed: Callable[[], None],
         was_counted: Callable[[TaskId], bool],
         models: Callable[[], list[str]],
+        is_over: Callable[[RunId], bool] = lambda _: False,
     ) -> None:
         self._heartbeat, self._grace = heartbeat, grace
         self._answered, self._lost, self._changed = answered, lost, changed
-        self._was_counted, self._models = was_counted, models
+        self._was_counted, self._models, self._is_over = was_counted, models, is_over
         self._seats: dict[SiteId, _Seat] = {}
 
     # --- what the hosts of runs do ------------------------------------------------------------
@@ -111,6 +112,11 @@ class Desk:
                 if order.run == run:
                     self.cancel(site, order.task, reason)
                     self._push(seat, Forget(order.task, False))
+
+    def conclude(self, run: RunId) -> None:
+        """Tell every site that is here that a run is over; others hear it on return."""
+        for seat in self._seats.values():
+            self._push(seat, _over(run))
 
     def announce(self, model: str) -> None:
         """Tell every site that is here to look at a model's channel; others hear it on return."""
@@ -210,6 +216,9 @@ class Desk:
         for task in hello.kept:
             if task not in seat.outstanding:
                 send(Forget(task, self._was_counted(task)))
+        for run in hello.runs:
+            if self._is_over(run):
+                send(_over(run))
         for assignment in seat.outstanding.values():
             send(assignment)
         for model in self._models():
@@ -256,3 +265,8 @@ class Desk:
 
     def _count(self) -> None:
         telemetry.SITES.set(sum(seat.send is not None for seat in self._seats.values()))
+
+
+def _over(run: RunId) -> Forget:
+    """Sites of a version that knows no runs here forget a task that never was."""
+    return Forget(TaskId(f"{run}.over"), False, run)

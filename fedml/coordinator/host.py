@@ -210,6 +210,7 @@ class Host:
                 await self._candidate(command)
             case End(state, detail):
                 await asyncio.to_thread(self._journal.append, Ended(self.run.id, state, detail))
+                self._desk.conclude(self.run.id)
                 self._log.info("run ended", state=state, detail=detail)
         return []
 

@@ -56,6 +56,7 @@ class Runs:
             changed=self._sites_changed,
             was_counted=self._was_counted,
             models=lambda: folder.releases.models(),
+            is_over=self._is_over,
         )
 
     def resume(self) -> None:
@@ -183,6 +184,7 @@ class Runs:
         self.desk.abandon(id, f"the run failed: {reason}")
         note = partial(self._journal.append, Ended(id, "failed", reason))
         await insist(partial(asyncio.to_thread, note), partial(_waits, id))
+        self.desk.conclude(id)
 
     async def _load(self, id: RunId) -> Run:
         history = self._journal.runs[id]
@@ -220,6 +222,11 @@ class Runs:
     def _changed(self, id: RunId) -> None:
         for bell in self._watchers.get(id, ()):
             bell.set()
+
+    def _is_over(self, run: RunId) -> bool:
+        """True if no run of ours goes on by that name."""
+        history = self._journal.runs.get(run)
+        return history is None or history.ended is not None
 
     def _was_counted(self, task: TaskId) -> bool:
         """True if a kept task's update entered a model: told to sites that were away."""

@@ -27,6 +27,7 @@ from fedml.protocol.messages import (
     Declined,
     Failed,
     RecipeId,
+    RunId,
     Scored,
     SiteEvent,
     TaskId,
@@ -116,6 +117,14 @@ class Clerk:
     def kept(self) -> tuple[TaskId, ...]:
         """Return the tasks whose orders or results are on the disk."""
         return self._memory.kept()
+
+    def runs(self) -> tuple[RunId, ...]:
+        """Return the runs whose algorithm's own state is on the disk."""
+        return self._memory.runs()
+
+    def conclude(self, run: RunId) -> None:
+        """Delete an algorithm's own state: its run is over."""
+        _guarded(run, lambda: self._memory.conclude(run))
 
     def take(self, order: Assignment) -> None:
         """Begin with an order; the same one while it is being answered is a reminder."""
@@ -306,12 +315,12 @@ class Clerk:
         failpoints.reach("update.announced")
 
 
-def _guarded(task: TaskId, act: Callable[[], None]) -> None:
-    """Do what a peer asked for a task; a task id that is none is its fault, not our end."""
+def _guarded(id: TaskId | RunId, act: Callable[[], None]) -> None:
+    """Do what a peer asked for a task or run; an id that is none is its fault, not our end."""
     try:
         act()
     except FedmlError as error:
-        _log.error("task not forgotten", task=task[:70], reason=str(error))
+        _log.error("not forgotten", id=id[:70], reason=str(error))
 
 
 def _read_result(order: Assignment, desk: Desk, epsilon: float) -> Result:

@@ -24,6 +24,7 @@ from fedml.protocol.messages import (
     Forget,
     Hello,
     ReleaseNotice,
+    RunId,
     Serving,
     SiteEvent,
     Welcome,
@@ -137,8 +138,10 @@ class Daemon:
                 clerk.take(command)
             case Cancel(task, reason):
                 clerk.drop(task, reason)
-            case Forget(task, counted):
+            case Forget(task, counted, run):
                 clerk.forget(task, counted=counted)
+                if run:
+                    clerk.conclude(RunId(run))
             case ReleaseNotice(model):
                 job = asyncio.create_task(self._update(model))
                 self._updating.add(job)
@@ -177,6 +180,7 @@ class Daemon:
             await asyncio.to_thread(_cards, self._folder, self._policy),
             self._endpoint.serving() if self._endpoint else (),
             clerk.kept(),
+            clerk.runs(),
         )
 
     async def _stop(self, clerk: Clerk) -> None:

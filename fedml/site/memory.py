@@ -122,6 +122,15 @@ class Memory:
         failpoints.reach("task.forgetting")
         shutil.rmtree(desk.folder, ignore_errors=True)
 
+    def runs(self) -> tuple[RunId, ...]:
+        """Return the runs of which there is site-side state."""
+        names = sorted(path.stem for path in self._slots.glob("*.safetensors"))
+        return tuple(RunId(name) for name in names if _is_id(name))
+
+    def conclude(self, run: RunId) -> None:
+        """Delete the site-side state of a run that is over."""
+        self.slots(run).unlink(missing_ok=True)
+
     def slots(self, run: RunId) -> Path:
         """Where the run's site-side state lies, if there is any."""
         return self._slots / f"{_file_name('run', run)}.safetensors"

@@ -426,6 +426,22 @@ async def test_a_site_that_was_away_is_told_what_counted(tmp_path: Path) -> None
         await after.close()
 
 
+async def test_sites_hear_that_a_run_is_over_there_and_then_or_when_they_are_back(
+    hub: Hub, sites: list[Site], tmp_path: Path
+) -> None:
+    run, other = await hub.submit(plan(rounds=1)), await hub.submit(plan(rounds=1))
+    for site in sites:
+        await site.answer(await site.order())
+    await hub.end(run)
+    told = [await sites[0].next(Forget) for _ in range(2)]
+    assert [forget.run for forget in told] == ["", run]
+    bern = Site(tmp_path, "bern")
+    bern.hello = replace(bern.hello, runs=(run, other, RunId("unheard-of")))
+    await bern.connect(hub)
+    told = [await bern.next(Forget) for _ in range(2)]
+    assert [forget.run for forget in told] == [run, "unheard-of"]  # the other one goes on
+
+
 async def test_followers_hear_that_the_coordinator_goes_down_and_not_that_all_is_well(
     hub: Hub,
 ) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from fedml import telemetry
+from fedml import durable, telemetry
 from fedml.errors import (
     ConfigError,
     Corrupt,
@@ -334,6 +334,20 @@ async def test_the_algorithm_s_own_state_moves_on_with_what_counted(tmp_path: Pa
         wire.say(Forget(ORDER.task, counted=True))
         await until(lambda: (tmp_path / "slots" / "run-1.safetensors").exists())
     assert (tmp_path / "slots" / "run-1.safetensors").read_bytes() == b"control"
+
+
+async def test_the_algorithm_s_own_state_goes_with_its_run(tmp_path: Path) -> None:
+    for run in ("run-1", "run-2"):
+        durable.replace(tmp_path / "slots" / f"{run}.safetensors", b"control")
+    durable.replace(tmp_path / "site.toml", b"")
+    wire = Wire()
+    async with running(tmp_path, wire):
+        wire.say(Unreachable("cut"))
+        assert (await wire.hello()).runs == ("run-1", "run-2")
+        never = TaskId("run-1.over")
+        wire.say(Forget(never, False, "../site"), Forget(never, False, "run-1"))
+        await until(lambda: [p.stem for p in (tmp_path / "slots").iterdir()] == ["run-2"])
+    assert (tmp_path / "site.toml").exists()
 
 
 async def test_a_reservation_survives_a_crash_and_is_given_back_when_told(tmp_path: Path) -> None:
