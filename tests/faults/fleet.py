@@ -44,17 +44,25 @@ SITES = ("bern", "oslo")
 TARGETS = {"light": "tests.faults.light:Light", "small": "tests.faults.light:Small"}
 RECIPES = {"light": Light(), "small": Small()}
 TRAIN, HELD_OUT = 24, 12
-HEARTBEAT, GRACE = 0.5, 3.0
+_NONE: Mapping[str, str] = {}
+HEARTBEAT, GRACE = 0.4, 1.5
 PATIENCE = 60.0  # seconds within which whatever is awaited must come about
 ROUNDS = 3
 
 
-def plan(seed: int, *, private: bool = False, minted: bool = False, rounds: int = ROUNDS) -> Plan:
+def plan(
+    seed: int,
+    *,
+    private: bool = False,
+    minted: bool = False,
+    rounds: int = ROUNDS,
+    recipe: str = "",
+) -> Plan:
     """Return a run of `rounds` and an evaluation, which asks both sites each time.
 
     Unless it is to be `minted`, its gate cannot be passed: the press takes longer than the rest.
     """
-    recipe = "small" if private else "light"
+    recipe = recipe or ("small" if private else "light")
     privacy = Privacy("record", 5.0, 1e-5, rounds=rounds, evaluation_epsilon=0.5)
     return Plan(
         model=recipe,
@@ -100,22 +108,22 @@ class Fleet(Federation):
 
     # --- its making -----------------------------------------------------------------------------
 
-    def found(self, address: str = "") -> Fleet:
-        """Make all folders and start all programs; sites dial `address`, if one is given."""
-        self.make(address)
+    def found(self, addresses: Mapping[str, str] = _NONE) -> Fleet:
+        """Make all folders and start all programs; a site in `addresses` dials what is there."""
+        self.make(addresses)
         for name in (COORDINATOR, *self.sites):
             self.launch(name)
         self.until_all_are_here()
         return self
 
-    def make(self, address: str = "") -> None:
+    def make(self, addresses: Mapping[str, str] = _NONE) -> None:
         """Make all folders; nothing is started."""
         register(self.folder / "packages")
         (self.folder / "strikes").mkdir()
         ports = {"port": self.port, "enrolment_port": self.enrolment_port}
         create(self.hub, Settings(**ports, **self._settings))  # type: ignore[arg-type]
         for name in self.sites:
-            self._admit(name, address or f"localhost:{self.port}")
+            self._admit(name, addresses.get(name, f"localhost:{self.port}"))
 
     def _admit(self, name: str, address: str) -> None:
         """Make a site's folder as `fedml site join` and an operator's own editor do."""

@@ -108,7 +108,7 @@ def schedule(seed: int, *, minted: bool = False, rounds: int = 3) -> Schedule:
 def fault(draw: random.Random, *, private: bool, rounds: int = 3) -> Fault:
     """Draw one fault."""
     who = draw.choice([COORDINATOR, COORDINATOR, *SITES])
-    away = draw.choice([0.0, draw.uniform(0, 1), draw.uniform(0, 1), draw.uniform(3.5, 5)])
+    away = draw.choice([0.0, draw.uniform(0, 1), draw.uniform(0, 1), draw.uniform(2, 3)])
     if draw.random() < 0.3:
         strike = WORKER if who != COORDINATOR and draw.random() < 0.4 else ""
         return Fault(who, strike, draw.uniform(0, 1.5), away)
@@ -117,7 +117,7 @@ def fault(draw: random.Random, *, private: bool, rounds: int = 3) -> Fault:
     if private and who != COORDINATOR:
         points |= _LEDGER
     point = draw.choice(sorted(points))
-    count = draw.randint(1, max(1, points[point] * rounds // 3))
+    count = draw.randint(1, max(1, points[point] * rounds // 6))
     action = "kill"
     if draw.random() < 0.15:
         action = f"delay={draw.uniform(0.2, 3.0):.2f}"
