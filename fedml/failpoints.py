@@ -46,6 +46,7 @@ POINTS: Mapping[str, str] = {  # what has just happened, or is about to
     "version.noted": "a version is noted, its bundle not cleared away",
     "release.published": "a release is signed, its version not live",
     "release.promoted": "a version is live, and no site told",
+    "registry.drafted": "a fresh registry's tables are made, under another name",
     "chunk.poured": "a chunk of a blob is about to be sent",
     "chunk.taken": "a chunk of a blob was written",
     "blob.kept": "a blob has come whole, and has its name",

@@ -127,6 +127,27 @@ def test_a_wrong_database_is_one_clear_line_without_the_password(
     assert "secret" not in str(caught.value)
 
 
+def test_a_kill_while_the_tables_are_made_leaves_no_half_of_them(tmp_path: Path) -> None:
+    database = tmp_path / "registry.db"
+    (tmp_path / "registry.db.draft").write_bytes(b"half of one")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fedml.releases.tracking import MlflowRegistry\n"
+        "registry = MlflowRegistry(f'sqlite:///{sys.argv[1]}/registry.db', Path(sys.argv[1]))\n"
+        "print(registry.next_version('cancer'))"
+    )
+
+    def opened(strike: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "FEDML_FAILPOINT": strike}
+        line = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
+
+    assert opened("registry.drafted:1:kill").returncode == -9
+    assert not database.exists()
+    assert opened("").stdout.strip() == "1"
+    assert [path.name for path in tmp_path.glob("registry.db*")] == ["registry.db"]
+
+
 @pytest.mark.parametrize(
     ("foreign", "kind"),
     [
