@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A test never needs more threads than it has processes.
 export OMP_NUM_THREADS ?= 1
+SOAK ?= --schedules 500
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(2, min(4, os.cpu_count() or 2)))")
 
-.PHONY: help setup demo test test-fast check format generate bench clean
+.PHONY: help setup demo test test-fast soak check format generate bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -30,6 +31,9 @@ test: $(READY)  ## All tests
 
 test-fast: $(READY)  ## All tests but the whole-system ones
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+soak: $(READY)  ## 500 seeded schedules of faults, and the tally; SOAK="--minutes 30 --runs 2" for two runs at once
+	$(BIN)/python -m tests.faults.soak $(SOAK)
 
 check: $(READY)  ## Style, types, floors, configs, generated code
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ the next `Log` cuts off and reports.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedml.errors import ConfigError, Corrupt
+from fedml import failpoints
+from fedml.errors import ConfigError, Corrupt, FedmlError, NoRoom
 
 Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meaning
 
@@ -32,11 +34,19 @@ def replace(path: Path, *pieces: bytes | memoryview, mode: int = 0o644) -> None:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
+        failpoints.reach("durable.replace")
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror}; free space or rights") from error
+        raise failure(f"cannot write {path}", error) from error
+
+
+def failure(what: str, error: OSError) -> FedmlError:
+    """Return what a failed write means: `NoRoom` if waiting helps, `ConfigError` if not."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoom(f"{what}: {error.strerror}; free space, and it goes on")
+    return ConfigError(f"{what}: {error.strerror}; free space, or mend the rights")
 
 
 def copy(source: Path, path: Path) -> None:
@@ -52,9 +62,7 @@ def copy(source: Path, path: Path) -> None:
         sync_folder(path.parent)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise ConfigError(
-            f"cannot copy {source} to {path}: {error.strerror}; free space or rights"
-        ) from error
+        raise failure(f"cannot copy {source} to {path}", error) from error
 
 
 def link(source: Path, path: Path) -> None:
@@ -76,7 +84,7 @@ def link(source: Path, path: Path) -> None:
             os.close(descriptor)
         sync_folder(path.parent)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; free space or rights") from error
+        raise failure(f"cannot write {path}", error) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -155,7 +163,7 @@ class Log:
             sync_folder(path.parent)
 
     def append(self, *records: Record) -> None:
-        """Add `records`; when this returns they are on the disk. Raises `ConfigError` if not.
+        """Add `records`; when this returns they are on the disk. Raises as `failure` says.
 
         A failed append (disk full) leaves the log as it was. A crash may leave the first few.
         """
@@ -163,13 +171,14 @@ class Log:
         line = b"".join(b"%08x %s\n" % (zlib.crc32(body), body) for body in bodies)
         end = os.fstat(self._descriptor).st_size
         try:
+            failpoints.reach("durable.append")
             written = os.write(self._descriptor, line)
             if written < len(line):
-                raise OSError(28, "no space left on the disk")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._descriptor)
         except OSError as error:
             os.ftruncate(self._descriptor, end)
-            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
+            raise failure(f"cannot write {self.path}", error) from error
         self.records += map(json.loads, bodies)
 
     def select(self, test: Callable[[Record], bool]) -> list[Record]:

@@ -8,7 +8,8 @@ FedmlError
 │   ├── PermissionDenied
 │   └── BudgetExhausted
 ├── Unreachable          the network or the peer; retrying is right
-│   └── Overloaded       too much is waiting already; retry a little later
+│   ├── Overloaded       too much is waiting already; retry a little later
+│   └── NoRoom           a disk of ours is full; retry once there is room
 ├── Untrusted            a check failed; drop the data and alarm
 │   ├── MalformedMessage
 │   │   └── MalformedUpdate
@@ -68,6 +69,10 @@ class Unreachable(FedmlError):
 
 class Overloaded(Unreachable):
     """As many requests wait as may wait; nothing was done, the same one may come again."""
+
+
+class NoRoom(Unreachable):
+    """A disk is full: nothing was written, and the same call is right once there is room."""
 
 
 class Untrusted(FedmlError):

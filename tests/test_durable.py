@@ -58,7 +58,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
 import resource, sys, signal
 from pathlib import Path
 from fedml import durable
-from fedml.errors import ConfigError
+from fedml.errors import NoRoom
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as a full disk: the write comes back short
 log = durable.Log(Path(sys.argv[1]))
 log.append({"number": 0})
@@ -66,7 +66,7 @@ size = log.path.stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
 try:
     log.append({"number": 1})
-except ConfigError as error:
+except NoRoom as error:
     print(error)
 assert log.path.stat().st_size == size
 assert [r["number"] for r in log.records] == [0]

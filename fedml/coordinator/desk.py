@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from fedml import __version__, telemetry
+from fedml import __version__, failpoints, telemetry
 from fedml.errors import Unreachable
 from fedml.protocol.messages import (
     Accepted,
@@ -70,7 +70,7 @@ class _Seat:
 class Desk:
     """All sites of a coordinator. Its owner is told of answers, losses and changes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it must ask and tell, each by its name
         self,
         *,
         heartbeat: float,
@@ -80,10 +80,11 @@ class Desk:
         changed: Callable[[], None],
         was_counted: Callable[[TaskId], bool],
         models: Callable[[], list[str]],
+        is_over: Callable[[RunId], bool] = lambda _: False,
     ) -> None:
         self._heartbeat, self._grace = heartbeat, grace
         self._answered, self._lost, self._changed = answered, lost, changed
-        self._was_counted, self._models = was_counted, models
+        self._was_counted, self._models, self._is_over = was_counted, models, is_over
         self._seats: dict[SiteId, _Seat] = {}
 
     # --- what the hosts of runs do ------------------------------------------------------------
@@ -93,6 +94,7 @@ class Desk:
         seat = self._seat(site)
         seat.outstanding[assignment.task] = assignment
         self._push(seat, assignment)
+        failpoints.reach("task.assigned")
 
     def cancel(self, site: SiteId, task: TaskId, reason: str) -> None:
         """Take a task back."""
@@ -107,6 +109,7 @@ class Desk:
         seat.outstanding.pop(task, None)
         seat.settled.discard(task)
         self._push(seat, Forget(task, counted))
+        failpoints.reach("task.forgotten")
 
     def settle(self, site: SiteId, task: TaskId) -> None:
         """The answer to a task was taken in: the site keeps it, and is not asked for it again."""
@@ -128,6 +131,11 @@ class Desk:
             for task in [task for task, offers in seat.offers.items() if offers.run == run]:
                 offered += [(site, digest) for digest in self.leftovers(site, task)]
         return offered
+
+    def conclude(self, run: RunId) -> None:
+        """Tell every site that is here that a run is over; others hear it on return."""
+        for seat in self._seats.values():
+            self._push(seat, _over(run))
 
     def announce(self, model: str) -> None:
         """Tell every site that is here to look at a model's channel; others hear it on return."""
@@ -231,6 +239,9 @@ class Desk:
         for task in hello.kept:
             if task not in seat.outstanding:
                 send(Forget(task, self._was_counted(task)))
+        for run in hello.runs:
+            if self._is_over(run):
+                send(_over(run))
         for task, assignment in seat.outstanding.items():
             if task not in seat.settled:
                 send(assignment)
@@ -278,3 +289,8 @@ class Desk:
 
     def _count(self) -> None:
         telemetry.SITES.set(sum(seat.send is not None for seat in self._seats.values()))
+
+
+def _over(run: RunId) -> Forget:
+    """Sites of a version that knows no runs here forget a task that never was."""
+    return Forget(TaskId(f"{run}.over"), False, run)

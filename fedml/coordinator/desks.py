@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from fedml import failpoints
 from fedml.coordinator.archive import Archive
 from fedml.coordinator.folder import Folder
 from fedml.coordinator.runs import Runs
@@ -138,9 +139,11 @@ class Operations:
             if row.state == "withdrawn":
                 raise ConfigError(f"{model}/{version} was withdrawn; release another version")
             self.folder.releases.publish(registry.bundle(model, version))
+            failpoints.reach("release.published")
             return registry.promote(model, version)
 
         released = await self.archive.do(publish)
+        failpoints.reach("release.promoted")
         self._note(by, f"release {model}/{version}")
         self.runs.desk.announce(model)
         return released

@@ -11,14 +11,16 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import structlog
 
-from fedml import telemetry
+from fedml import failpoints, telemetry
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
+from fedml.coordinator.patience import insist
 from fedml.errors import FedmlError, MalformedMessage, Refused
 from fedml.params import read
 from fedml.protocol.messages import (
@@ -86,11 +88,13 @@ class Host:
         self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
         self._expected_until = time.monotonic() + grace
         self._log = _log.bind(run=run.id)
+        self._waits_for = ""  # why the next step is tried again and again
 
     @property
     def info(self) -> RunInfo:
         """The run in one line, as it stands."""
-        return run_info(self._journal, self.run.id, self.run)
+        info = run_info(self._journal, self.run.id, self.run)
+        return replace(info, detail=f"waits: {self._waits_for}") if self._waits_for else info
 
     def tell(self, event: Event) -> None:
         """Feed the run an event."""
@@ -132,6 +136,7 @@ class Host:
             else:
                 self.tell(SiteLost(site, f"update refused: {_line(str(error))}", task=task))
         else:
+            failpoints.reach("update.read")
             self.tell(UpdateArrived(update, digest))
 
     def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
@@ -160,7 +165,8 @@ class Host:
             while True:
                 while commands:
                     command = commands.popleft()
-                    commands.extend(await self._carry_out(command))
+                    step = partial(self._carry_out, command)
+                    commands.extend(await insist(step, self._wait))
                     if isinstance(command, End):
                         return command
                 self._changed(self.run.id)
@@ -178,9 +184,17 @@ class Host:
             if self._state is not None:
                 self._holds.let_go(self._state[1].digest)
 
+    def _wait(self, reason: str) -> None:
+        if reason and not self._waits_for:
+            self._log.warning("the run waits", reason=reason)
+        self._waits_for = reason
+        self._changed(self.run.id)
+
     async def _decide(self, event: Event) -> list[Command]:
         """Let the run take an event in; an update is megabytes to add, so not on the loop."""
-        return await asyncio.to_thread(self.run.handle, event, time.time())
+        commands = await asyncio.to_thread(self.run.handle, event, time.time())
+        failpoints.reach("event.taken")
+        return commands
 
     async def _carry_out(self, command: Command) -> list[Command]:
         match command:
@@ -206,6 +220,7 @@ class Host:
                 await self._candidate(command)
             case End(state, detail):
                 await asyncio.to_thread(self._journal.append, Ended(self.run.id, state, detail))
+                self._desk.conclude(self.run.id)
                 self._log.info("run ended", state=state, detail=detail)
         return []
 
@@ -231,7 +246,10 @@ class Host:
         commands = self.run.handle(Committed(state), time.time())
         opened = [command for command in commands if isinstance(command, Opened)]
         entries = [self._opened(command) for command in opened]
-        await asyncio.to_thread(self._journal.commit, self.run.id, receipt, file, *entries)
+        note = partial(self._journal.commit, self.run.id, receipt, file, *entries)
+        # not the whole step again on a full disk: the run has taken its commit in
+        await insist(partial(asyncio.to_thread, note), self._wait)
+        failpoints.reach("round.committed")
         ended = "committed" if receipt.model else "failed"
         telemetry.ROUNDS.labels(ended).inc()
         self._log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.errors import ConfigError, Corrupt, MalformedMessage
 from fedml.params import read
 from fedml.protocol.messages import RunId
@@ -131,7 +131,9 @@ class Journal:
         with self._mutex:
             if self._closed:
                 raise ConfigError(f"{self._log.path} is closed; the coordinator is going down")
+            failpoints.reach("journal.append")
             self._log.append(*records)
+            failpoints.reach("journal.appended")
             for entry in entries:
                 self._note(entry)
 
@@ -144,6 +146,7 @@ class Journal:
         name = f"{run}.{receipt.round}.safetensors" if state else ""
         if state:
             durable.link(state, self._states / name)
+            failpoints.reach("journal.state")
         before = self.runs[run].state
         self.append(RoundCommitted(run, receipt, name), *more)
         if name and before not in ("", name):

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.coordinator import press
 from fedml.coordinator.archive import Archive
 from fedml.coordinator.journal import Journal, Registered
@@ -35,9 +35,12 @@ class Mint:
         async with self._one_version:  # or two runs of one model would take the same number
             if not await self._archive.do(lambda registry: _fits(work / "bundle", registry)):
                 await self._press(run, candidate, work)
+            failpoints.reach("version.pressed")
             story = Story(candidate.receipts, flatten(to_record(run.plan)))
             staged = await self._archive.do(lambda r: r.stage(work / "bundle", story))
+        failpoints.reach("version.staged")
         await asyncio.to_thread(self._journal.append, Registered(id, staged.version))
+        failpoints.reach("version.noted")
         await asyncio.to_thread(shutil.rmtree, work, True)  # last: a crash before stages it again
         return staged.version
 

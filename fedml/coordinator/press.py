@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedml import durable
-from fedml.errors import FedmlError, TaskFailed
+from fedml.errors import FedmlError, TaskFailed, Unreachable
 from fedml.lifeline import die_with_parent
 from fedml.protocol.messages import RecipeId
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 300.0  # seconds for one job
 _EXAMPLE_ROWS = 64
+_AGAIN = 75  # exit status of a child for whom trying again is right, as in sysexits(3)
 
 
 async def initial_params(recipe: RecipeId, seed: int, path: Path) -> None:
@@ -70,7 +71,8 @@ async def _run(job: Mapping[str, Any]) -> None:
             await child.wait()
     if child.returncode != 0:
         text = output.decode(errors="replace").strip().splitlines()
-        raise TaskFailed(text[-1] if text else f"the press ended with status {child.returncode}")
+        kind = Unreachable if child.returncode == _AGAIN else TaskFailed
+        raise kind(text[-1] if text else f"the press ended with status {child.returncode}")
 
 
 def _init(job: Mapping[str, Any]) -> None:
@@ -107,7 +109,7 @@ def main() -> None:
         {"init": _init, "bundle": _bundle}[job["do"]](job)
     except FedmlError as error:
         print(error)
-        sys.exit(1)
+        sys.exit(_AGAIN if isinstance(error, Unreachable) else 1)
 
 
 if __name__ == "__main__":

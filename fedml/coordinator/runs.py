@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -17,6 +18,7 @@ from fedml.coordinator.holds import Holds
 from fedml.coordinator.host import Host, run_info
 from fedml.coordinator.journal import Ended, History, Journal, Submitted
 from fedml.coordinator.mint import Mint
+from fedml.coordinator.patience import insist
 from fedml.errors import ConfigError, FedmlError, Unreachable
 from fedml.learning.recipe import identify
 from fedml.params import Params, read
@@ -54,6 +56,7 @@ class Runs:
             changed=self._sites_changed,
             was_counted=self._was_counted,
             models=lambda: folder.releases.models(),
+            is_over=self._is_over,
         )
 
     def resume(self) -> None:
@@ -93,7 +96,7 @@ class Runs:
         """Return a run in one line; raises `ConfigError` if there is none."""
         self._history(id)
         host = self._hosts.get(id)
-        return run_info(self._journal, id, host.run if host else None)
+        return host.info if host else run_info(self._journal, id, None)
 
     def all(self) -> list[RunInfo]:
         """Return all runs, oldest first."""
@@ -160,7 +163,7 @@ class Runs:
     async def _play(self, id: RunId) -> None:
         try:
             host = Host(
-                await self._load(id),
+                await insist(partial(self._load, id), partial(_waits, id)),
                 desk=self.desk,
                 journal=self._journal,
                 holds=self._holds,
@@ -181,7 +184,9 @@ class Runs:
         for site, digest in self.desk.abandon(id, f"the run failed: {reason}"):
             self._holds.store.abandon(digest, site)
             self._holds.discard(digest)
-        await asyncio.to_thread(self._journal.append, Ended(id, "failed", reason))
+        note = partial(self._journal.append, Ended(id, "failed", reason))
+        await insist(partial(asyncio.to_thread, note), partial(_waits, id))
+        self.desk.conclude(id)
 
     async def _load(self, id: RunId) -> Run:
         history = self._journal.runs[id]
@@ -220,6 +225,11 @@ class Runs:
         for bell in self._watchers.get(id, ()):
             bell.set()
 
+    def _is_over(self, run: RunId) -> bool:
+        """True if no run of ours goes on by that name."""
+        history = self._journal.runs.get(run)
+        return history is None or history.ended is not None
+
     def _was_counted(self, task: TaskId) -> bool:
         """True if a kept task's update entered a model: told to sites that were away."""
         return any(
@@ -229,6 +239,11 @@ class Runs:
             if receipt.kind == "train" and receipt.model
             for counted in receipt.counted
         )
+
+
+def _waits(id: RunId, reason: str) -> None:
+    if reason:
+        _log.warning("the run waits", run=id, reason=reason)
 
 
 def _tell_bug(task: asyncio.Task[None]) -> None:

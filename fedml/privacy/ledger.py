@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.errors import BudgetExhausted, ConfigError, Corrupt, Refused, Untrusted
 from fedml.privacy import accounting
 from fedml.privacy.accounting import Event
@@ -142,6 +142,11 @@ class Ledger:
         with self._mutex:
             return task in self._entries and self._entries[task].state == "charged"
 
+    def reserved(self) -> tuple[TaskId, ...]:
+        """Return the tasks whose cost is set aside and not charged, oldest first."""
+        with self._mutex:
+            return tuple(e.task for e in self._entries.values() if e.state == "reserved")
+
     def close(self) -> None:
         """Let go of the file, so that another process may open it."""
         self._open.close()
@@ -170,14 +175,18 @@ class Ledger:
                 "part": entry.part,
                 "time": entry.time,
                 **accounting.to_record(entry.event),
-            }
+            },
+            entry,
         )
-        self._entries[entry.task] = entry
 
-    def _append(self, record: durable.Record) -> None:
+    def _append(self, record: durable.Record, entry: Entry | None = None) -> None:
         records = self._log.records
         chained = {**record, "prev": records[-1]["hash"] if records else _START}
+        failpoints.reach("ledger.append")
         self._log.append({**chained, "hash": _hash(chained)})
+        if entry is not None:  # before the head, which a full disk may keep one behind
+            self._entries[entry.task] = entry
+        failpoints.reach("ledger.appended")
         head = {"records": len(self._log.records), "hash": self._log.records[-1]["hash"]}
         durable.replace(self._head, durable.dump_json(head), mode=0o600)
 

@@ -212,11 +212,12 @@ class Forget:
     """The task's round is over: the site may delete what it kept for it.
 
     `counted` says that the update entered the model, so the algorithm's own state at the site
-    moves on with it.
+    moves on with it. `run`, unless it is empty, is over as well: that state may go.
     """
 
     task: TaskId
     counted: bool
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,8 @@ class Serving:
 class Hello:
     """First event on a stream: who speaks is in the certificate, this is what it can do.
 
-    `kept` are the tasks whose results the site still holds; it is told which it may forget.
+    `kept` are the tasks whose results the site still holds, `runs` those of which it has an
+    algorithm's own state; it is told which it may forget.
     """
 
     version: str
@@ -283,6 +285,7 @@ class Hello:
     datasets: tuple[DatasetCard, ...] = ()
     serving: tuple[Serving, ...] = ()
     kept: tuple[TaskId, ...] = ()
+    runs: tuple[RunId, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedml import failpoints
+from fedml.durable import failure, sync_folder
 from fedml.errors import ConfigError, Unreachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+_FILE = "sqlite:///"
 
 
 def connect(uri: str, artifacts: Path) -> MlflowClient:
@@ -34,9 +39,28 @@ def connect(uri: str, artifacts: Path) -> MlflowClient:
 
     with _alone(artifacts / ".migration.lock"), mlflow_errors(uri):
         _check_reachable(uri)
+        if uri.startswith(_FILE) and not Path(uri.removeprefix(_FILE)).exists():
+            _make(Path(uri.removeprefix(_FILE)))
         client: MlflowClient = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_registered_models(max_results=1)
     return client
+
+
+def _make(path: Path) -> None:
+    """Make a SQLite file with MLflow's tables, whole or not at all.
+
+    MLflow makes them in many steps, and one that was broken off in the middle stays broken.
+    """
+    from mlflow import MlflowClient
+
+    draft = path.with_name(f"{path.name}.draft")
+    for left in path.parent.glob(f"{draft.name}*"):
+        left.unlink()
+    uri = f"{_FILE}{draft}"
+    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models(max_results=1)
+    failpoints.reach("registry.drafted")
+    draft.rename(path)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -69,8 +93,13 @@ def mlflow_errors(uri: str) -> Iterator[None]:
         yield
     except OperationalError as error:
         raise Unreachable(_line(uri, error)) from error
-    except (MlflowException, SQLAlchemyError, ModuleNotFoundError, OSError) as error:
+    except MlflowException as error:
+        away = error.error_code == "TEMPORARILY_UNAVAILABLE" or "API request to" in str(error)
+        raise (Unreachable if away else ConfigError)(_line(uri, error)) from error
+    except (SQLAlchemyError, ModuleNotFoundError) as error:
         raise ConfigError(_line(uri, error)) from error
+    except OSError as error:
+        raise failure(_line(uri, error), error) from error
 
 
 def _line(uri: str, error: Exception) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.errors import ConfigError, Corrupt, Untrusted
 from fedml.protocol.messages import check_digest, check_name
 from fedml.releases.manifest import MANIFEST, Manifest, is_whole, open_bundle
@@ -96,6 +96,7 @@ class Shelf:
         shutil.rmtree(draft, ignore_errors=True)
         for name in (*manifest.files, MANIFEST):
             durable.copy(bundle / name, draft / name)
+        failpoints.reach("shelf.drafted")
         draft.rename(folder)
         durable.sync_folder(folder.parent)
         return manifest
@@ -112,6 +113,7 @@ class Shelf:
         if now and now.current == kept:
             return now
         check(folder)
+        failpoints.reach("shelf.checked")
         return self._point(model, Pointer(kept, now.current if now else None))
 
     def back(self, model: str) -> Pointer:
@@ -126,6 +128,7 @@ class Shelf:
         previous = asdict(pointer.previous) if pointer.previous else None
         raw = {**asdict(pointer.current), "previous": previous}
         durable.replace(self._model(model) / POINTER, durable.dump_json(raw))
+        failpoints.reach("shelf.switched")
         wanted = {str(kept.version) for kept in (pointer.current, pointer.previous) if kept}
         for folder in self._model(model).iterdir():
             if folder.is_dir() and folder.name not in wanted:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from fedml import durable, telemetry
+from fedml import durable, failpoints, telemetry
 from fedml.errors import Corrupt, FedmlError, Refused, TaskFailed, Unreachable
 from fedml.learning.recipe import installed
 from fedml.privacy.ledger import Ledger
@@ -25,6 +25,7 @@ from fedml.protocol.messages import (
     Declined,
     Failed,
     RecipeId,
+    RunId,
     Scored,
     SiteEvent,
     TaskId,
@@ -94,7 +95,12 @@ class Clerk:
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start the worker ahead of the first order."""
+        """Start the worker ahead of the first order; give back what is reserved for no order."""
+        kept = set(self._memory.kept())
+        for ledger in self._ledgers.values():
+            for task in ledger.reserved():
+                if task not in kept:
+                    await asyncio.to_thread(ledger.void, task)
         if self._policy.datasets:
             await self._foreman.start()
 
@@ -109,6 +115,14 @@ class Clerk:
     def kept(self) -> tuple[TaskId, ...]:
         """Return the tasks whose orders or results are on the disk."""
         return self._memory.kept()
+
+    def runs(self) -> tuple[RunId, ...]:
+        """Return the runs whose algorithm's own state is on the disk."""
+        return self._memory.runs()
+
+    def conclude(self, run: RunId) -> None:
+        """Delete an algorithm's own state: its run is over."""
+        _guarded(run, lambda: self._memory.conclude(run))
 
     def take(self, order: Assignment) -> None:
         """Begin with an order; the same one while it is being answered is a reminder."""
@@ -158,13 +172,15 @@ class Clerk:
 
     def _clear(self, task: TaskId, *, counted: bool = False) -> None:
         order, result = self._memory.assignment(task), self._memory.result(task)
+        if order is not None and order.dataset in self._ledgers:
+            # first: with the order gone, nobody would know of the reservation after a crash
+            self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
+        failpoints.reach("task.voided")
         self._memory.forget(task, counted=counted)
         if isinstance(result, Trained):
             self._blobs.delete(result.update.digest)
         if order is not None:
             self._blobs.delete(order.model.digest)
-            if order.dataset in self._ledgers:
-                self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
 
     # --- one order ----------------------------------------------------------------------------
 
@@ -184,7 +200,7 @@ class Clerk:
                 telemetry.TASKS.labels("refused").inc()
                 return await self._tell(Declined(order.task, str(error)))
             except Unreachable as error:
-                log.info("task waits for the coordinator", reason=str(error))
+                log.info("task waits", reason=str(error))
                 await self._pause(order.task, next(waits))
             except FedmlError as error:
                 log.error("task failed", reason=str(error))
@@ -209,9 +225,11 @@ class Clerk:
         known = self._memory.assignment(order.task) == order
         if known and (kept := self._memory.result(order.task)):
             return kept
-        permit = decide(self._policy, order, self.installed)
+        # finding the noise takes seconds: the stream must beat meanwhile
+        permit = await asyncio.to_thread(decide, self._policy, order, self.installed)
         ledger = self._ledgers.get(order.dataset) if permit.event else None
         desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
+        failpoints.reach("order.noted")
         if ledger is not None:
             await self._reserve(ledger, order, permit, desk)
         await self._tell(Accepted(order.task))
@@ -221,13 +239,16 @@ class Clerk:
             if ledger is not None:
                 await asyncio.to_thread(ledger.void, order.task)
             raise
+        failpoints.reach("work.done")
         epsilon = 0.0
         if ledger is not None:
             await asyncio.to_thread(ledger.charge, order.task)  # on disk before anything leaves
             epsilon = await asyncio.to_thread(lambda: ledger.spent(run=order.run))
             telemetry.EPSILON.labels(order.dataset).set(await asyncio.to_thread(ledger.spent))
+        failpoints.reach("work.charged")
         result = await asyncio.to_thread(_read_result, order, desk, epsilon)
         self._memory.finish(result)
+        failpoints.reach("result.kept")
         return result
 
     async def _reserve(self, ledger: Ledger, order: Assignment, permit: Permit, desk: Desk) -> None:
@@ -236,7 +257,9 @@ class Clerk:
             if ledger.is_charged(order.task) and not desk.outcome.exists():
                 raise Refused(
                     f"task {order.task} was charged and answered before, and is not done again "
-                    "for nothing; open a new run"
+                    "for nothing; submit a new run. A coordinator whose folder was made anew "
+                    f"counts its runs from 1: submit until the number is above {order.run}'s, "
+                    "or restore the old folder"
                 )
             await asyncio.to_thread(
                 ledger.reserve, order.task, order.run, permit.part, permit.event
@@ -253,6 +276,7 @@ class Clerk:
             await self._fetch_model(order, desk)
         except Refused as error:
             raise TaskFailed(f"the coordinator withholds the model: {error}") from error
+        failpoints.reach("model.fetched")
         await self._foreman.run(self._job(order, permit, desk), desk.outcome)
 
     async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
@@ -285,15 +309,17 @@ class Clerk:
                 await self._link.upload(result.update, self._blobs, order.task)
             except Refused as error:  # its word, not ours: we do not decline
                 raise TaskFailed(f"the coordinator does not take the update: {error}") from error
+            failpoints.reach("update.uploaded")
         await self._link.send(result)
+        failpoints.reach("update.announced")
 
 
-def _guarded(task: TaskId, act: Callable[[], None]) -> None:
-    """Do what a peer asked for a task; a task id that is none is its fault, not our end."""
+def _guarded(id: TaskId | RunId, act: Callable[[], None]) -> None:
+    """Do what a peer asked for a task or run; an id that is none is its fault, not our end."""
     try:
         act()
     except FedmlError as error:
-        _log.error("task not forgotten", task=task[:70], reason=str(error))
+        _log.error("not forgotten", id=id[:70], reason=str(error))
 
 
 def _read_result(order: Assignment, desk: Desk, epsilon: float) -> Result:

@@ -14,7 +14,7 @@ from typing import Protocol
 import structlog
 
 from fedml import __version__, durable, telemetry
-from fedml.errors import FedmlError, Unreachable, Untrusted
+from fedml.errors import FedmlError, NoRoom, Unreachable, Untrusted
 from fedml.protocol.messages import (
     Assignment,
     Beat,
@@ -24,6 +24,7 @@ from fedml.protocol.messages import (
     Forget,
     Hello,
     ReleaseNotice,
+    RunId,
     Serving,
     SiteEvent,
     Welcome,
@@ -137,8 +138,10 @@ class Daemon:
                 clerk.take(command)
             case Cancel(task, reason):
                 clerk.drop(task, reason)
-            case Forget(task, counted):
+            case Forget(task, counted, run):
                 clerk.forget(task, counted=counted)
+                if run:
+                    clerk.conclude(RunId(run))
             case ReleaseNotice(model):
                 job = asyncio.create_task(self._update(model))
                 self._updating.add(job)
@@ -151,10 +154,10 @@ class Daemon:
             return
         try:
             serving = await self._endpoint.update(model, self._link)
-        except Unreachable as error:
-            _log.info("release waits for the coordinator", model=model, reason=str(error))
-            return
         except FedmlError as error:
+            if isinstance(error, Unreachable) and not isinstance(error, NoRoom):
+                _log.info("release waits for the coordinator", model=model, reason=str(error))
+                return
             _log.error("release refused", model=model, reason=str(error))
             telemetry.RELEASES.labels("refused").inc()
             now = next((s for s in self._endpoint.serving() if s.model == model), None)
@@ -167,7 +170,7 @@ class Daemon:
         try:
             await self._link.send(event)
         except FedmlError as error:
-            _log.debug("not sent", event=type(event).__name__, reason=str(error))
+            _log.debug("not sent", what=type(event).__name__, reason=str(error))
 
     async def _hello(self, clerk: Clerk) -> Hello:
         return Hello(
@@ -177,6 +180,7 @@ class Daemon:
             await asyncio.to_thread(_cards, self._folder, self._policy),
             self._endpoint.serving() if self._endpoint else (),
             clerk.kept(),
+            clerk.runs(),
         )
 
     async def _stop(self, clerk: Clerk) -> None:

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.errors import ConfigError, MalformedMessage, Untrusted
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, RunId, Scored, TaskId, Trained, check_id
@@ -119,7 +119,17 @@ class Memory:
         desk, assignment = self.desk(task), self.assignment(task)
         if assignment is not None and counted and desk.memory.exists():
             durable.replace(self.slots(assignment.run), desk.memory.read_bytes())
+        failpoints.reach("task.forgetting")
         shutil.rmtree(desk.folder, ignore_errors=True)
+
+    def runs(self) -> tuple[RunId, ...]:
+        """Return the runs of which there is site-side state."""
+        names = sorted(path.stem for path in self._slots.glob("*.safetensors"))
+        return tuple(RunId(name) for name in names if _is_id(name))
+
+    def conclude(self, run: RunId) -> None:
+        """Delete the site-side state of a run that is over."""
+        self.slots(run).unlink(missing_ok=True)
 
     def slots(self, run: RunId) -> Path:
         """Where the run's site-side state lies, if there is any."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fedml.learning.private  # noqa: F401 - so that children find it imported
-from fedml import durable
+from fedml import durable, failpoints
 from fedml.errors import ConfigError, FedmlError
 from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import Recipe, load
@@ -65,11 +65,12 @@ def _do(job: Mapping[str, Any]) -> int:
 
 
 def _complain(folder: Path, text: str) -> None:
-    with suppress(ConfigError):  # no room, or no such task any more: the status must do
+    with suppress(FedmlError):  # no room, or no such task any more: the status must do
         durable.replace(folder / "error.json", durable.dump_json({"error": text}))
 
 
 def _work(job: Mapping[str, Any], folder: Path) -> None:
+    failpoints.reach("worker.begun")
     assignment = codec.decode(Assignment, (folder / "assignment").read_bytes())
     recipe = load(assignment.recipe, job["recipe_files"])
     parts = decode(Path(job["model"]).read_bytes())
@@ -111,6 +112,7 @@ def _train(job: Mapping[str, Any], assignment: Assignment, task: Task, recipe: R
     _write(folder / "update.safetensors", {"delta": update.delta, **update.slots})
     if kept:
         _write(folder / "memory.safetensors", kept)
+    failpoints.reach("worker.trained")
     outcome = {"weight": update.weight, "metrics": dict(update.metrics)}
     durable.replace(folder / "outcome.json", durable.dump_json(outcome))
 

@@ -20,8 +20,9 @@ from weakref import WeakValueDictionary
 
 from blake3 import blake3
 
-from fedml.durable import sync_folder
-from fedml.errors import ConfigError, Refused, Unreachable, Untrusted
+from fedml import failpoints
+from fedml.durable import failure, sync_folder
+from fedml.errors import Refused, Unreachable, Untrusted
 from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.messages import Blob, check_digest, check_name
 
@@ -259,6 +260,7 @@ class Intake:
                 total = self._total(file)
                 file.write(data)
                 file.flush()  # so that what came survives us, and `held` sees it
+                failpoints.reach("chunk.taken")
             total.update(data)
             self.offset += len(data)
 
@@ -286,6 +288,7 @@ class Intake:
             with _disk(self._part):
                 _settle(file, self._part, self._place, lasting=self._lasting)
                 file.close()
+                failpoints.reach("blob.kept")
             self._file = None
 
     def close(self) -> None:
@@ -322,4 +325,4 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; free space, or mend the rights") from error
+        raise failure(str(path), error) from error

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from typing import TypeVar
 
+from fedml import failpoints
 from fedml.errors import FedmlError, Unreachable
 from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.requests import Chunk
@@ -32,6 +33,7 @@ async def pour(store: BlobStore, digest: str, offset: int) -> AsyncGenerator[Chu
         while data := await reading:
             reading = _thread(file.read, MAX_CHUNK)
             BYTES.labels("out").inc(len(data))
+            failpoints.reach("chunk.poured")
             yield Chunk(data)
     finally:
         try:

@@ -84,6 +84,7 @@ class Office:
     heartbeat: float = 60.0
     grace: float = 60.0
     counted: frozenset[str] = frozenset()
+    ended: frozenset[str] = frozenset()
     answers: list[tuple[SiteId, TaskId, Answer]] = field(default_factory=list)
     losses: asyncio.Queue[tuple[SiteId, str]] = field(default_factory=asyncio.Queue)
     changes: int = 0
@@ -97,6 +98,7 @@ class Office:
             changed=self.change,
             was_counted=lambda task: task in self.counted,
             models=lambda: ["cancer"],
+            is_over=lambda run: run in self.ended,
         )
 
     def change(self) -> None:
@@ -133,6 +135,15 @@ async def test_welcome_comes_first_then_what_the_site_has_to_know() -> None:
         ORDER,  # kept, and still wanted: no word of forgetting it
         ReleaseNotice("cancer"),
     ]
+
+
+async def test_a_site_is_told_which_of_its_runs_are_over() -> None:
+    office = Office(ended=frozenset({"run-1"}))
+    runs = (RunId("run-1"), RunId("run-2"))
+    stream = await office.attend(hello=Hello("1", "cpu", runs=runs))
+    assert [told.run for told in stream.those(Forget)] == ["run-1"]
+    office.desk.conclude(runs[1])
+    assert [told.run for told in stream.those(Forget)] == ["run-1", "run-2"]
 
 
 async def test_what_is_outstanding_is_sent_again_on_every_stream() -> None:

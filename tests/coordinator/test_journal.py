@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedml import durable
 from fedml.coordinator.journal import (
@@ -259,3 +261,37 @@ def test_a_commit_of_a_round_that_moved_nothing_keeps_the_state(
     journal.commit(RUN, RECEIPT, stated(tmp_path))
     journal.append(RoundCommitted(RUN, replace(RECEIPT, kind="evaluate", scores={"a": 0.5})))
     assert cast(ServerState, journal.state(RUN)).params == MODEL
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_journal_cut_at_any_byte_keeps_its_whole_records_and_tells(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """A crash leaves a beginning of what was written: each one replays as its records did."""
+    folder = tmp_path_factory.mktemp("journal")
+    book = Journal(folder)
+    book.append(SUBMITTED)
+    ends, path = [0, path_size(folder)], folder / "journal.jsonl"
+    opened = RoundOpened(RUN, OPENED)
+    for entry in (opened, RoundCommitted(RUN, RECEIPT), Registered(RUN, 4), Ended(RUN, "done", "")):
+        book.append(entry)
+        ends.append(path_size(folder))
+    book.close()
+    written = path.read_bytes()
+    cut = data.draw(st.integers(0, len(written)))
+    path.write_bytes(written[:cut])
+    again = Journal(folder)
+    whole = max(number for number, end in enumerate(ends) if end <= cut)
+    assert path.read_bytes() == written[: ends[whole]]
+    assert again.torn == written[ends[whole] : cut]
+    if whole:
+        history = again.runs[RUN]
+        assert (history.opened is not None) == (whole == 2)
+        assert len(history.receipts) == (whole > 2)
+        assert (history.version, history.ended is not None) == (4 * (whole > 3), whole > 4)
+    again.close()
+
+
+def path_size(folder: Path) -> int:
+    return (folder / "journal.jsonl").stat().st_size

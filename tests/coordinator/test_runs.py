@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedml import failpoints
 from fedml.coordinator.settings import Settings
 from fedml.errors import ConfigError, Contradiction, Refused, Unreachable
 from fedml.params import Params
@@ -475,6 +476,22 @@ async def test_a_site_that_was_away_is_told_what_counted(tmp_path: Path) -> None
         await after.close()
 
 
+async def test_sites_hear_that_a_run_is_over_there_and_then_or_when_they_are_back(
+    hub: Hub, sites: list[Site], tmp_path: Path
+) -> None:
+    run, other = await hub.submit(plan(rounds=1)), await hub.submit(plan(rounds=1))
+    for site in sites:
+        await site.answer(await site.order())
+    await hub.end(run)
+    told = [await sites[0].next(Forget) for _ in range(2)]
+    assert [forget.run for forget in told] == ["", run]
+    bern = Site(tmp_path, "bern")
+    bern.hello = replace(bern.hello, runs=(run, other, RunId("unheard-of")))
+    await bern.connect(hub)
+    told = [await bern.next(Forget) for _ in range(2)]
+    assert [forget.run for forget in told] == [run, "unheard-of"]  # the other one goes on
+
+
 async def test_followers_hear_that_the_coordinator_goes_down_and_not_that_all_is_well(
     hub: Hub,
 ) -> None:
@@ -498,6 +515,8 @@ class Faulty(MemoryRegistry):
 
     def stage(self, bundle: Path, story: Story = UNTOLD) -> ModelVersion:
         fault = self.faults.pop(0) if self.faults else ""
+        if fault == "away":
+            raise Unreachable("registry at db: connection refused")
         if fault == "before":
             raise OSError(5, "power cut")
         staged = super().stage(bundle, story)
@@ -532,6 +551,39 @@ async def test_a_crash_on_the_way_to_the_registry_registers_one_version(tmp_path
     assert manifest.lineage.data == dict.fromkeys(("bern", "kyoto", "quito"), "ab" * 32)
     assert manifest.lineage.epsilon == dict.fromkeys(("bern", "kyoto", "quito"), 0.25)
     assert not bundle(first, run).parent.parent.exists()
+
+
+async def test_a_run_waits_for_a_registry_that_is_away_and_says_so(tmp_path: Path) -> None:
+    registry = Faulty(tmp_path / "registry")
+    registry.faults = ["away", "away"]
+    async with world.hub(tmp_path, registry) as a_hub:
+        sites = await world.three_sites(a_hub, tmp_path)
+        run = await a_hub.submit(plan(rounds=1))
+        await play(sites)
+        waiting = await a_hub.until(run, lambda info: info.detail.startswith("waits"))
+        assert (waiting.state, waiting.detail) == (
+            "running", "waits: registry at db: connection refused",
+        )  # fmt: skip
+        ended = await a_hub.end(run)
+    assert (ended.state, ended.version, registry.faults) == ("done", 1, [])
+    assert len(registry.list("cancer")) == 1
+
+
+@pytest.mark.parametrize("point", ["durable.append", "durable.replace", "chunk.taken"])
+async def test_a_full_disk_costs_time_and_no_round(
+    hub: Hub, sites: list[Site], monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """At the journal, at a round's state, and at an update on its way in."""
+    run = await hub.submit(plan(rounds=1))
+    orders = [await site.order() for site in sites]
+    armed = failpoints.Armed(f"{point}:1:enospc,{point}:2:enospc")
+    monkeypatch.setattr(failpoints, "_armed", armed)
+    for site, order in zip(sites, orders, strict=True):
+        await site.answer(order)
+    assert (await hub.end(run)).state == "done"
+    [receipt] = hub.runs.detail(run).receipts
+    assert [counted.site for counted in receipt.counted] == ["bern", "kyoto", "quito"]
+    assert not armed.due
 
 
 def bundle(a_hub: Hub, run: str) -> Path:

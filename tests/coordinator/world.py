@@ -139,8 +139,8 @@ class Hub:
 
 
 @asynccontextmanager
-async def hub(folder: Path) -> AsyncIterator[Hub]:
-    a_hub = Hub(folder / "hub", MemoryRegistry(folder / "registry"))
+async def hub(folder: Path, registry: Registry | None = None) -> AsyncIterator[Hub]:
+    a_hub = Hub(folder / "hub", registry or MemoryRegistry(folder / "registry"))
     try:
         yield a_hub
     finally:

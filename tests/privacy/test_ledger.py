@@ -12,8 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from fedml import durable
-from fedml.errors import BudgetExhausted, ConfigError, Corrupt, Refused, Untrusted
+from fedml import durable, failpoints
+from fedml.errors import (
+    BudgetExhausted,
+    ConfigError,
+    Corrupt,
+    FedmlError,
+    Refused,
+    Untrusted,
+)
 from fedml.privacy import accounting, ledger
 from fedml.privacy.accounting import Event, Pure, SampledGaussian
 from fedml.privacy.ledger import Ledger
@@ -178,6 +185,23 @@ def test_a_torn_last_record_is_forgotten(path: Path) -> None:
         file.write(b'0badc0de {"kind": "char')
     again = open_ledger(path)
     assert again.is_charged(task(1))
+    again.close()
+
+
+def test_a_disk_too_full_for_the_head_leaves_a_ledger_that_opens(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record is written and only the second file is not: what is noted must count at once."""
+    book = open_ledger(path)
+    monkeypatch.setattr(failpoints, "_armed", failpoints.Armed("durable.replace:1:enospc"))
+    with pytest.raises(FedmlError, match="No space left"):
+        book.reserve(task(1), RUN, "train", ROUND)
+    book.reserve(task(1), RUN, "train", ROUND)  # as a site does once there is room
+    book.charge(task(1))
+    spent = book.spent()
+    book.close()
+    again = open_ledger(path)
+    assert again.spent() == spent > 0
     again.close()
 
 

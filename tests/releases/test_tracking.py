@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
-from fedml.errors import ConfigError, Corrupt, Unreachable
+from fedml.errors import ConfigError, Corrupt, FedmlError, NoRoom, Unreachable
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt
+from fedml.releases.database import mlflow_errors
 from fedml.releases.registry import Story
 from fedml.releases.tracking import MlflowRegistry
 from tests.bundles import write_bundle
@@ -121,3 +125,45 @@ def test_a_wrong_database_is_one_clear_line_without_the_password(
         MlflowRegistry(uri.replace("://host", "://user:secret@127.0.0.1"), tmp_path)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_kill_while_the_tables_are_made_leaves_no_half_of_them(tmp_path: Path) -> None:
+    database = tmp_path / "registry.db"
+    (tmp_path / "registry.db.draft").write_bytes(b"half of one")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fedml.releases.tracking import MlflowRegistry\n"
+        "registry = MlflowRegistry(f'sqlite:///{sys.argv[1]}/registry.db', Path(sys.argv[1]))\n"
+        "print(registry.next_version('cancer'))"
+    )
+
+    def opened(strike: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "FEDML_FAILPOINT": strike}
+        line = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
+
+    assert opened("registry.drafted:1:kill").returncode == -9
+    assert not database.exists()
+    assert opened("").stdout.strip() == "1"
+    assert [path.name for path in tmp_path.glob("registry.db*")] == ["registry.db"]
+
+
+@pytest.mark.parametrize(
+    ("foreign", "kind"),
+    [
+        (
+            MlflowException("(sqlite3.OperationalError) locked", TEMPORARILY_UNAVAILABLE),
+            Unreachable,
+        ),
+        (MlflowException("API request to http://db/x failed with exception timeout"), Unreachable),
+        (MlflowException("Invalid model name", INVALID_PARAMETER_VALUE), ConfigError),
+        (OSError(errno.ENOSPC, "No space left on device"), NoRoom),
+        (OSError(errno.EACCES, "Permission denied"), ConfigError),
+    ],
+)
+def test_what_passes_by_itself_is_told_apart_from_what_must_be_mended(
+    foreign: Exception, kind: type[FedmlError]
+) -> None:
+    with pytest.raises(kind) as caught, mlflow_errors("sqlite:///registry.db"):
+        raise foreign
+    assert type(caught.value) is kind

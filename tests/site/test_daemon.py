@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 from blake3 import blake3
 
+from fedml import durable, telemetry
 from fedml.errors import (
     ConfigError,
     Corrupt,
@@ -50,6 +54,7 @@ from tests.site.wire import (
     UPDATED,
     Wire,
     entries,
+    policy,
     records,
     running,
     worked,
@@ -349,6 +354,20 @@ async def test_the_algorithm_s_own_state_moves_on_with_what_counted(tmp_path: Pa
     assert (tmp_path / "slots" / "run-1.safetensors").read_bytes() == b"control"
 
 
+async def test_the_algorithm_s_own_state_goes_with_its_run(tmp_path: Path) -> None:
+    for run in ("run-1", "run-2"):
+        durable.replace(tmp_path / "slots" / f"{run}.safetensors", b"control")
+    durable.replace(tmp_path / "site.toml", b"")
+    wire = Wire()
+    async with running(tmp_path, wire):
+        wire.say(Unreachable("cut"))
+        assert (await wire.hello()).runs == ("run-1", "run-2")
+        never = TaskId("run-1.over")
+        wire.say(Forget(never, False, "../site"), Forget(never, False, "run-1"))
+        await until(lambda: [p.stem for p in (tmp_path / "slots").iterdir()] == ["run-2"])
+    assert (tmp_path / "site.toml").exists()
+
+
 async def test_a_reservation_survives_a_crash_and_is_given_back_when_told(tmp_path: Path) -> None:
     wire = Wire()
     wire.gate.clear()
@@ -362,7 +381,68 @@ async def test_a_reservation_survives_a_crash_and_is_given_back_when_told(tmp_pa
         await until(lambda: entries(tmp_path) == {ORDER.task: "void"})
 
 
+@pytest.mark.parametrize("point", ["task.voided", "task.forgetting"])
+def test_a_crash_in_the_middle_of_forgetting_leaves_nothing_reserved(
+    tmp_path: Path, point: str
+) -> None:
+    """The site dies while it forgets; what it says when it is back, and hears, mends the rest."""
+    code = (
+        "import asyncio, sys; from pathlib import Path\n"
+        "from fedml.protocol.messages import Accepted, Forget\n"
+        "from tests.site.wire import ORDER, Wire, running\n"
+        "async def play():\n"
+        "    wire = Wire(); wire.gate.clear()\n"
+        "    async with running(Path(sys.argv[1]), wire):\n"
+        "        wire.say(ORDER); await wire.event(Accepted)\n"
+        "        wire.say(Forget(ORDER.task, counted=False)); await asyncio.sleep(60)\n"
+        "asyncio.run(play())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FEDML_FAILPOINT": f"{point}:1:kill"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert entries(tmp_path) == {ORDER.task: "void"}
+    assert (tmp_path / "tasks" / ORDER.task).exists()  # so it will be told again
+
+
+async def test_a_reservation_without_an_order_is_given_back_at_the_start(tmp_path: Path) -> None:
+    wire = Wire()
+    wire.gate.clear()
+    roomy = policy(tmp_path, epsilon=3.0)
+    async with running(tmp_path, wire, roomy):
+        wire.say(ORDER, replace(ORDER, task=TaskId("run-1.1.1.kept")))
+        await wire.event(Accepted)
+        await wire.event(Accepted)
+    shutil.rmtree(tmp_path / "tasks" / ORDER.task)
+    async with running(tmp_path, Wire(), roomy):
+        assert entries(tmp_path) == {ORDER.task: "void", "run-1.1.1.kept": "reserved"}
+
+
 # --- the connection -----------------------------------------------------------------------------
+
+
+async def test_what_is_told_while_the_stream_is_down_is_no_bug(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the logging that programs have: the line about it must not break what follows."""
+
+    def cut() -> None:
+        wire.connected = False
+        raise Refused("not for you")
+
+    wire = Wire(on_download=cut)
+    telemetry.configure_logging()
+    try:
+        async with running(tmp_path, wire):
+            wire.say(ORDER)
+            await until(lambda: entries(tmp_path) == {ORDER.task: "void"})
+            wire.on_download = lambda: None
+            wire.say(Unreachable("cut"))
+            await wire.hello()
+            said = capsys.readouterr().err
+    finally:
+        structlog.reset_defaults()
+    assert "the coordinator withholds the model" in said
+    assert "a bug" not in said
 
 
 async def test_it_reconnects_for_ever_and_says_what_it_keeps(tmp_path: Path) -> None:

@@ -110,12 +110,14 @@ class Cancel(_message.Message):
     def __init__(self, task: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Forget(_message.Message):
-    __slots__ = ("task", "counted")
+    __slots__ = ("task", "counted", "run")
     TASK_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     task: str
     counted: bool
-    def __init__(self, task: _Optional[str] = ..., counted: _Optional[bool] = ...) -> None: ...
+    run: str
+    def __init__(self, task: _Optional[str] = ..., counted: _Optional[bool] = ..., run: _Optional[str] = ...) -> None: ...
 
 class ReleaseNotice(_message.Message):
     __slots__ = ("model",)
@@ -168,20 +170,22 @@ class Serving(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept")
+    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept", "runs")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     RECIPES_FIELD_NUMBER: _ClassVar[int]
     DATASETS_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     recipes: _containers.RepeatedCompositeFieldContainer[RecipeId]
     datasets: _containers.RepeatedCompositeFieldContainer[DatasetCard]
     serving: _containers.RepeatedCompositeFieldContainer[Serving]
     kept: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ...) -> None: ...
+    runs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("task",)

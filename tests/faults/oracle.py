@@ -1,0 +1,76 @@
+"""What a run comes to when nothing goes wrong: played here, in this process, by the same `Run`.
+
+No network, no disk, no clock and no crash, so what it says is what any schedule must come to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from fedml.learning.evaluation import evaluate
+from fedml.learning.trainer import Trainer
+from fedml.params import encode
+from fedml.protocol.messages import DatasetCard, RunId, SiteId
+from fedml.protocol.operations import Receipt
+from fedml.protocol.tasks import Task
+from fedml.rounds import (
+    Commit,
+    Committed,
+    End,
+    Plan,
+    ReportArrived,
+    Run,
+    SendTask,
+    SitesChanged,
+    SiteStatus,
+    UpdateArrived,
+)
+from fedml.rounds.hosting import Event
+from tests.faults.fleet import RECIPES, TRAIN, first_params
+
+
+@cache
+def undisturbed(plan_json: str, folders: tuple[Path, ...]) -> tuple[Receipt, ...]:
+    """Return the receipts of a run without privacy, over the rows in the sites' folders."""
+    plan = Plan.from_json(plan_json)
+    run = Run.begin(RunId("oracle"), plan, first_params(plan))
+    card = DatasetCard(plan.dataset, TRAIN, "00" * 32)
+    here = {SiteId(folder.name): folder for folder in folders}
+    statuses = tuple(SiteStatus(site, True, (plan.recipe,), (card,)) for site in here)
+    events: deque[Event] = deque([SitesChanged(statuses)])
+    commands = deque(run.open(0.0))
+    while True:
+        if not commands:
+            commands.extend(run.handle(events.popleft(), 0.0))
+            continue
+        match commands.popleft():
+            case SendTask(task):
+                events.append(_answer(plan, task, here[task.site]))
+            case Commit():
+                events.appendleft(Committed())
+            case End():
+                return tuple(run.receipts)
+            case _:
+                pass
+
+
+def _answer(plan: Plan, task: Task, folder: Path) -> Event:
+    recipe = RECIPES[plan.recipe.name]
+    if task.kind == "evaluate":
+        rows = recipe.read(folder / "held_out.csv")
+        return ReportArrived(evaluate(recipe, task, rows, plan.privacy))
+    trainer = Trainer(recipe, plan.training, plan.privacy)
+    seed = plan.task_seed(task.round, task.site)
+    rows = recipe.read(folder / "train.csv")
+    update, _ = trainer.train(task, rows, {}, seed=seed, public_rows=TRAIN)
+    travels = b"".join(encode({"delta": update.delta, **update.slots}))
+    return UpdateArrived(update, hashlib.sha256(travels).hexdigest())
+
+
+def models(receipts: Sequence[Receipt]) -> list[tuple[int, str]]:
+    """Return the digest of the model after each round that moved it."""
+    return [(r.round, r.model) for r in receipts if r.kind == "train" and r.model]

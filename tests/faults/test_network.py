@@ -1,0 +1,174 @@
+"""Whatever the network does to one site's line, the run ends in the bytes it would have had."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from fedml.params import encode
+from fedml.protocol.messages import RunId
+from fedml.rounds import Plan
+from tests.faults.contract import uphold
+from tests.faults.fleet import HEARTBEAT, PATIENCE, ROOT, Fleet, first_params, plan
+from tests.faults.relay import Relay, Way
+from tests.faults.schedule import Tally
+
+pytestmark = pytest.mark.slow
+LINE = "oslo"  # the site behind the relay
+SIZE = sum(len(piece) for piece in encode({"": first_params(plan(0))}))
+CHUNK = 2**20
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Relay]]:
+    fleet = Fleet(tmp_path_factory.mktemp("line"), grace=5.0)
+    with Relay(fleet.port) as relay, fleet:
+        fleet.found({LINE: f"localhost:{relay.port}"})
+        yield fleet, relay
+
+
+@pytest.fixture
+def fleet(line: tuple[Fleet, Relay]) -> Iterator[Fleet]:
+    fleet, relay = line
+    yield fleet
+    relay.mend()
+    fleet.until_all_are_here()
+
+
+@pytest.fixture
+def relay(line: tuple[Fleet, Relay]) -> Relay:
+    return line[1]
+
+
+def begun(fleet: Fleet, a_plan: Plan) -> RunId:
+    """Submit a run, and return once its first round is open."""
+    run = fleet.submit(a_plan)
+    assert fleet.until(lambda: len(fleet.journal(run)) > 1, PATIENCE)
+    return run
+
+
+def ends_well(fleet: Fleet, run: RunId, a_plan: Plan) -> Tally:
+    """Let the run end, and hold it against the contract."""
+    tally = Tally()
+    fleet.finish(run)
+    uphold(fleet, run, a_plan, [], tally)
+    return tally
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 8.0])
+def test_a_cut_line_for_less_and_for_more_than_the_grace(
+    fleet: Fleet, relay: Relay, seconds: float
+) -> None:
+    """8 s are 20 heartbeats and more than the grace: as much as minutes are with longer ones."""
+    a_plan = plan(int(seconds))
+    run = begun(fleet, a_plan)
+    relay.cut()
+    fleet.until(lambda: fleet.has_ended(run), seconds)
+    assert not fleet.has_ended(run) or seconds == 0
+    relay.mend()
+    ends_well(fleet, run, a_plan)
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_line_that_is_silent_one_way_is_noticed_by_its_missing_beats(
+    fleet: Fleet, relay: Relay, way: Way
+) -> None:
+    """Long before any keepalive of the connection itself would, which takes half a minute."""
+    a_plan = plan(20)
+    run = begun(fleet, a_plan)
+    for name in ("coordinator", LINE):
+        fleet.news(name)
+    relay.silence(way)
+    said = ""
+
+    def noticed() -> bool:
+        nonlocal said
+        said += fleet.news("coordinator" if way == "up" else LINE)
+        sign = "site silent" if way == "up" else "the coordinator was silent for"
+        return sign in said
+
+    assert fleet.until(noticed, 10), said
+    if way == "up":
+        [silent] = [json.loads(x) for x in said.splitlines() if "site silent" in x][:1]
+        assert (silent["site"], silent["seconds"]) == (LINE, 3 * HEARTBEAT)
+    relay.mend()
+    ends_well(fleet, run, a_plan)
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize("byte", [0, 70_000, CHUNK + 90_000, 2 * CHUNK, 2 * CHUNK + 120_000])
+def test_a_reset_at_any_byte_of_a_transfer_costs_the_rest_and_no_more(
+    fleet: Fleet, relay: Relay, way: Way, byte: int
+) -> None:
+    """What went twice is less than a chunk and what was under way, never all from zero."""
+    a_plan = plan(30, rounds=1)
+    before = relay.passed(way)
+    relay.reset_after(way, byte)
+    run = fleet.submit(a_plan)
+    ends_well(fleet, run, a_plan)
+    assert not relay.is_due(way)
+    downloads = 2 if way == "down" else 1  # the round's model, and then the model to be scored
+    again = relay.passed(way) - before - downloads * SIZE
+    assert again < CHUNK + 300_000
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_wrong_bit_is_never_taken_for_right(fleet: Fleet, relay: Relay, way: Way) -> None:
+    a_plan = plan(40, rounds=1)
+    relay.spoil_after(way, CHUNK + 5)
+    run = fleet.submit(a_plan)
+    ends_well(fleet, run, a_plan)
+    assert not relay.is_due(way)
+
+
+def test_a_line_of_200_ms_and_1_mbit_per_second_costs_time_and_no_round(
+    fleet: Fleet, relay: Relay
+) -> None:
+    """For a model that such a line carries within three heartbeats; docs/faults.md has the rest."""
+    a_plan = plan(50, recipe="small")
+    fleet.news("coordinator")
+    relay.slow(delay=0.2, rate=125e3)
+    run = fleet.submit(a_plan)
+    fleet.finish(run)
+    assert "site silent" not in fleet.news("coordinator")
+    assert ends_well(fleet, run, a_plan).asked_again == 0
+
+
+WEATHER = """
+import sys, tempfile; from pathlib import Path
+from tests.faults.contract import uphold
+from tests.faults.fleet import Fleet, plan
+from tests.faults.schedule import Tally
+with tempfile.TemporaryDirectory() as place, Fleet(Path(place), heartbeat=2.0, grace=10.0) as fleet:
+    fleet.found()
+    a_plan = plan(60, recipe="small", rounds=2)
+    run = fleet.submit(a_plan)
+    fleet.finish(run)
+    uphold(fleet, run, a_plan, [], Tally())
+"""
+
+
+@pytest.mark.timeout(300)
+def test_five_percent_loss_200_ms_and_1_mbit_per_second() -> None:
+    """In a network of its own, where the kernel itself loses and delays packets."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "ip", "tc"))):
+        pytest.skip("needs root, unshare, ip and tc")
+    rough = "tc qdisc add dev lo root netem loss 5% delay 200ms rate 1mbit"
+    within = ["unshare", "--net", "sh", "-c"]
+    probe = subprocess.run(
+        [*within, f"ip link set lo up && {rough}"], capture_output=True, text=True
+    )
+    if probe.returncode != 0:
+        pytest.skip(f"this kernel has no network namespaces with netem: {probe.stderr.strip()}")
+    done = subprocess.run(
+        [*within, f'ip link set lo up && {rough} && exec "$0" -c "$1"',
+         sys.executable, WEATHER],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
