@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+from fedml import telemetry
 from fedml.coordinator.desk import Answer, Desk
 from fedml.protocol.messages import (
     Accepted,
@@ -312,3 +313,16 @@ def test_leftovers_are_told_when_all_of_a_site_s_tasks_are_over() -> None:
     desk.forget(BERN, ORDER.task, counted=False)
     assert desk.leftovers(BERN) == {"11" * 32}
     assert desk.leftovers(BERN) == set()
+
+
+async def test_the_gauge_counts_sites_and_not_streams() -> None:
+    office = Office()
+    older = await office.attend()
+    newer = await office.attend()
+    kyoto = await office.attend(KYOTO)
+    assert telemetry.SITES.collect()[0].samples[0].value == 2
+    await older.hang_up()
+    assert telemetry.SITES.collect()[0].samples[0].value == 2
+    await newer.hang_up()
+    await kyoto.hang_up()
+    assert telemetry.SITES.collect()[0].samples[0].value == 0
