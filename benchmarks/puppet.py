@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fedml import __version__
+from fedml.errors import FedmlError, Unreachable
 from fedml.identity.certificates import Credentials
 from fedml.learning.recipe import identify
 from fedml.params import Params, encode
@@ -31,6 +32,7 @@ from fedml.protocol.messages import (
     Trained,
     Welcome,
 )
+from fedml.site.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.rpc import GrpcLink
 
@@ -52,7 +54,13 @@ class Puppet:
     async def serve(self, rounds: int) -> None:
         """Answer `rounds` rounds, then hang up."""
         card = DatasetCard(DATASET, 1, f"{zlib.crc32(self._name.encode()):064x}")
-        await self._link.connect(Hello(__version__, "cpu", (identify(RECIPE),), (card,)))
+        hello = Hello(__version__, "cpu", (identify(RECIPE),), (card,))
+        for wait in Backoff():  # as a daemon: hundreds that dial at once may have to
+            try:
+                await self._link.connect(hello)
+                break
+            except Unreachable:
+                await asyncio.sleep(wait)
         beats: asyncio.Task[None] | None = None
         try:
             while True:
@@ -96,10 +104,13 @@ async def serve(folder: Path, size: int, rounds: int, names: Sequence[str]) -> N
     generator = np.random.default_rng(zlib.crc32(names[0].encode()))
     noise = generator.standard_normal(size + stride * len(names), dtype=np.float32)
     values = torch.from_numpy(noise * np.float32(0.01))
-    async with asyncio.TaskGroup() as group:
-        for place, name in enumerate(names):
-            puppet = Puppet(folder / name, values, place * stride, size)
-            group.create_task(puppet.serve(rounds))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for place, name in enumerate(names):
+                puppet = Puppet(folder / name, values, place * stride, size)
+                group.create_task(puppet.serve(rounds))
+    except* FedmlError as errors:
+        sys.exit(f"{len(errors.exceptions)} of {len(names)}: {errors.exceptions[0]}")
 
 
 if __name__ == "__main__":
