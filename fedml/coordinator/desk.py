@@ -42,6 +42,7 @@ from fedml.transport.desks import Send
 
 Answer = Declined | Failed | Trained | Scored
 _SPARE = 2  # updates beyond one a task that a site may offer, for instance after a crash
+_BEATS_IN_ONE_GO = 100  # a few milliseconds, then others have their turn
 _SILENT_BEATS = 3  # heartbeats without a word after which a stream counts as dead
 _log = structlog.get_logger()
 
@@ -82,6 +83,7 @@ class Desk:
         self._was_counted, self._models = was_counted, models
         self._seats: dict[SiteId, _Seat] = {}
         self._here = 0  # how many seats have a stream
+        self._beats: asyncio.Task[None] | None = None
 
     # --- what the hosts of runs do ------------------------------------------------------------
 
@@ -180,7 +182,6 @@ class Desk:
     ) -> None:
         """Serve one stream until its events end or it falls silent. A newer stream wins."""
         seat = self._sit(site, hello, send)
-        beats = asyncio.create_task(self._beat(send))
         try:
             while True:
                 async with asyncio.timeout(_SILENT_BEATS * self._heartbeat):
@@ -192,13 +193,16 @@ class Desk:
         except (StopAsyncIteration, Unreachable):
             pass
         finally:
-            beats.cancel()
             self._leave(site, seat, send)
 
-    async def _beat(self, send: Send) -> None:
+    async def _beat(self) -> None:
+        """Speak to all sites, many in one go: waking up for each costs more than its beat."""
         while True:
             await asyncio.sleep(self._heartbeat)
-            send(Beat())
+            for place, seat in enumerate(list(self._seats.values()), 1):
+                self._push(seat, Beat())
+                if place % _BEATS_IN_ONE_GO == 0:
+                    await asyncio.sleep(0)
 
     def _sit(self, site: SiteId, hello: Hello, send: Send) -> _Seat:
         seat = self._seat(site)
@@ -256,3 +260,8 @@ class Desk:
     def _count(self, more: int) -> None:
         self._here += more  # and no look at every seat, each time that one changes
         telemetry.SITES.set(self._here)
+        if self._here and self._beats is None:
+            self._beats = asyncio.create_task(self._beat())
+        elif not self._here and self._beats is not None:
+            self._beats.cancel()
+            self._beats = None

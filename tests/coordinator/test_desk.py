@@ -326,3 +326,15 @@ async def test_the_gauge_counts_sites_and_not_streams() -> None:
     await newer.hang_up()
     await kyoto.hang_up()
     assert telemetry.SITES.collect()[0].samples[0].value == 0
+
+
+async def test_every_site_is_spoken_to_also_those_that_came_back() -> None:
+    office = Office(heartbeat=0.1, grace=0.01)
+    for _ in range(2):  # the second time all had left
+        streams = [await office.attend(SiteId(f"site-{number}")) for number in range(250)]
+        async with asyncio.timeout(10):
+            while not all(stream.those(Beat) for stream in streams):
+                for stream in streams:
+                    stream.says.put_nowait(Beat())
+                await asyncio.sleep(0.02)
+        await asyncio.gather(*(stream.hang_up() for stream in streams))
