@@ -60,6 +60,12 @@ class Crew:
             time.sleep(0.05)
         raise TaskFailed(f"{name} said nothing of use within {patience:.0f} s")
 
+    def check(self, names: Sequence[str]) -> None:
+        """Raise `TaskFailed` if one of these processes has ended."""
+        for name in names:
+            if self._members[name].poll() is not None:
+                raise TaskFailed(f"{name} ended: {self._last_words(name)}")
+
     def await_ends(self, names: Sequence[str], patience: float) -> None:
         """Return when these processes have ended well; raises `TaskFailed` if one did not."""
         end = time.monotonic() + patience

@@ -1,4 +1,4 @@
-"""Rounds of a real coordinator program with four sites that only move bytes, on loopback.
+"""Rounds of a real coordinator program with sites that only move bytes, on loopback.
 
 The coordinator is what operators run: mutual TLS, journal and checkpoints on disk.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +25,7 @@ from benchmarks.puppet import DATASET, RECIPE
 from fedml import durable
 from fedml.coordinator.folder import create
 from fedml.coordinator.settings import Settings
+from fedml.errors import TaskFailed
 from fedml.identity.certificates import Authority, Credentials, new_key_and_csr
 from fedml.learning.recipe import identify
 from fedml.params import Params, encode
@@ -34,6 +37,7 @@ from fedml.transport.link import Operations
 from fedml.transport.rpc import OperationsClient
 
 T = TypeVar("T")
+_GROUPS = 2  # processes that hold many sites
 _MODEL = "bytes"
 _RUN = RunId(f"{_MODEL}-1")
 
@@ -52,6 +56,17 @@ class Account:
         return [b.opened - a.opened for a, b in itertools.pairwise(self.receipts)]
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """What many sites cost: while they do nothing, and in one round with all of them."""
+
+    connecting: float  # seconds from the first site's start to the last one's seat
+    idle: float  # share of one core that the coordinator takes
+    held: int  # bytes of the coordinator that all sites' being there takes
+    peak: int  # the most that was resident in the round
+    receipt: Receipt
+
+
 def play(size: int, rounds: int, say: Say, *, count: int = 4) -> Account:
     """Run a round of warming up and `rounds` more, of a model of `size` bytes, float32.
 
@@ -61,29 +76,118 @@ def play(size: int, rounds: int, say: Say, *, count: int = 4) -> Account:
     """
     sites = [f"site-{number}" for number in range(1, count + 1)]
     total = rounds + 2  # the last only closes the period of the one before
+    with _hub(size) as hub:
+        say("  coordinator ready")
+        before = hub.memory("VmRSS")
+        hub.forget_peak()
+        for site in sites:
+            hub.enrol([site])
+            hub.start(site, size, total, [site])
+        hub.ask(lambda desk: desk.submit(_plan(total + 1, count).to_json()))
+        hub.crew.await_ends(sites, 60 + total * (1 + count * size / 40e6))
+        peak = hub.memory("VmHWM")
+        detail = hub.ask(lambda desk: desk.show_run(_RUN))
+        return Account(detail.receipts[1:total], before, peak)
+
+
+def crowd(count: int, size: int, seconds: float, say: Say) -> Crowd:
+    """Connect `count` sites, watch the coordinator idle for `seconds`, play a round with all.
+
+    Raises `TaskFailed` if a site does not make it.
+    """
+    names = [f"site-{number:04d}" for number in range(1, count + 1)]
+    with _hub(size) as hub:
+        hub.enrol(names)
+        before = hub.memory("VmRSS")
+        say(f"  {count} certificates issued")
+        began = time.monotonic()
+        groups = [f"group-{first}" for first in range(_GROUPS)]
+        for first, group in enumerate(groups):
+            hub.start(group, size, 1, names[first::_GROUPS])
+        _await_seats(hub, groups, count, 60 + count / 5)
+        connecting = time.monotonic() - began
+        held = hub.memory("VmRSS") - before
+        say(f"  all connected in {connecting:.3g} s, {held / count / 1e3:.0f} KB a site")
+        used, began = hub.cpu(), time.monotonic()
+        time.sleep(seconds)
+        idle = (hub.cpu() - used) / (time.monotonic() - began)
+        say(f"  idle: {idle:.1%} of a core over {seconds:g} s")
+        hub.forget_peak()
+        hub.ask(lambda desk: desk.submit(_plan(2, count).to_json()))
+        hub.crew.await_ends(groups, 60 + count * (0.1 + size / 2e6))
+        detail = hub.ask(lambda desk: desk.show_run(_RUN))
+        return Crowd(connecting, idle, held, hub.memory("VmHWM"), detail.receipts[0])
+
+
+def _await_seats(hub: _Hub, groups: Sequence[str], count: int, patience: float) -> None:
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        hub.crew.check(groups)
+        infos = hub.ask(lambda desk: desk.list_sites())
+        if sum(info.connected for info in infos) == count:
+            return
+        time.sleep(0.5)
+    raise TaskFailed(f"{len(infos)} of {count} sites were there after {patience:.0f} s")
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """A coordinator program that runs, and the processes around it."""
+
+    folder: Path
+    crew: Crew
+    pid: int
+    operator: Credentials
+
+    def enrol(self, names: Sequence[str]) -> None:
+        """Give each site a certificate of its own; they share one key, which takes time to make."""
+        authority = Authority.load(self.folder / "hub" / "ca")
+        key, csr = new_key_and_csr("site")
+        for name in names:
+            certificate = authority.issue(csr, name, "site", time.time())
+            credentials = replace(self.operator, certificate=certificate, key=key)
+            credentials.save(self.folder / name)
+
+    def start(self, process: str, size: int, rounds: int, names: Sequence[str]) -> None:
+        """Start one process with all of `names`."""
+        self.crew.start(process, "benchmarks.puppet", self.folder, size // 4, rounds, *names)
+
+    def ask(self, work: Callable[[Operations], Awaitable[T]]) -> T:
+        """Ask as an operator."""
+        return _ask(self.operator, work)
+
+    def memory(self, what: str) -> int:
+        """Return a figure in bytes from the coordinator's status."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError(f"/proc/{self.pid}/status has no {what}")
+
+    def forget_peak(self) -> None:
+        """Let the peak start anew."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def cpu(self) -> float:
+        """Return the seconds of processor that the coordinator has used, all threads together."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def _hub(size: int) -> Iterator[_Hub]:
+    """Run a coordinator whose first model has `size` bytes, in a folder that goes with it."""
     with tempfile.TemporaryDirectory(prefix="fedml-benchmark-") as place:
         folder = Path(place)
         hub = folder / "hub"
         create(hub, Settings(port=0, enrolment_port=0))
-        floats = size // 4
-        first = Params({"w": torch.zeros(floats)})
-        durable.replace(hub / "press" / f"{_RUN}.first.safetensors", b"".join(encode({"": first})))
+        first = encode({"": Params({"w": torch.zeros(size // 4)})})
+        durable.replace(hub / "press" / f"{_RUN}.first.safetensors", b"".join(first))
         with Crew(folder) as crew:
             pid = crew.start("coordinator", "fedml", "coordinator", "run", hub)
             address = f"localhost:{crew.await_line('coordinator', _port)}"
             operator = replace(Credentials.load(hub / "operator"), address=address)
-            _ask(operator, lambda hub: hub.list_models())  # answers once the registry is open
-            say("  coordinator ready")
-            before = _memory(pid, "VmRSS")
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak starts anew
-            for site in sites:
-                _credentials(hub, address, site).save(folder / site)
-                crew.start(site, "benchmarks.puppet", folder / site, site, floats, total)
-            _ask(operator, lambda hub: hub.submit(_plan(total + 1, count).to_json()))
-            crew.await_ends(sites, 60 + total * (1 + count * size / 40e6))
-            peak = _memory(pid, "VmHWM")
-            detail = _ask(operator, lambda hub: hub.show_run(_RUN))
-        return Account(detail.receipts[1:total], before, peak)
+            _ask(operator, lambda desk: desk.list_models())  # answers once the registry is open
+            yield _Hub(folder, crew, pid, operator)
 
 
 def _plan(rounds: int, count: int) -> Plan:
@@ -93,7 +197,7 @@ def _plan(rounds: int, count: int) -> Plan:
         dataset=DATASET,
         strategy=FedAvg(),
         training=Training(lr=0.1, steps=1),
-        cohort=Cohort(quorum=count, deadline=600.0),
+        cohort=Cohort(quorum=count, deadline=600.0 + count),
         rounds=rounds,
         evaluation=Evaluation(at_end=False),
     )
@@ -108,13 +212,6 @@ def _port(line: str) -> int | None:
     return int(entry["port"]) if entry.get("event") == "coordinator ready" else None
 
 
-def _credentials(hub: Path, address: str, site: str) -> Credentials:
-    authority = Authority.load(hub / "ca")
-    key, csr = new_key_and_csr(site)
-    certificate = authority.issue(csr, site, "site", time.time())
-    return Credentials(address, authority.certificate, certificate, key)
-
-
 def _ask(operator: Credentials, work: Callable[[Operations], Awaitable[T]]) -> T:
     async def go() -> T:
         client = OperationsClient(operator)
@@ -124,11 +221,3 @@ def _ask(operator: Credentials, work: Callable[[Operations], Awaitable[T]]) -> T
             await client.close()
 
     return asyncio.run(go())
-
-
-def _memory(pid: int, what: str) -> int:
-    """Return a figure in bytes from a process's status."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/{pid}/status has no {what}")

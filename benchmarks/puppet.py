@@ -1,8 +1,9 @@
-"""A site that only moves bytes: `python -m benchmarks.puppet FOLDER NAME SIZE ROUNDS`.
+"""Sites that only move bytes: `python -m benchmarks.puppet FOLDER SIZE ROUNDS NAME...`.
 
-It speaks the real protocol over the real `GrpcLink`, downloads each round's model, and answers at
+Each has its own certificate, in FOLDER/NAME, and its own connection, beats as a daemon does and
+speaks the real protocol over the real `GrpcLink`. It downloads each round's model, and answers at
 once with an update of the same size: random values, others in each round and at each site, so
-that nothing can be saved by noticing equal bytes. It ends when round ROUNDS + 1 is assigned.
+that nothing can be saved by noticing equal bytes. All end when round ROUNDS + 1 is assigned.
 """
 
 from __future__ import annotations
@@ -10,16 +11,29 @@ from __future__ import annotations
 import asyncio
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedml import __version__
+from fedml.coordinator.service import allow_files
+from fedml.errors import FedmlError, Unreachable
 from fedml.identity.certificates import Credentials
 from fedml.learning.recipe import identify
 from fedml.params import Params, encode
-from fedml.protocol.messages import Accepted, Assignment, DatasetCard, Forget, Hello, Trained
+from fedml.protocol.messages import (
+    Accepted,
+    Assignment,
+    Beat,
+    DatasetCard,
+    Forget,
+    Hello,
+    Trained,
+    Welcome,
+)
+from fedml.site.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.rpc import GrpcLink
 
@@ -28,38 +42,79 @@ DATASET = "bytes"
 _STEP = 17  # floats between the updates of two rounds: no two chunks of them are equal
 
 
-async def serve(folder: Path, name: str, size: int, rounds: int) -> None:
-    """Answer `rounds` rounds with updates of `size` floats."""
-    torch.set_num_threads(1)  # four of us, and the coordinator, share this machine
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
-    noise = generator.standard_normal(size + _STEP * rounds, dtype=np.float32)
-    values = torch.from_numpy(noise * np.float32(0.01))
-    blobs = BlobStore.in_transit(folder / "blobs", 2**40)
-    link = GrpcLink(Credentials.load(folder))
-    card = DatasetCard(DATASET, 1, f"{zlib.crc32(name.encode()):064x}")
-    await link.connect(Hello(__version__, "cpu", (identify(RECIPE),), (card,)))
-    held: dict[str, tuple[str, ...]] = {}
-    while True:
-        match await link.receive():
-            case Assignment() as order if order.round > rounds:
+class Puppet:
+    """One light site, whose updates are windows of `noise` from `start` on."""
+
+    def __init__(self, folder: Path, noise: torch.Tensor, start: int, size: int) -> None:
+        self._name = folder.name
+        self._noise, self._start, self._size = noise, start, size
+        self._blobs = BlobStore.in_transit(folder / "blobs", 2**40)
+        self._link = GrpcLink(Credentials.load(folder))
+        self._updates: dict[str, str] = {}
+
+    async def serve(self, rounds: int) -> None:
+        """Answer `rounds` rounds, then hang up."""
+        card = DatasetCard(DATASET, 1, f"{zlib.crc32(self._name.encode()):064x}")
+        hello = Hello(__version__, "cpu", (identify(RECIPE),), (card,))
+        for wait in Backoff():  # as a daemon: hundreds that dial at once may have to
+            try:
+                await self._link.connect(hello)
                 break
-            case Assignment() as order:
-                await link.send(Accepted(order.task))
-                await link.download(order.model, blobs)
-                start = _STEP * order.round
-                delta = Params({"w": values[start : start + size]})
-                update = await asyncio.to_thread(blobs.put_bytes, *encode({"delta": delta}))
-                await link.upload(update, blobs, order.task)
-                await link.send(Trained(order.task, update, 1.0))
-                held[order.task] = (order.model.digest, update.digest)
-            case Forget(task):
-                for digest in held.pop(task, ()):
-                    await asyncio.to_thread(blobs.delete, digest)
-            case _:
-                pass
-    await link.close()
+            except Unreachable:
+                await asyncio.sleep(wait)
+        beats: asyncio.Task[None] | None = None
+        try:
+            while True:
+                match await self._link.receive():
+                    case Welcome(_, heartbeat):
+                        beats = asyncio.create_task(self._beat(heartbeat))
+                    case Assignment() as order if order.round > rounds:
+                        break
+                    case Assignment() as order:
+                        await self._answer(order)
+                    case Forget(task):
+                        await asyncio.to_thread(self._blobs.delete, self._updates.pop(task))
+                    case _:
+                        pass
+        finally:
+            if beats is not None:
+                beats.cancel()
+            await self._link.close()
+
+    async def _beat(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await self._link.send(Beat())
+
+    async def _answer(self, order: Assignment) -> None:
+        await self._link.send(Accepted(order.task))
+        await self._link.download(order.model, self._blobs)
+        await asyncio.to_thread(self._blobs.delete, order.model.digest)  # a real site would train
+        start = self._start + _STEP * order.round
+        delta = Params({"w": self._noise[start : start + self._size]})
+        update = await asyncio.to_thread(self._blobs.put_bytes, *encode({"delta": delta}))
+        await self._link.upload(update, self._blobs, order.task)
+        await self._link.send(Trained(order.task, update, 1.0))
+        self._updates[order.task] = update.digest
+
+
+async def serve(folder: Path, size: int, rounds: int, names: Sequence[str]) -> None:
+    """Let all of `names` answer `rounds` rounds with updates of `size` floats."""
+    allow_files()
+    torch.set_num_threads(1)  # all of us, and the coordinator, share this machine
+    stride = _STEP * (rounds + 1)
+    generator = np.random.default_rng(zlib.crc32(names[0].encode()))
+    noise = generator.standard_normal(size + stride * len(names), dtype=np.float32)
+    values = torch.from_numpy(noise * np.float32(0.01))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for place, name in enumerate(names):
+                puppet = Puppet(folder / name, values, place * stride, size)
+                group.create_task(puppet.serve(rounds))
+    except* FedmlError as errors:
+        sys.exit(f"{len(errors.exceptions)} of {len(names)}: {errors.exceptions[0]}")
 
 
 if __name__ == "__main__":
-    place, own_name, floats, count = sys.argv[1:]
-    asyncio.run(serve(Path(place), own_name, int(floats), int(count)))
+    place, floats, count, *own_names = sys.argv[1:]
+    asyncio.run(serve(Path(place), int(floats), int(count), own_names))

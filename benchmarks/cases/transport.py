@@ -47,6 +47,27 @@ def _raised(sites: int, rounds: int, say: Say) -> Reading:
     return Reading((account.peak - account.before) / _MB, size / _MB)
 
 
+@benchmark("transport/sites", "s")
+def sites(quick: bool, say: Say) -> Reading:
+    """Measure a 1 MB round with 1,000 sites connected, and what they cost while idle.
+
+    The limit is four connections' time for the same bytes over bare gRPC.
+    """
+    count = 50 if quick else 1000
+    wire_round = statistics.median(wire.rounds(1 * _MB, 3 if quick else 20))
+    limit = wire_round * count / wire.CLIENTS
+    crowd = federation.crowd(count, 1 * _MB, 6 if quick else 60, say)
+    receipt = crowd.receipt
+    extra = {
+        "sites counted": float(len(receipt.counted)),
+        "idle share of a core": crowd.idle,
+        "KB a site": crowd.held / count / 1e3,
+        "peak MB": crowd.peak / _MB,
+        "seconds to connect": crowd.connecting,
+    }
+    return Reading(receipt.closed - receipt.opened, limit, extra)
+
+
 def _round(size: int, rounds: int, say: Say) -> Reading:
     """Return the median time of a round, and of the same bytes over bare gRPC."""
     limits = wire.rounds(size, rounds)

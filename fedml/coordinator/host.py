@@ -7,6 +7,7 @@ is hosted again from where the journal ends.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
@@ -53,6 +54,7 @@ from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, Up
 from fedml.rounds.run import Run
 from fedml.strategies import ServerState
 
+_BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
 _LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
 _log = structlog.get_logger()
 Register = Callable[[Run, Candidate], Awaitable[int]]
@@ -85,6 +87,8 @@ class Host:
         self._asked_again: set[TaskId] = set()
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
+        self._looking: asyncio.TimerHandle | None = None
+        self._looked = -math.inf
         self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
         self._expected_until = time.monotonic() + grace
         self._log = _log.bind(run=run.id)
@@ -178,6 +182,8 @@ class Host:
         finally:
             for timer in self._timers:
                 timer.cancel()
+            if self._looking is not None:
+                self._looking.cancel()
             for digest in list(self._uploads.elements()):
                 self._let_go(digest)
             self._forget_brief()
@@ -328,19 +334,30 @@ class Host:
 
     def _data(self) -> dict[str, str]:
         """Return the asked sites' dataset digests as they are now, for the lineage."""
-        name = self.run.plan.dataset
+        name, asked = self.run.plan.dataset, frozenset(self._asked)
         return {
             str(status.site): card.digest
             for status in self._desk.statuses()
             for card in status.datasets
-            if status.site in self._asked and card.name == name
+            if status.site in asked and card.name == name
         }
 
     def sites_changed(self) -> None:
+        """Have the run look at who is here: at once, or a moment after its last look.
+
+        Each look is at every site, so a thousand that come within seconds share a few.
+        """
+        if self._looking is None:
+            loop = asyncio.get_running_loop()
+            when = max(loop.time(), self._looked + _BETWEEN_LOOKS)
+            self._looking = loop.call_at(when, self._look)
+
+    def _look(self) -> None:
         """Tell the run who is here now; after a restart, once those it asked last are back.
 
         A coordinator that has just come back would else open a round with the first few.
         """
+        self._looking, self._looked = None, asyncio.get_running_loop().time()
         statuses = self._desk.statuses()
         here = {status.site for status in statuses if status.connected}
         if self._expected - here and time.monotonic() < self._expected_until:

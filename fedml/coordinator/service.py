@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Desks
 from fedml.transport.server import Server, ServerTls, serve
 
+_FILES = 65_536  # as many as we ask for
+_FILES_A_SITE = 3  # its connection, its update as it comes, the same as it is read
+_FEW_FILES = 1000 * _FILES_A_SITE + 500
 _RENEWAL = 3600.0  # seconds between looks at the release metadata's expiry
 _log = structlog.get_logger()
 
@@ -33,6 +37,7 @@ async def run(path: Path, ready: Callable[[Server], None] = lambda _: None) -> N
     something in it is damaged.
     """
     read_settings(path)  # before the lock, which makes the folder
+    allow_files()
     torch.set_num_threads(1)  # on a busy machine its threads wait for each other, 8 ms at a time
     with durable.lock(path, "a coordinator"):
         folder = Folder.open(path)
@@ -59,6 +64,21 @@ async def run(path: Path, ready: Callable[[Server], None] = lambda _: None) -> N
             finally:
                 upkeep.cancel()
                 await runs.stop()
+
+
+def allow_files() -> None:
+    """Raise our limit of open files as far as we may; say so if that is too little for many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < _FEW_FILES:
+        _log.warning(
+            "few open files are allowed: raise the hard limit (ulimit -Hn, or LimitNOFILE= of "
+            "the unit), or only so many sites can be connected",
+            limit=most,
+            sites=most // _FILES_A_SITE,
+        )
 
 
 def _desks(folder: Folder, runs: Runs, archive: Archive, blobs: BlobStore) -> Desks:

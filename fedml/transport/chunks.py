@@ -54,8 +54,11 @@ class BlobStore:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._intakes: WeakValueDictionary[Path, Intake] = WeakValueDictionary()
+        self._parts: dict[str, set[Path]] = {}  # what may be here of a blob, by its digest
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob("*.part"):
+                self._parts.setdefault(path.name.partition(".")[0], set()).add(path)
 
     @classmethod
     def in_transit(cls, folder: Path, limit_bytes: int) -> BlobStore:
@@ -149,9 +152,8 @@ class BlobStore:
         """Forget the blob and what has arrived of it; it need not be here."""
         with _disk(self.folder):
             self._place(digest).unlink(missing_ok=True)
-            for path in list(self.folder.iterdir()):
-                if path.name.startswith(f"{digest}."):
-                    path.unlink(missing_ok=True)
+            for path in self._parts.pop(digest, ()):  # a look at the folder is one at every blob
+                path.unlink(missing_ok=True)
             if self._lasting:
                 sync_folder(self.folder)
 
@@ -194,6 +196,7 @@ class BlobStore:
         part = self._part(blob.digest, owner)
         if older := self._intakes.pop(part, None):
             older.close()
+        self._parts.setdefault(blob.digest, set()).add(part)
         place = self._place(blob.digest)
         intake = Intake(blob, part, place, self._begin, lasting=self._lasting)
         self._intakes[part] = intake

@@ -25,7 +25,6 @@ _SIZES: Options = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
 ]
 _KEEPALIVE: Options = [
-    ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
@@ -33,9 +32,11 @@ _KEEPALIVE: Options = [
 CLIENT_OPTIONS: Options = [
     *_SIZES,
     *_KEEPALIVE,
+    ("grpc.keepalive_time_ms", 20_000),
     # A link decides itself when to try again; the channel shall not sit out a long pause.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    # Despite its name, how long a handshake may take: long at a far site, or when hundreds dial.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
@@ -43,6 +44,8 @@ CLIENT_OPTIONS: Options = [
 SERVER_OPTIONS: Options = [
     *_SIZES,
     *_KEEPALIVE,
+    # Beats tell sooner who fell silent; this only clears away, and a thousand sites feel it.
+    ("grpc.keepalive_time_ms", 60_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a shared port
     ("grpc.max_concurrent_streams", 64),

@@ -12,7 +12,13 @@ from benchmarks.catalogue import select
 SLOW = ("_vs_", "_bf16", "500MB", "memory32")  # these take minutes
 QUICK = [one.name for one in select([]) if not any(slow in one.name for slow in SLOW)]
 ROOT = Path(__file__).parents[2]
-NAMES = ["simulation/w1", "transport/100MB", "transport/1MB", "transport/memory"]
+NAMES = [
+    "simulation/w1",
+    "transport/100MB",
+    "transport/1MB",
+    "transport/memory",
+    "transport/sites",
+]
 
 
 def door(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+from fedml import telemetry
 from fedml.coordinator.desk import Answer, Desk
 from fedml.protocol.messages import (
     Accepted,
@@ -353,3 +354,34 @@ async def test_an_answer_that_was_taken_in_is_kept_and_not_asked_for_again() -> 
     office.desk.forget(BERN, ORDER.task, counted=True)
     assert again.those(Forget) == [Forget(ORDER.task, True)]
     assert not office.desk.is_settled(BERN, ORDER.task)
+
+
+def gauge() -> float:
+    """Return what the metrics say of how many sites are here."""
+    (metric,) = telemetry.SITES.collect()
+    return metric.samples[0].value
+
+
+async def test_the_gauge_counts_sites_and_not_streams() -> None:
+    office = Office()
+    older = await office.attend()
+    newer = await office.attend()
+    kyoto = await office.attend(KYOTO)
+    assert gauge() == 2
+    await older.hang_up()
+    assert gauge() == 2
+    await newer.hang_up()
+    await kyoto.hang_up()
+    assert gauge() == 0
+
+
+async def test_every_site_is_spoken_to_also_those_that_came_back() -> None:
+    office = Office(heartbeat=0.1, grace=0.01)
+    for _ in range(2):  # the second time all had left
+        streams = [await office.attend(SiteId(f"site-{number}")) for number in range(250)]
+        async with asyncio.timeout(10):
+            while not all(stream.those(Beat) for stream in streams):
+                for stream in streams:
+                    stream.says.put_nowait(Beat())
+                await asyncio.sleep(0.02)
+        await asyncio.gather(*(stream.hang_up() for stream in streams))

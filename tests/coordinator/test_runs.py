@@ -29,6 +29,7 @@ from fedml.protocol.operations import ModelVersion
 from fedml.releases.manifest import Manifest
 from fedml.releases.registry import UNTOLD, MemoryRegistry, Story
 from fedml.rounds import Cohort
+from fedml.rounds.selection import SiteStatus
 from tests.coordinator import world
 from tests.coordinator.world import GRACE, Hub, Site, delta, packed, plan
 
@@ -628,3 +629,24 @@ async def until(test: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not test():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
+
+
+async def test_many_sites_that_come_at_once_are_looked_at_together(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look is at every site: one for each that comes would be a million for a thousand."""
+    run = await hub.submit(plan(cohort=Cohort(quorum=60, deadline=60.0)))
+    await hub.until(run, lambda info: info.state == "waiting")
+    looks: list[int] = []
+    statuses = hub.runs.desk.statuses
+
+    def counted() -> tuple[SiteStatus, ...]:
+        looks.append(len(found := statuses()))
+        return found
+
+    monkeypatch.setattr(hub.runs.desk, "statuses", counted)
+    crowd = [Site(tmp_path, f"site-{number}") for number in range(60)]
+    await asyncio.gather(*(site.connect(hub) for site in crowd))
+    await asyncio.gather(*(site.order() for site in crowd))
+    assert looks[-1] == 60  # the last to come was seen, and all were asked
+    assert len(looks) <= 30

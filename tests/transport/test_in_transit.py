@@ -64,3 +64,28 @@ def test_deleting_a_blob_takes_its_parts_and_no_others(tmp_path: Path) -> None:
     store.put_bytes(b"gone")
     store.delete(gone.digest)
     assert [path.name for path in tmp_path.iterdir()] == [f"{kept.digest}.bern.part"]
+
+
+def test_a_part_that_an_earlier_store_left_goes_with_its_blob(tmp_path: Path) -> None:
+    blob = BlobStore(tmp_path, LIMIT).put_bytes(b"half of it")
+    (tmp_path / blob.digest).unlink()
+    BlobStore(tmp_path, LIMIT).receive(blob, "bern").close()
+    BlobStore(tmp_path, LIMIT).delete(blob.digest)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_deleting_one_blob_of_many_looks_at_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore.in_transit(tmp_path, LIMIT)
+    blobs = [store.put_bytes(bytes([number])) for number in range(20)]
+
+    def listed(path: object = ".") -> list[str]:
+        raise AssertionError(f"{path} was listed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", listed)
+        patched.setattr(os, "scandir", listed)
+        for blob in blobs:
+            store.delete(blob.digest)
+    assert list(tmp_path.iterdir()) == []

@@ -171,6 +171,12 @@ async def test_a_cut_cable_is_noticed_and_the_link_comes_back(
     await link.close()
 
 
+async def test_a_far_site_gets_in_with_its_first_handshake(place: GrpcPlace, cable: Cable) -> None:
+    cable.delay = 0.3  # each way; given up and begun anew, hundreds that dial at once choke us
+    await reach(place.world.credentials())
+    assert cable.dialled == 1
+
+
 async def test_nobody_there_is_unreachable_at_once(tmp_path: Path) -> None:
     world = World.build(tmp_path)
     with socket.socket() as unused:

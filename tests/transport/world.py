@@ -268,11 +268,16 @@ class MemoryPlace:
 
 
 class Cable:
-    """A TCP relay that counts bytes, and is cut after `limit` of them in one direction."""
+    """A TCP relay that counts bytes, and is cut after `limit` of them in one direction.
+
+    All that passes takes `delay` seconds.
+    """
 
     def __init__(self, port: int) -> None:
         self._port, self.up, self.down = port, 0, 0
         self.limit_up = self.limit_down = 2**60
+        self.delay = 0.0
+        self.dialled = 0  # connections
         self._writers: list[asyncio.StreamWriter] = []
         self._server: asyncio.Server | None = None
 
@@ -281,6 +286,7 @@ class Cable:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.dialled += 1
         there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
         self._writers += [writer, there_writer]
         await asyncio.gather(
@@ -294,6 +300,7 @@ class Cable:
             while data := await reader.read(65_536):
                 room = (self.limit_up - self.up) if way == "up" else (self.limit_down - self.down)
                 setattr(self, way, getattr(self, way) + len(data))
+                await asyncio.sleep(self.delay)
                 writer.write(data[: max(room, 0)])
                 if room < len(data):
                     self.cut()
