@@ -89,7 +89,10 @@ def _it_came_to_the_same_bytes(fleet: Fleet, receipts: Sequence[Receipt], plan: 
     folders = tuple(fleet.site(site) for site in fleet.sites)
     told, now = undisturbed(plan.to_json(), folders), [r for r in receipts if r.counted and r.model]
     for ours, theirs in zip(now, told, strict=True):
-        assert (ours.kind, ours.round, ours.model) == (theirs.kind, theirs.round, theirs.model)
+        assert (ours.kind, ours.round, ours.model) == (theirs.kind, theirs.round, theirs.model), (
+            ours,
+            theirs,
+        )
         assert ours.counted == theirs.counted, (ours, theirs)
         assert ours.scores == theirs.scores, (ours, theirs)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 from blake3 import blake3
 
 from fedml.learning.evaluation import evaluate
@@ -67,7 +68,10 @@ def _answer(plan: Plan, task: Task, folder: Path) -> Event:
     trainer = Trainer(recipe, plan.training, plan.privacy)
     seed = plan.task_seed(task.round, task.site)
     rows = recipe.read(folder / "train.csv")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the sites' policy says: sums in two parts have other bits
     update, _ = trainer.train(task, rows, {}, seed=seed, public_rows=TRAIN)
+    torch.set_num_threads(threads)
     travels = b"".join(encode({"delta": update.delta, **update.slots}))
     return UpdateArrived(update, blake3(travels).hexdigest())
 
