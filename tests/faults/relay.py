@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Way = Literal["up", "down"]  # to the coordinator, to the site
+_READING = 0.5  # seconds
 _PIECE = 16_384
 _IN_FLIGHT = 8  # pieces
 
@@ -183,6 +184,7 @@ class Relay:
                 way.passed += len(data)
                 if room <= len(data):
                     way.reset_at = float("inf")
+                    await asyncio.sleep(_READING)  # a reset throws away what was not read
                     self._reset()
                 await writer.drain()
         except OSError:
