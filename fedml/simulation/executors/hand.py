@@ -109,7 +109,11 @@ class Hand:
         )
         with warnings.catch_warnings():  # with one thread of its own, torch is safe after a fork
             warnings.filterwarnings("ignore", message=".*multi-threaded", category=Warning)
-            self.process.start()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:  # until it ignores Ctrl-C, the new process must not even see one
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         end.close()
         self.jobs: deque[Job] = deque()
         self._board = -1
@@ -177,6 +181,7 @@ def work(orders: Connection, inline: Inline, strangers: list[Connection], parent
     """Obey orders until there are no more, or `parent`, a process id, is gone."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for connection in strangers:  # or no end of file would ever be heard
         connection.close()
