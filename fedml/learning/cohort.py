@@ -174,11 +174,11 @@ class CohortTrainer:
         orders = self._orders(rows.counts, seeds)
         padded = len({*rows.counts}) > 1 and self.mixes_no_rows and _is_mean_of_rows(frame, rows)
         steps = tuple(map(len, orders))
-        losses = torch.zeros(steps[0], len(steps), dtype=torch.float64)
+        told: list[Tensor] = []  # fetched at the end: an accelerator waits for no step's losses
         for step in range(steps[0]):
             active = sum(1 for count in steps if count > step)
             parts = gather(rows, [order[step] for order in orders[:active]], padded=padded)
-            told, moves = _joined(
+            some, moves = _joined(
                 [
                     (
                         part.sites,
@@ -187,8 +187,11 @@ class CohortTrainer:
                     for part in parts
                 ]
             )
-            losses[step, :active] = told
+            told.append(some)
             descents.step(moves)
+        losses = torch.zeros(steps[0], len(steps), dtype=torch.float64)
+        for row, some in zip(losses, told, strict=True):
+            row[: len(some)] = some
         return Trained(descents.delta(), steps, losses)
 
 

@@ -202,12 +202,33 @@ def _linear(prefix: str, *, biased: bool) -> _Layer:
     return linear
 
 
+def _is_near(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
 def _convolution(prefix: str, module: nn.Conv2d) -> _Layer:
-    """Return a convolution as one matrix product a row: patches [models, rows, patch, places]."""
+    """Return a convolution: on a CPU as one matrix product a row, elsewhere as a grouped one.
+
+    Patches are [models, rows, patch, places]. On an H100, W1's second layer takes a grouped
+    convolution 1.8 ms, and products 5.6 ms; on a CPU groups lose.
+    """
     padding = (0, 0) if isinstance(module.padding, str) else module.padding
     places = tuple(zip(module.kernel_size, module.stride, padding, module.dilation, strict=True))
 
     def convolution(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return products(x, tensors) if _is_near(x) else groups(x, tensors)
+
+    def groups(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        weight = tensors[f"{prefix}weight"]
+        bias = tensors[f"{prefix}bias"].flatten() if module.bias is not None else None
+        output: Tensor = functional.conv2d(
+            x.transpose(0, 1).flatten(1, 2), weight.flatten(0, 1), bias,
+            module.stride, padding, module.dilation, len(weight),
+        )  # fmt: skip
+        output = output.unflatten(1, weight.shape[:2])
+        return output.transpose(0, 1)
+
+    def products(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         patches = functional.unfold(
             x.flatten(0, 1), module.kernel_size, module.dilation, padding, module.stride
         ).unflatten(0, x.shape[:2])

@@ -25,6 +25,7 @@ from fedml.strategies.base import Aggregate
 
 GRID = 2.0**32  # steps per unit; a power of two, so scaling by it is exact
 _CHUNK = 2**18  # elements of a stack, or of the sum, widened at a time, whatever the model
+_CHUNK_THERE = 2**24  # the same on an accelerator, where each round trip costs more than the sum
 _MANY = 2**20  # elements from which on a sum's memory becomes that of the mean
 _TILE = 2**15  # elements of an update widened at a time, so that they stay in a core's cache
 _INT64 = 2**63
@@ -162,6 +163,10 @@ def _rounded(values: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.rint(values, out=values).astype(np.int64)
 
 
+def _is_near(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
 def _memory(numbers: int) -> mmap:
     """Return zeroed memory for that many int64, of which a part can be given back."""
     return mmap(-1, numbers * 8, MAP_PRIVATE | MAP_ANONYMOUS)
@@ -180,8 +185,10 @@ class _Sum:
                 self._sums[dtype] = torch.frombuffer(self._memory[dtype], dtype=torch.int64)
             elif dtype.is_floating_point:
                 self._sums[dtype] = torch.zeros(size, dtype=torch.int64)
+        self._there: dict[torch.dtype, Tensor] = {}  # sums of what lies on an accelerator
         self._most: dict[torch.dtype, Tensor] = {}
         self._reach = 0  # sum of all peaks, in grid steps: no element's sum can be beyond it
+        self._touched = False  # whether anything was added to the sums on the CPU
         self._lifts = 0  # how often the sums hold the bits of _LIFT, to be taken off at the end
         self._scratch: NDArray[np.float64] = np.empty(0)
 
@@ -220,6 +227,7 @@ class _Sum:
 
     def add(self, part: Params, weight: float, peak: int) -> None:
         self._reach += peak
+        self._touched = True
         lift = peak < 2**51
         self._lifts += lift
         for dtype, total in self._sums.items():
@@ -246,21 +254,30 @@ class _Sum:
                 yield first + start, np.multiply(tile, factor, out=out, dtype=np.float64)
 
     def add_rows(self, part: Stacked, weights: Sequence[float], peaks: int) -> None:
-        """Add rows where they lie: their fixed-point sum comes to the CPU, and not they."""
+        """Add rows where they lie: neither they nor their sum comes to the CPU, but the mean."""
         self._reach += peaks
-        for dtype, sums in self._sums.items():
+        for dtype in self._sums:
             values = part.buffers[dtype]
+            near = _is_near(values)
+            sums = self._sums[dtype] if near else self._sums_there(dtype, values.device)
             factors = torch.tensor(weights, dtype=torch.float64).mul_(GRID)[:, None]
             factors = factors.to(values.device)
-            width = max(1, _CHUNK // max(1, len(values)))
+            width = max(1, (_CHUNK if near else _CHUNK_THERE) // max(1, len(values)))
             for start in range(0, values.shape[1], width):
                 piece = values[:, start : start + width].to(torch.float64, copy=True)
                 piece.mul_(factors).round_()  # the same operations as in `add`, so the same bits
-                sums[start : start + width].add_(piece.to(torch.int64).sum(0).cpu())
+                sums[start : start + width].add_(piece.to(torch.int64).sum(0))
+            self._touched |= near
         for dtype, values in part.buffers.items():
             if not dtype.is_floating_point:
                 largest, most = values.amax(0).cpu(), self._most.get(dtype)
                 self._most[dtype] = largest if most is None else torch.maximum(most, largest)
+
+    def _sums_there(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype not in self._there:
+            size = self.layout.sizes[dtype]
+            self._there[dtype] = torch.zeros(size, dtype=torch.int64, device=device)
+        return self._there[dtype]
 
     def check(self) -> None:
         """Raise unless the sum of all that was added surely fits."""
@@ -276,6 +293,13 @@ class _Sum:
         buffers = dict(self._most)
         for dtype in list(self._sums):
             sums, memory = self._sums.pop(dtype), self._memory.pop(dtype, None)
+            there = self._there.pop(dtype, None)
+            if there is not None and not self._touched:
+                mean = there.to(torch.float64).div_(GRID * weight).to(dtype)
+                buffers[dtype] = mean.cpu()
+                continue
+            if there is not None:
+                sums += there.cpu()
             if memory is None:
                 mean = torch.empty(len(sums), dtype=dtype)
             else:

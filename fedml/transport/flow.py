@@ -77,7 +77,15 @@ async def catch(chunks: AsyncIterator[Chunk], intake: Intake) -> None:
 
 
 def _thread(act: Callable[..., T], *arguments: A) -> asyncio.Future[T]:
-    return asyncio.get_running_loop().run_in_executor(None, act, *arguments)
+    future = asyncio.get_running_loop().run_in_executor(None, act, *arguments)
+    future.add_done_callback(_heed)
+    return future
+
+
+def _heed(future: asyncio.Future[T]) -> None:
+    """Look at the outcome: a transfer that was cut off waits for it, and asks no more."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def soon(items: AsyncIterator[T], patience: float = PATIENCE) -> T | None:

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def _patiently(start: Callable[[], T]) -> T:
+    """Start a node, again if need be: on a busy machine Ray's own 30 s can be too short."""
+    for _ in range(2):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 @contextmanager
@@ -16,12 +29,10 @@ def two_nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     memory = 100 * 2**20
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False},
-    )
+    head = {"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False}
+    cluster = _patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=memory)
+        _patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=memory))
         ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
         yield cluster
     finally:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedml.errors import ConfigError
+from fedml.learning import gradients
 from fedml.learning.cohort import CohortTrainer, Trained
 from fedml.learning.gradients import Frame, Functional, Layered, layers_of
 from fedml.learning.private_cohort import Release, train_privately
@@ -106,7 +107,8 @@ def play(
 
 @pytest.mark.parametrize("name", sorted(strategies()))
 def test_every_strategy_comes_to_the_same_model_and_receipts(name: str) -> None:
-    recipe, holdings = Toy(perceptron), sites(UNEVEN)
+    convex = name == "newton"  # made for such; elsewhere its steps make rounding large
+    recipe, holdings = Toy(line if convex else perceptron), sites(UNEVEN)
     plan = toy_plan(SHORT, build({"name": name}))
     one, other = (play(make, plan, recipe, holdings) for make in (Inline, Vectorised))
     assert one.candidate is not None
@@ -152,7 +154,11 @@ def test_a_bound_on_memory_makes_more_chunks_and_no_other_numbers() -> None:
     )
 
 
-def test_layer_by_layer_equals_torch_func() -> None:
+@pytest.mark.parametrize("far", [False, True])
+def test_layer_by_layer_equals_torch_func(far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on an accelerator."""
+    if far:
+        monkeypatch.setattr(gradients, "_is_near", lambda values: False)
     torch.manual_seed(0)
     for make in (line, network):
         recipe = Toy(make)

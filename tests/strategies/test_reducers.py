@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from fedml.errors import MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import SiteId, TaskId
-from fedml.protocol.tasks import Update
+from fedml.protocol.tasks import Stack, Update
+from fedml.stacked import Stacked
 from fedml.strategies import Aggregate, WeightedMean, reducers
+from fedml.strategies.base import add_stack
 
 
 def update(
@@ -83,6 +85,29 @@ def test_chunks_cover_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     got = reduce([update(delta, 2.0), update(delta, 3.0)]).delta
     assert torch.equal(got["w"], delta["w"])
     assert torch.equal(got["v"], delta["v"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("also_here", [False, True])
+def test_a_sum_on_an_accelerator_has_the_bits_of_one_by_one(
+    dtype: torch.dtype, also_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `also_here` a site of the cohort was trained by itself, so both sums come together."""
+    monkeypatch.setattr(reducers, "_is_near", lambda values: False)
+    monkeypatch.setattr(reducers, "_CHUNK_THERE", 7)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(5, 50, dtype=torch.float64, generator=generator).to(dtype)
+    updates = [update(Params({"w": row}), 1.0 + k / 3, f"s{k}") for k, row in enumerate(rows)]
+    some = updates[1:] if also_here else updates
+    stack = Stack(
+        1, tuple(one.site for one in some), tuple(one.task for one in some),
+        Stacked([one.delta for one in some]), tuple(one.weight for one in some),
+    )  # fmt: skip
+    reduction = WeightedMean().start()
+    assert not add_stack(reduction, stack)
+    if also_here:
+        reduction.add(updates[0])
+    assert reduction.result().delta.digest() == reduce(updates).delta.digest()
 
 
 def test_an_update_is_left_as_it_was() -> None:

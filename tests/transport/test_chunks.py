@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import hashlib
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +21,9 @@ from hypothesis import strategies as st
 
 from fedml.errors import ConfigError, Refused, Unreachable, Untrusted
 from fedml.protocol.messages import Blob
-from fedml.transport.chunks import BlobStore
+from fedml.protocol.requests import Chunk
+from fedml.transport import flow
+from fedml.transport.chunks import BlobStore, Intake
 
 DATA = bytes(range(256)) * 100
 BLOB = Blob(hashlib.sha256(DATA).hexdigest(), len(DATA))
@@ -216,3 +223,37 @@ def test_a_disk_that_takes_no_more_is_said_and_what_came_is_kept(store: BlobStor
     again.write(DATA[2000:])
     again.finish()
     assert store.has(BLOB.digest)
+
+
+async def test_what_a_cut_transfer_still_wrote_is_heeded(tmp_path: Path) -> None:
+    """A newer transfer took over while the old one was writing: its error is nobody's bug."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    going, gate = threading.Event(), threading.Event()
+
+    class Slow:
+        blob, offset = Blob("0" * 64, 10), 0
+
+        def write(self, *pieces: bytes) -> None:
+            going.set()
+            gate.wait(20)
+            raise Unreachable("a newer transfer took over")
+
+        def close(self) -> None:
+            pass
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        yield Chunk(b"12345")
+        await asyncio.sleep(60)
+
+    taking = asyncio.create_task(flow.catch(chunks(), cast(Intake, Slow())))
+    await asyncio.to_thread(going.wait, 20)
+    taking.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    del taking
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not complaints

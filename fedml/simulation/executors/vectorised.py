@@ -36,6 +36,7 @@ from fedml.simulation.executors.base import (
     stack_rows,
 )
 from fedml.simulation.executors.inline import Inline
+from fedml.simulation.executors.machine import tune_allocator
 from fedml.stacked import Stacked
 from fedml.strategies import RULES
 
@@ -70,6 +71,8 @@ class Vectorised:
             raise ConfigError(f"executor.precision {self.precision!r}: use fp32 or bf16")
         if self.bytes < 0:
             raise ConfigError(f"executor.bytes {self.bytes}: give a number of bytes, or 0")
+        if self.device != "cpu":
+            tune_allocator()  # or each round's rows and means are pages new to this process
         self._inline = Inline(self.plan, self.recipe, self.holdings, self.memory, self.device)
         self._said: set[str] = set()
 
