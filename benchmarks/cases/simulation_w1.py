@@ -71,14 +71,14 @@ def w2_vs_pfl(quick: bool, say: Say) -> Reading:
 @benchmark("simulation/w2_vs_flower", "s")
 def w2_vs_flower(quick: bool, say: Say) -> Reading:
     """Measure a round of W2 beside Flower's."""
-    return _versus("flower", "w2", 2 if quick else 5, say)
+    return _versus("flower", "w2", 2 if quick else 2 * _TURN, say)
 
 
 def _versus(peer: str, workload: str, rounds: int, say: Say, precision: str = "fp32") -> Reading:
     package = _PEERS[peer]
     if importlib.util.find_spec(package) is None:
         raise Skipped(f"{package} is missing: pip install 'fedml-consortium[peers]'")
-    turn = _TURN if workload == "w2" and peer == "pfl_research" else 1
+    turn = min(_TURN, rounds) if workload == "w2" else 1
     firsts: dict[str, list[float]] = {"ours": [], peer: []}
     for again in range(1 if rounds < _THOROUGH else _STARTS):
         with ExitStack() as stack:
