@@ -81,30 +81,3 @@ def test_bf16_lays_images_out_as_the_model_takes_them() -> None:
         )
         train(trainer, recipe)
         assert LAYOUTS[-1] is not view
-
-
-class Pooling(Viewing):
-    """A pooling and a flattening, and a note of how the pooling's gradients came."""
-
-    def __init__(self) -> None:
-        super().__init__(view=False)
-        self.pool = nn.MaxPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.pool(self.convolution(x))
-        if y.requires_grad:
-            y.register_hook(lambda g: TURNED.append(g.is_contiguous(memory_format=LAST)))
-        return y.flatten(1)
-
-
-LAST, TURNED = torch.channels_last, list[bool]()
-
-
-def test_a_pooling_s_gradients_come_in_the_order_that_it_is_quick_in() -> None:
-    class Pools(Images):
-        def build(self) -> nn.Module:
-            return Pooling()
-
-    recipe = Pools(view=False)
-    train(Trainer(recipe, Training(lr=0.1, steps=2, batch_size=2), Privacy()), recipe)
-    assert TURNED == [True, True]
