@@ -28,6 +28,7 @@ from fedml.simulation.executors.inline import Inline
 _TRIES = 2  # workers that may be lost with a task before its site is given up
 _AHEAD = 2  # tasks in a worker's hands, so that it never waits for the next
 _NONE = Params({})
+_IDLE: dict[str, list[Any]] = {}  # actors without an executor, by Ray's job
 Packed = npt.NDArray[np.uint8]  # a safetensors file; Ray maps arrays and copies nothing
 
 
@@ -38,8 +39,9 @@ class Cluster:
     `address` is a running cluster's; without one, Ray starts on this machine, reachable from
     nowhere else. With `workers` None there is one for every core of the cluster. Recipe and rows
     lie once in each machine's object store, a round's brief likewise. A task whose worker is lost
-    goes to another once; then its site is lost. Answers have the bytes of an `Inline` with one
-    thread, where machines are alike.
+    goes to another once; then its site is lost. Workers serve the next executor too, as in a sweep,
+    and end with this process. Answers have the bytes of an `Inline` with one thread, where
+    machines are alike.
     """
 
     plan: Plan
@@ -130,8 +132,7 @@ class Cluster:
         if wanted < 1:
             raise ConfigError("the Ray cluster has no CPU left; add machines or lower num_cpus")
         while len(self._hands) < wanted:
-            maker = self._ray.remote(num_cpus=1, max_restarts=0)(_Worker)
-            self._hands.append(_Hand(maker.remote(self._stage)))
+            self._hands.append(_Hand(_engage(self._ray, self._stage)))
 
 
 @dataclass
@@ -149,10 +150,13 @@ class _Hand:
 
 
 class _Worker:
-    """What runs in an actor."""
+    """What runs in an actor; it works for one executor after another."""
 
-    def __init__(self, inline: Inline) -> None:
+    def __init__(self) -> None:
         torch.set_num_threads(1)
+
+    def serve(self, inline: Inline) -> None:
+        """Do from now on what `inline` does."""
         self._inline = inline
 
     def do(
@@ -171,9 +175,35 @@ class _Worker:
         return bare, tensors, _pack(memory.slots.get(task.site, {})), memory.releases
 
 
+def _engage(ray: Any, stage: Any) -> Any:  # noqa: ANN401
+    """Return an actor that serves `stage`: one that was dismissed if there is one, or a new one.
+
+    Starting one means importing torch, which takes longer than many a small run.
+    """
+    session = ray.get_runtime_context().get_job_id()
+    idle = _IDLE.setdefault(session, [])
+    while idle:
+        actor = idle.pop()
+        try:
+            ray.get(actor.serve.remote(stage))
+        except ray.exceptions.RayError:  # it went with its machine
+            continue
+        return actor
+    actor = ray.remote(num_cpus=1, max_restarts=0)(_Worker).remote()
+    actor.serve.remote(stage)
+    return actor
+
+
 def _dismiss(ray: Any, hands: list[_Hand]) -> None:  # noqa: ANN401
-    for hand in hands if ray.is_initialized() else ():
-        ray.kill(hand.actor)
+    """Keep the actors that have nothing to do for the next executor; end the others."""
+    if not ray.is_initialized():
+        return
+    idle = _IDLE.setdefault(ray.get_runtime_context().get_job_id(), [])
+    for hand in hands:
+        if hand.jobs:
+            ray.kill(hand.actor)
+        else:
+            idle.append(hand.actor)
 
 
 def _pack(parts: Slots) -> Packed:

@@ -17,8 +17,8 @@ from tests.simulation.worlds import holdings, plan, recipe, singles, start
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_node_that_goes_down_in_mid_round_costs_a_retry() -> None:
-    pytest.importorskip("ray", reason="needs the extra ray")
+def test_a_node_that_goes_down_costs_a_retry_and_workers_serve_one_executor_after_another() -> None:
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
     from tests.simulation.ray_nodes import two_nodes
 
     brief = Brief(start())
@@ -31,6 +31,18 @@ def test_a_node_that_goes_down_in_mid_round_costs_a_retry() -> None:
         found += answers
         expected = {one.site: one for one in singles(Inline(plan(), recipe(), holdings()), work)}
         assert {one.site: one for one in found if isinstance(one, Update)} == expected
+        (kept,) = {hand.actor for hand in executor._hands}
+        del answers, executor
+
+        other = Cluster(plan(), recipe(), holdings(), Memory())
+        assert {one.site: one for one in singles(other, work)} == expected
+        assert {hand.actor for hand in other._hands} == {kept}  # no worker was started anew
+        ray.kill(kept)
+        del other
+
+        third = Cluster(plan(), recipe(), holdings(), Memory())
+        assert {one.site: one for one in singles(third, work)} == expected
+        assert kept not in {hand.actor for hand in third._hands}
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
