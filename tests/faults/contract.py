@@ -81,7 +81,8 @@ def _the_receipt_is_right(receipt: Receipt) -> None:
     assert sorted([*counted, *receipt.missing]) == sorted(receipt.asked), receipt
     assert all(receipt.missing.values()), receipt
     digests = [one.digest for one in receipt.counted if receipt.kind == "train"]
-    assert all(digests) and len(set(digests)) == len(digests), receipt
+    still = receipt.metrics.get("loss") == 0  # a model that fits all rows moves at no site
+    assert all(digests) and (still or len(set(digests)) == len(digests)), receipt
 
 
 def _it_came_to_the_same_bytes(fleet: Fleet, receipts: Sequence[Receipt], plan: Plan) -> None:

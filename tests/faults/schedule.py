@@ -16,6 +16,8 @@ from fedml.rounds import Plan
 from tests.faults.contract import Kept, keep, uphold
 from tests.faults.fleet import COORDINATOR, PATIENCE, SITES, Fleet, plan
 
+_DEATH = 10.0  # seconds within which a program that was struck is no more, or it was a child of it
+
 Points = Mapping[str, int]  # how often each is passed in a run, about
 _HUB: Points = {
     "journal.append": 9, "journal.appended": 8, "journal.state": 3, "task.assigned": 8,
@@ -153,8 +155,10 @@ def befall(
     if not what:
         tally.missed += 1
         return
+    if _is_deadly(each) and not fleet.until(lambda: not fleet.is_running(each.who), _DEATH):
+        what = what.replace("site", "site worker", 1)  # it writes files as the daemon does
     tally.strike(what)
-    if not _is_deadly(each):
+    if fleet.is_running(each.who):
         return
     fleet.bury(each.who)
     kept += [keep(fleet, run) for run in runs]
