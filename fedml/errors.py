@@ -6,7 +6,8 @@ FedmlError
 │   └── Contradiction    several settings disagree; the message lists every reason
 ├── Refused              someone's policy said no; retrying is useless
 │   ├── PermissionDenied
-│   └── BudgetExhausted
+│   ├── BudgetExhausted
+│   └── Busy             for now only: asking again later is right
 ├── Unreachable          the network or the peer; retrying is right
 │   ├── Overloaded       too much is waiting already; retry a little later
 │   └── NoRoom           a disk of ours is full; retry once there is room
@@ -61,6 +62,10 @@ class BudgetExhausted(Refused):
             "raise the limit in the site's policy or stop the run"
         )
         self.what, self.spent, self.asked, self.limit = what, spent, asked, limit
+
+
+class Busy(Refused):
+    """A policy says no for now: as much is under way as it allows; later may be right."""
 
 
 class Unreachable(FedmlError):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from fedml import __version__, failpoints, telemetry
+from fedml.coordinator.turns import Turns
 from fedml.errors import Unreachable
 from fedml.protocol.messages import (
     Accepted,
@@ -89,6 +90,7 @@ class Desk:
         self._seats: dict[SiteId, _Seat] = {}
         self._here = 0  # how many seats have a stream
         self._beats: asyncio.Task[None] | None = None
+        self.turns = Turns()
 
     # --- what the hosts of runs do ------------------------------------------------------------
 
@@ -140,6 +142,10 @@ class Desk:
         for seat in self._seats.values():
             self._push(seat, _over(run))
 
+    def turn_over(self) -> None:
+        """Some sites are free for other runs than before."""
+        self._changed()
+
     def announce(self, model: str) -> None:
         """Tell every site that is here to look at a model's channel; others hear it on return."""
         for seat in self._seats.values():
@@ -153,6 +159,7 @@ class Desk:
                 seat.send is not None,
                 seat.hello.recipes if seat.hello else (),
                 seat.hello.datasets if seat.hello else (),
+                seat.hello.runs_at_once if seat.hello else 0,
             )
             for site, seat in sorted(self._seats.items())
         )

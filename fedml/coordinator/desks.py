@@ -65,7 +65,7 @@ class Federation:
 
 @dataclass(frozen=True)
 class Enrolment:
-    """Newcomers speak here, and those whose certificate grows old."""
+    """Newcomers speak here, those whose certificate grows old, and those who leave."""
 
     folder: Folder
     registrar: Registrar
@@ -87,6 +87,12 @@ class Enrolment:
         self.folder.audit.note(str(who), "renew", now)
         return self.registrar.renew(who, csr, now)
 
+    async def leave(self, who: Identity) -> None:
+        """Refuse every certificate and token that the caller was given so far."""
+        now = time.time()
+        self.registrar.revoke(who.name, now)
+        self.folder.audit.note(str(who), "leave", now)
+
 
 @dataclass(frozen=True)
 class Operations:
@@ -97,9 +103,9 @@ class Operations:
     archive: Archive
     registrar: Registrar
 
-    async def submit(self, by: Identity, plan: str) -> RunInfo:
+    async def submit(self, by: Identity, plan: str, starts: float = 0.0) -> RunInfo:
         """Queue a run."""
-        info = await self.runs.submit(by.name, plan)
+        info = await self.runs.submit(by.name, plan, starts)
         self._note(by, f"submit {info.id}")
         return info
 
@@ -119,8 +125,14 @@ class Operations:
 
     async def stop_run(self, by: Identity, run: RunId) -> RunInfo:
         """Stop a run; what was committed stays."""
-        info = self.runs.halt(run, f"stopped by {by.name}")
+        info = await self.runs.halt(run, f"stopped by {by.name}")
         self._note(by, f"stop {run}")
+        return info
+
+    async def resume_run(self, by: Identity, run: RunId) -> RunInfo:
+        """Let a run that was stopped or failed go on from its last committed round."""
+        info = await self.runs.go_on(run, by.name)
+        self._note(by, f"resume {run}")
         return info
 
     async def list_models(self, by: Identity) -> Sequence[ModelVersion]:

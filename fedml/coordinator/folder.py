@@ -1,7 +1,7 @@
 """A coordinator's folder: everything it owns, made once by `init` and opened by `run`.
 
 coordinator.toml   settings            journal.jsonl  states/   runs
-ca/                the authority       blobs/                   what is on its way
+ca/                authority, sealer   blobs/                   what is on its way
 enrolment/         tokens, revoked     releases/                the signed repository
 operator/          the first profile   registry/                MLflow, unless elsewhere
 audit.jsonl        who did what        press/                   bundles in the making
@@ -20,6 +20,7 @@ from fedml.identity.access import Access, Revocations
 from fedml.identity.audit import AuditLog
 from fedml.identity.certificates import Authority, Credentials, new_key_and_csr
 from fedml.identity.enrolment import Invitations
+from fedml.identity.receipts import Sealer
 from fedml.releases.registry import Registry
 from fedml.releases.signing import Repository
 
@@ -39,21 +40,24 @@ class Folder:
     access: Access
     audit: AuditLog
     releases: Repository
+    sealer: Sealer
 
     @staticmethod
     def open(path: Path) -> Folder:
         """Open what `create` made; raises `ConfigError` or, for damage, `Corrupt`."""
         settings = read_settings(path)
         revocations = Revocations(path / "enrolment" / "revoked.jsonl")
+        authority = Authority.load(path / "ca")
         return Folder(
             path,
             settings,
-            Authority.load(path / "ca"),
+            authority,
             Invitations(path / "enrolment" / "tokens.jsonl"),
             revocations,
             Access(revocations),
             AuditLog(path / "audit.jsonl"),
             Repository(path / "releases"),
+            Sealer.open(path / "ca" / "receipts.json", authority),
         )
 
     def registry(self) -> Registry:

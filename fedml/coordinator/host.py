@@ -91,6 +91,8 @@ class Host:
         self._looked = -math.inf
         self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
         self._expected_until = time.monotonic() + grace
+        self._draining, self._yields = False, False  # yields: others may have sites that we had
+        self.at_rest = asyncio.Event()  # set while no round is open and nothing is to be done
         self._log = _log.bind(run=run.id)
         self._waits_for = ""  # why the next step is tried again and again
 
@@ -108,6 +110,10 @@ class Host:
         """Ask the run to end."""
         self.tell(StopAsked(reason))
 
+    def drain(self) -> None:
+        """Open no further round."""
+        self._draining = True
+
     def lost(self, site: SiteId, reason: str) -> None:
         """A site is away for longer than it may be."""
         self.tell(SiteLost(site, reason))
@@ -115,8 +121,8 @@ class Host:
     async def answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
         """Turn a site's answer into an event; a malformed update counts as the site's failure."""
         match answer:
-            case Declined(task, reason):
-                self.tell(SiteLost(site, _line(reason), final=True, task=task))
+            case Declined(task, reason, for_now):
+                self.tell(SiteLost(site, _line(reason), final=not for_now, task=task))
             case Failed(task, reason):
                 self.tell(SiteLost(site, _line(reason), task=task))
             case Scored(task, totals, count, epsilon):
@@ -165,7 +171,7 @@ class Host:
         wait = max(0.0, self._expected_until - time.monotonic())
         self._timers.append(loop.call_later(wait + 0.05, self.sites_changed))
         try:
-            commands = deque(self.run.open(time.time()))
+            commands = deque(self._seated(self.run.open(time.time())))
             while True:
                 while commands:
                     command = commands.popleft()
@@ -174,21 +180,32 @@ class Host:
                     if isinstance(command, End):
                         return command
                 self._changed(self.run.id)
+                self._give_way()
+                if not self.run.asked and self._inbox.empty():
+                    self.at_rest.set()
                 event = await self._inbox.get()
+                self.at_rest.clear()
                 commands.extend(await self._decide(event))
                 if isinstance(event, UpdateArrived):
                     self._taken(event.update.site, event.update.task, event.digest)
                 del event  # or an update would stay mapped while we wait
         finally:
-            for timer in self._timers:
-                timer.cancel()
-            if self._looking is not None:
-                self._looking.cancel()
-            for digest in list(self._uploads.elements()):
-                self._let_go(digest)
-            self._forget_brief()
-            if self._state is not None:
-                self._holds.let_go(self._state[1].digest)
+            self._leave()
+
+    def _leave(self) -> None:
+        """Let go of all that the run has here: timers, blobs, places at sites."""
+        for timer in self._timers:
+            timer.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
+        for digest in list(self._uploads.elements()):
+            self._let_go(digest)
+        self._forget_brief()
+        if self._state is not None:
+            self._holds.let_go(self._state[1].digest)
+        self.at_rest.set()
+        self._desk.turns.leave(self.run.id)
+        self._desk.turn_over()
 
     def _wait(self, reason: str) -> None:
         if reason and not self._waits_for:
@@ -198,9 +215,34 @@ class Host:
 
     async def _decide(self, event: Event) -> list[Command]:
         """Let the run take an event in; an update is megabytes to add, so not on the loop."""
-        commands = await asyncio.to_thread(self.run.handle, event, time.time())
+        if isinstance(event, SitesChanged):  # on the loop: no two runs take the same turn
+            commands = self._seated(self.run.handle(self._pool(), time.time()))
+        else:
+            commands = await asyncio.to_thread(self.run.handle, event, time.time())
         failpoints.reach("event.taken")
         return commands
+
+    def _pool(self) -> SitesChanged:
+        """Return the sites as they are now, and as far as it is our turn."""
+        if self._draining:
+            return SitesChanged(())
+        return SitesChanged(self._desk.turns.pool(self.run, self._desk.statuses()))
+
+    def _seated(self, commands: list[Command]) -> list[Command]:
+        """Take the places of a round that opens, before anything else happens."""
+        for command in commands:
+            if isinstance(command, Opened):
+                asked = command.opening.asked
+                self._yields |= self._desk.turns.hold(self.run.id, asked)
+        return commands
+
+    def _give_way(self) -> None:
+        """Let other runs have the sites of a round that is over, now that these know it is."""
+        if not self.run.asked:
+            self._yields |= self._desk.turns.hold(self.run.id, ())
+        if self._yields:
+            self._yields = False
+            self._desk.turn_over()
 
     async def _carry_out(self, command: Command) -> list[Command]:
         match command:
@@ -249,7 +291,8 @@ class Host:
         self._forget_brief()
         if command.state is not None:
             state, file = await self._keep(command.state)
-        commands = self.run.handle(Committed(state), time.time())
+        self.run.handle(self._pool(), time.time())  # others may wait by now: a commit comes first
+        commands = self._seated(self.run.handle(Committed(state), time.time()))
         opened = [command for command in commands if isinstance(command, Opened)]
         entries = [self._opened(command) for command in opened]
         note = partial(self._journal.commit, self.run.id, receipt, file, *entries)
@@ -363,7 +406,7 @@ class Host:
         if self._expected - here and time.monotonic() < self._expected_until:
             return
         self._expected = frozenset()
-        self.tell(SitesChanged(statuses))
+        self.tell(SitesChanged(()))  # who is here is looked up when it is handled
 
 
 def _is_all_of(brief: Brief, state: ServerState) -> bool:
@@ -404,6 +447,7 @@ def run_info(journal: Journal, id: RunId, run: Run | None) -> RunInfo:
         history.submitted.at,
         version=history.version,
         scores=scored[-1].scores if scored else {},
+        starts=history.submitted.starts,
     )
     if history.ended:
         return replace(info, state=history.ended.state, detail=history.ended.detail)

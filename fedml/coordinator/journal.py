@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from fedml import durable, failpoints
 from fedml.errors import ConfigError, Corrupt, MalformedMessage
+from fedml.identity.receipts import Sealer, start
 from fedml.params import read
 from fedml.protocol.messages import RunId
-from fedml.protocol.operations import Receipt, RunState
+from fedml.protocol.operations import Receipt, RunState, Seal
 from fedml.records import from_record, to_record
 from fedml.rounds.hosting import Opened
 from fedml.rounds.plan import Plan
 from fedml.strategies import ServerState
+
+UNSEALED = Seal("", "")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,33 @@ class Submitted:
 
     run: RunId
     plan: str
+    by: str
+    at: float
+    starts: float = 0.0  # not before then
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The run left the queue."""
+
+    run: RunId
+    at: float
+
+
+@dataclass(frozen=True)
+class Halted:
+    """An operator stopped the run; what is open is given up."""
+
+    run: RunId
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """An operator let a run that had ended go on; it stands in the queue again."""
+
+    run: RunId
     by: str
     at: float
 
@@ -50,6 +80,7 @@ class RoundCommitted:
     run: RunId
     receipt: Receipt
     state: str = ""
+    seal: Seal = UNSEALED
 
 
 @dataclass(frozen=True)
@@ -69,10 +100,10 @@ class Ended:
     detail: str
 
 
-Entry = Submitted | RoundOpened | RoundCommitted | Registered | Ended
-_KINDS = {
-    kind.__name__: kind for kind in (Submitted, RoundOpened, RoundCommitted, Registered, Ended)
-}
+Entry = (
+    Submitted | Begun | RoundOpened | RoundCommitted | Registered | Halted | Resumed | Ended
+)  # fmt: skip
+_KINDS = {kind.__name__: kind for kind in get_args(Entry)}
 
 
 @dataclass
@@ -82,24 +113,45 @@ class History:
     submitted: Submitted
     plan: Plan
     receipts: list[Receipt] = field(default_factory=list)
+    seals: list[Seal] = field(default_factory=list)
     opened: Opened | None = None
+    lapsed: bool = False  # the sites have forgotten what is open
+    begun: bool = False
+    queued: float = 0.0  # since when it stands in the queue
+    halted: str = ""  # who stopped it, until it is resumed
+    forgiven: int = 0  # receipts before it was last resumed
     state: str = ""
     version: int = 0
     ended: Ended | None = None
     data: dict[str, str] = field(default_factory=dict)  # by site, as of its last round
 
+    @property
+    def link(self) -> str:
+        """What the next receipt is chained to."""
+        if self.seals:
+            return self.seals[-1].link
+        return start(self.submitted.run, self.submitted.plan)
+
     def note(self, entry: Entry) -> None:
         """Take in the next entry about this run."""
         match entry:
+            case Begun():
+                self.begun = True
             case RoundOpened(_, opened, data):
-                self.opened = opened
+                self.opened, self.lapsed = opened, False
                 self.data |= data
-            case RoundCommitted(_, receipt, state):
+            case RoundCommitted(_, receipt, state, seal):
                 self.receipts.append(receipt)
-                self.opened = None
+                self.seals.append(seal)
+                self.opened, self.lapsed = None, False
                 self.state = state or self.state
             case Registered(_, version):
                 self.version = version
+            case Halted(_, reason):
+                self.halted = reason
+            case Resumed(_, _, at):
+                self.ended, self.halted, self.begun, self.queued = None, "", False, at
+                self.forgiven, self.lapsed = len(self.receipts), self.opened is not None
             case Ended():
                 self.ended = entry
             case Submitted():
@@ -109,10 +161,12 @@ class History:
 class Journal:
     """The journal of one coordinator folder; opening it replays every run. Threads may share it.
 
-    Opening raises `Corrupt`, naming the file and the way out, if it is not what we wrote.
+    Opening raises `Corrupt`, naming the file and the way out, if it is not what we wrote. Receipts
+    are sealed by `sealer`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sealer: Sealer | None = None) -> None:
+        self._sealer = sealer
         self._states = folder / "states"
         self._mutex, self._closed = threading.Lock(), False
         self._log = durable.Log(folder / "journal.jsonl")
@@ -138,7 +192,7 @@ class Journal:
                 self._note(entry)
 
     def commit(self, run: RunId, receipt: Receipt, state: Path | None, *more: Entry) -> None:
-        """Write a round's end, its state first, and `more` entries that follow it at once.
+        """Write a round's end, sealed, its state first, and `more` entries that follow it at once.
 
         `state` is a file with the state's parts that nobody will write to: it gets a second name
         among the states. Older states of the run go.
@@ -147,8 +201,12 @@ class Journal:
         if state:
             durable.link(state, self._states / name)
             failpoints.reach("journal.state")
-        before = self.runs[run].state
-        self.append(RoundCommitted(run, receipt, name), *more)
+        history = self.runs[run]
+        before = history.state
+        entry = RoundCommitted(run, receipt, name)
+        if self._sealer is not None:
+            entry = replace(entry, seal=self._sealer.seal(history.link, receipt))
+        self.append(entry, *more)
         if name and before not in ("", name):
             (self._states / before).unlink(missing_ok=True)
 
@@ -195,7 +253,10 @@ class Journal:
                 "restore the folder from a backup"
             )
         else:  # a new mapping: others may be going over the old one
-            self.runs = {**self.runs, entry.run: History(entry, self._plan(entry))}
+            self.runs = {
+                **self.runs,
+                entry.run: History(entry, self._plan(entry), queued=max(entry.at, entry.starts)),
+            }
 
     def _plan(self, entry: Submitted) -> Plan:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.folder import Folder
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.host import Host, run_info
-from fedml.coordinator.journal import Ended, History, Journal, Submitted
+from fedml.coordinator.journal import Begun, Ended, Halted, History, Journal, Resumed, Submitted
 from fedml.coordinator.mint import Mint
 from fedml.coordinator.patience import insist
 from fedml.errors import ConfigError, FedmlError, Unreachable
@@ -30,6 +31,8 @@ from fedml.rounds.run import Run
 from fedml.transport.chunks import BlobStore
 
 T = TypeVar("T")
+_LATEST = 4e9  # seconds since the epoch; later is a mistake
+_LOOK = 30.0  # seconds between looks at the clock while a run is scheduled
 _log = structlog.get_logger()
 
 
@@ -38,7 +41,7 @@ class Runs:
 
     def __init__(self, folder: Folder, archive: Archive, blobs: BlobStore) -> None:
         self._folder, self._archive, self._holds = folder, archive, Holds(blobs)
-        self._journal = Journal(folder.path)
+        self._journal = Journal(folder.path, folder.sealer)
         if self._journal.torn:
             _log.warning("journal mended", bytes_cut=len(self._journal.torn))
         self._mint = Mint(folder.path / "press", archive, self._journal)
@@ -46,8 +49,10 @@ class Runs:
         self._playing: dict[RunId, asyncio.Task[None]] = {}
         self._chores: set[asyncio.Task[None]] = set()
         self._watchers: dict[RunId, set[asyncio.Event]] = {}
-        self._halted: dict[RunId, str] = {}  # asked to stop before they were hosted
-        self._one_id = asyncio.Lock()
+        self._stuck: set[RunId] = set()  # a bug or a full disk ended their host
+        self._order = asyncio.Lock()  # one change of what runs there are at a time
+        self._alarm: asyncio.TimerHandle | None = None  # for the next scheduled run
+        self._draining = False
         self.desk = Desk(
             heartbeat=folder.settings.heartbeat,
             grace=folder.settings.grace,
@@ -60,13 +65,29 @@ class Runs:
         )
 
     def resume(self) -> None:
-        """Host every run that the journal says has not ended."""
-        for id, history in self._journal.runs.items():
-            if history.ended is None:
-                self._start(id)
+        """Host the runs that have not ended: as many as may be at once, in order."""
+        self._fill()
+
+    async def drain(self, seconds: float) -> None:
+        """Open no further rounds, and wait at most `seconds` for those that are open."""
+        self._draining = True
+        for host in self._hosts.values():
+            host.drain()
+        try:
+            async with asyncio.timeout(seconds):
+                for host in list(self._hosts.values()):
+                    await host.at_rest.wait()
+        except TimeoutError:
+            for id, host in self._hosts.items():
+                if not host.at_rest.is_set():
+                    _log.info("round parked; its sites keep their work", run=id,
+                              round=host.run.done + 1)  # fmt: skip
 
     async def stop(self) -> None:
         """Let go of all runs as they are; they go on when the coordinator is back."""
+        self._draining = True
+        if self._alarm is not None:
+            self._alarm.cancel()
         for task in self._playing.values():
             task.cancel()
         await asyncio.gather(*self._playing.values(), return_exceptions=True)
@@ -74,8 +95,14 @@ class Runs:
 
     # --- what operators do --------------------------------------------------------------------
 
-    async def submit(self, by: str, text: str) -> RunInfo:
-        """Take a plan in; raises `ConfigError` with everything that is wrong with it."""
+    async def submit(self, by: str, text: str, starts: float = 0.0) -> RunInfo:
+        """Take a plan in; raises `ConfigError` with everything that is wrong with it.
+
+        The run starts when it is its turn, and not before `starts`.
+        """
+        self._check_open()
+        if not 0 <= starts < _LATEST:
+            raise ConfigError(f"starts {starts}: seconds since the epoch, or 0 for now")
         plan = Plan.from_json(text)
         here = identify(plan.recipe.name)
         if here != plan.recipe:
@@ -85,18 +112,28 @@ class Runs:
             )
         if plan.parent:
             await self._archive.do(lambda registry: registry.get(plan.model, plan.parent))
-        async with self._one_id:
+        async with self._order:
             id = RunId(f"{plan.model}-{1 + len(self._journal.runs)}")
-            entry = Submitted(id, plan.to_json(), by, time.time())
+            entry = Submitted(id, plan.to_json(), by, time.time(), starts)
             await asyncio.to_thread(self._journal.append, entry)
-        self._start(id)
+        self._fill()
         return self.info(id)
 
     def info(self, id: RunId) -> RunInfo:
         """Return a run in one line; raises `ConfigError` if there is none."""
-        self._history(id)
+        history = self._history(id)
         host = self._hosts.get(id)
-        return host.info if host else run_info(self._journal, id, None)
+        if host:
+            return host.info
+        info = run_info(self._journal, id, None)
+        if history.ended:
+            return info
+        if id in self._stuck:
+            return replace(info, detail="stands still; see the log, then restart the coordinator")
+        if history.queued > time.time():
+            return replace(info, state="scheduled")
+        before = self._queue().index(id) if id not in self._playing else 0
+        return replace(info, detail=f"{before} before it" if before else "next")
 
     def all(self) -> list[RunInfo]:
         """Return all runs, oldest first."""
@@ -105,15 +142,42 @@ class Runs:
     def detail(self, id: RunId) -> RunDetail:
         """Return a run with its plan and receipts."""
         history = self._history(id)
-        return RunDetail(self.info(id), history.submitted.plan, tuple(history.receipts))
+        return RunDetail(
+            self.info(id),
+            history.submitted.plan,
+            tuple(history.receipts),
+            tuple(history.seals),
+            self._folder.sealer.certificate,
+        )
 
-    def halt(self, id: RunId, reason: str) -> RunInfo:
-        """Ask a run to stop; one that has ended stays as it is."""
-        self._history(id)
-        if id in self._hosts:
-            self._hosts[id].stop(reason)
-        elif id in self._playing:
-            self._halted[id] = reason
+    async def halt(self, id: RunId, reason: str) -> RunInfo:
+        """Stop a run for good, until it is resumed; one that has ended stays as it is."""
+        history = self._history(id)
+        async with self._order:
+            if history.ended is None and not history.halted:
+                entry = Halted(id, reason, time.time())
+                await asyncio.to_thread(self._journal.append, entry)
+                if id in self._hosts:
+                    self._hosts[id].stop(reason)
+        self._fill()
+        return self.info(id)
+
+    async def go_on(self, id: RunId, by: str) -> RunInfo:
+        """Queue a run that was stopped, or failed, to go on from its last committed round.
+
+        Raises `ConfigError` for any other run.
+        """
+        self._check_open()
+        history = self._history(id)
+        if history.halted and id in self._playing:
+            await asyncio.wait([self._playing[id]])  # it is winding down
+        async with self._order:
+            if history.ended is None:
+                raise ConfigError(f"{id} is {self.info(id).state}; only what has ended is resumed")
+            if history.ended.state == "done" or history.version:
+                raise ConfigError(f"{id} has ended with a version; submit another run")
+            await asyncio.to_thread(self._journal.append, Resumed(id, by, time.time()))
+        self._fill()
         return self.info(id)
 
     async def watch(self, id: RunId) -> AsyncGenerator[RunInfo, None]:
@@ -130,7 +194,9 @@ class Runs:
                 yield info
                 if self._history(id).ended is not None:
                     return
-                if id not in self._playing:
+                if id in self._stuck:
+                    raise Unreachable(f"{id} stands still; restart the coordinator")
+                if self._draining and id not in self._playing:
                     raise Unreachable(
                         f"the coordinator is going down; {id} goes on when it is back"
                     )
@@ -147,6 +213,42 @@ class Runs:
             raise ConfigError(f"no run {id!r}; there are {known}")
         return self._journal.runs[id]
 
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Unreachable("the coordinator is going down; ask again when it is back")
+
+    def _queue(self) -> list[RunId]:
+        """Return the runs that wait for a place, those first that had one before a restart."""
+        now, runs = time.time(), self._journal.runs
+        waiting = [
+            id
+            for id, history in runs.items()
+            if history.ended is None
+            and id not in self._playing
+            and id not in self._stuck
+            and (history.queued <= now or history.halted)
+        ]
+        return sorted(waiting, key=lambda id: (not runs[id].begun, runs[id].queued))
+
+    def _fill(self) -> None:
+        """Start what has waited longest while there is room, and see to it that we look again."""
+        if self._draining:
+            return
+        for id in self._queue():
+            history = self._journal.runs[id]
+            if history.halted or len(self._playing) < self._folder.settings.runs_at_once:
+                self._start(id)
+        now = time.time()
+        ahead = [h.queued for h in self._journal.runs.values() if h.ended is None]
+        due = min((at for at in ahead if at > now), default=None)
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if due is not None:  # not all at once: the wall clock may be set meanwhile
+            wait = min(due - now, _LOOK) + 0.001
+            self._alarm = asyncio.get_running_loop().call_later(wait, self._fill)
+        for id in self._journal.runs:
+            self._changed(id)
+
     def _start(self, id: RunId) -> None:
         task = asyncio.create_task(self._play(id))
         self._playing[id] = task
@@ -155,15 +257,25 @@ class Runs:
             self._playing.pop(id, None)
             self._hosts.pop(id, None)
             if not task.cancelled() and (error := task.exception()):
+                self._stuck.add(id)
                 _log.error("the run stands still; restart the coordinator", run=id, exc_info=error)
+            self._fill()
             self._changed(id)
 
         task.add_done_callback(ended)
 
     async def _play(self, id: RunId) -> None:
+        history = self._journal.runs[id]
         try:
+            if history.halted and history.opened is None:
+                return await self._wind_up(id)
+            if not history.begun:
+                await self._note(Begun(id, time.time()))
+            run = await insist(partial(self._load, id), partial(_waits, id))
+            if history.halted:
+                run.halt(history.halted)
             host = Host(
-                await insist(partial(self._load, id), partial(_waits, id)),
+                run,
                 desk=self.desk,
                 journal=self._journal,
                 holds=self._holds,
@@ -173,20 +285,31 @@ class Runs:
             )
             self._hosts[id] = host
             host.sites_changed()
-            if reason := self._halted.pop(id, ""):
-                host.stop(reason)
             await host.play()
         except FedmlError as error:
             await self._fail(id, str(error))
+
+    async def _wind_up(self, id: RunId) -> None:
+        """End a run that was stopped while nothing of it was open."""
+        history = self._journal.runs[id]
+        done = run_info(self._journal, id, None).round
+        detail = f"{history.halted}; {done} rounds are committed"
+        await self._note(Ended(id, "stopped", detail))
+        self.desk.conclude(id)
+        _log.info("run ended", run=id, state="stopped", detail=detail)
 
     async def _fail(self, id: RunId, reason: str) -> None:
         _log.error("run failed", run=id, reason=reason)
         for site, digest in self.desk.abandon(id, f"the run failed: {reason}"):
             self._holds.store.abandon(digest, site)
             self._holds.discard(digest)
-        note = partial(self._journal.append, Ended(id, "failed", reason))
-        await insist(partial(asyncio.to_thread, note), partial(_waits, id))
+        await self._note(Ended(id, "failed", reason))
         self.desk.conclude(id)
+
+    async def _note(self, entry: Begun | Ended) -> None:
+        """Journal what happens to a run that has no host; a full disk makes it wait."""
+        note = partial(self._journal.append, entry)
+        await insist(partial(asyncio.to_thread, note), partial(_waits, entry.run))
 
     async def _load(self, id: RunId) -> Run:
         history = self._journal.runs[id]
@@ -194,7 +317,9 @@ class Runs:
         if state is None:
             first = await self._first_params(id, history.plan)
             state = history.plan.strategy.start(first)
-        return Run.resume(id, history.plan, state, history.receipts, history.opened)
+        run = Run.resume(id, history.plan, state, history.receipts, history.opened)
+        run.forgive(history.forgiven, "the run had ended" if history.lapsed else "")
+        return run
 
     async def _first_params(self, id: RunId, plan: Plan) -> Params:
         if plan.parent:

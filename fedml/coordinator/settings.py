@@ -16,6 +16,7 @@ class Settings:
     `host` is the name by which sites and operators reach it, and is in its certificate; `bind`
     is the address it listens on. `registry` is an MLflow tracking URI; "" keeps a SQLite file
     in the folder. `grace` is how many seconds a site may be away before its task counts as lost.
+    `runs_at_once` is how many runs are played at a time; the others wait in order.
     """
 
     host: str = "localhost"
@@ -26,6 +27,7 @@ class Settings:
     heartbeat: float = 5.0
     grace: float = 5.0
     blob_limit_mb: int = 4096
+    runs_at_once: int = 4
 
     def __post_init__(self) -> None:
         for port in (self.port, self.enrolment_port):
@@ -38,6 +40,8 @@ class Settings:
                 f"heartbeat {self.heartbeat}, grace {self.grace}, blob_limit_mb "
                 f"{self.blob_limit_mb}: each must be above 0"
             )
+        if self.runs_at_once < 1:
+            raise ConfigError(f"runs_at_once {self.runs_at_once}: must be 1 or more")
 
 
 def read_settings(folder: Path) -> Settings:

@@ -17,15 +17,17 @@ _READ = frozenset(
 )
 _CHANGE = frozenset(
     f"Operations/{name}"
-    for name in ("Submit", "StopRun", "Release", "Rollback", "Invite", "Revoke")
+    for name in ("Submit", "StopRun", "ResumeRun", "Release", "Rollback", "Invite", "Revoke")
 )
-_FEDERATE = frozenset(f"Federation/{name}" for name in ("Connect", "Download", "Upload", "Fetch"))
-_RENEW = frozenset({"Federation/Renew"})
+_FEDERATE = frozenset(
+    f"Federation/{name}" for name in ("Connect", "Download", "Upload", "Fetch", "Leave")
+)
+_ANYONE = frozenset({"Federation/Renew", "Federation/Ping"})
 
 ALLOWED: Mapping[Role, frozenset[str]] = {
-    "site": _FEDERATE | _RENEW,
-    "operator": _READ | _CHANGE | _RENEW,
-    "viewer": _READ | _RENEW,
+    "site": _FEDERATE | _ANYONE,
+    "operator": _READ | _CHANGE | _ANYONE,
+    "viewer": _READ | _ANYONE,
 }
 
 

@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedml import durable
@@ -30,6 +31,7 @@ from fedml.protocol.operations import Role
 DAY = 86_400.0
 SKEW = 300.0  # seconds by which a peer's clock may be slow
 CLIENT_DAYS = 30.0
+ROOT_DAYS = 3650.0
 MAX_CSR = 16 * 2**10  # bytes; a request for a P-256 key has about 400
 _URI = re.compile(r"spiffe://fedml/([a-z]+)/([^/]+)")
 
@@ -88,7 +90,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         name = _subject("fedml root")
         certificate = (
-            _builder(name, name, key.public_key(), now, 3650 * DAY)
+            _builder(name, name, key.public_key(), now, ROOT_DAYS * DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
@@ -142,6 +144,22 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         names = [_host(host) for host in hosts]
         return self._leaf(key.public_key(), "coordinator", names, now, days * DAY), _key_pem(key)
+
+    def certify(self, key: Ed25519PublicKey, purpose: str, now: float) -> bytes:
+        """Return a certificate (PEM) for a key that signs, and opens no connection, for `purpose`.
+
+        It lives as long as a root.
+        """
+        certificate = (
+            _builder(_subject("fedml"), self._certificate.subject, key, now, ROOT_DAYS * DAY)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.UniformResourceIdentifier(purpose)]), False
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+        return _pem(certificate)
 
     def _leaf(
         self,
@@ -251,7 +269,11 @@ def fingerprint(certificate: bytes) -> str:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: float, life: float
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey | Ed25519PublicKey,
+    now: float,
+    life: float,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()

@@ -277,6 +277,7 @@ class Hello:
 
     `kept` are the tasks whose results the site still holds, `runs` those of which it has an
     algorithm's own state; it is told which it may forget.
+    `runs_at_once` is in how many runs it takes part at a time; 0 is as many as there are.
     """
 
     version: str
@@ -286,6 +287,7 @@ class Hello:
     serving: tuple[Serving, ...] = ()
     kept: tuple[TaskId, ...] = ()
     runs: tuple[RunId, ...] = ()
+    runs_at_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -297,10 +299,11 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Declined:
-    """The site's policy refuses the task; asking again is useless."""
+    """The site's policy refuses the task; asking again is useless, unless it is `for_now`."""
 
     task: TaskId
     reason: str
+    for_now: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import Literal
 
 from fedml.protocol.messages import DatasetCard, RunId, Scores, Serving, SiteId
 
-RunState = Literal["queued", "waiting", "running", "evaluating", "done", "failed", "stopped"]
+RunState = Literal[
+    "scheduled", "queued", "waiting", "running", "evaluating", "done", "failed", "stopped"
+]
 Role = Literal["site", "operator", "viewer"]
 
 
@@ -28,7 +30,8 @@ class Receipt:
 
     `left_out` are sites that were not asked, with the reason; `model` is the digest of the
     parameters after the round, "" if it failed; times are seconds since the epoch. An evaluation
-    leaves a receipt of its own, with `scores` and the digest of what was scored.
+    leaves a receipt of its own, with `scores` and the digest of what was scored. A field that is
+    added later must be empty by default, or older seals do not fit (`identity.receipts`).
     """
 
     run: RunId
@@ -46,9 +49,20 @@ class Receipt:
     kind: Literal["train", "evaluate"] = "train"
 
 
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What makes a receipt hard to change: the hash that chains it to those before, signed."""
+
+    link: str
+    signature: str  # of the link; both in hex
+
+
 @dataclass(frozen=True)
 class RunInfo:
-    """A run in one line. `version` is the model version it registered, 0 if none yet."""
+    """A run in one line. `version` is the model version it registered, 0 if none yet.
+
+    `starts` is when it may start, in seconds since the epoch; 0 for as soon as there is room.
+    """
 
     id: RunId
     model: str
@@ -59,15 +73,21 @@ class RunInfo:
     detail: str = ""
     version: int = 0
     scores: Scores = field(default_factory=dict)
+    starts: float = 0.0
 
 
 @dataclass(frozen=True)
 class RunDetail:
-    """A run with its plan, as canonical JSON, and all its receipts."""
+    """A run with its plan, as canonical JSON, and all its receipts, each with its seal.
+
+    `sealer` is the certificate (PEM) of the key that signed them.
+    """
 
     info: RunInfo
     plan: str
     receipts: tuple[Receipt, ...] = ()
+    seals: tuple[Seal, ...] = ()
+    sealer: str = ""
 
 
 @dataclass(frozen=True)

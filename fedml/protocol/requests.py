@@ -88,9 +88,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """Queue a run of this plan, as canonical JSON."""
+    """Queue a run of this plan, as canonical JSON, from `starts` on; 0 is now."""
 
     plan: str
+    starts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,24 @@ class RevokeRequest:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
+
+
+@dataclass(frozen=True)
+class PingRequest:
+    """Are you there, and what time is it?"""
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The coordinator's clock, in seconds since the epoch, and its version."""
+
+    time: float
+    version: str
+
+
+@dataclass(frozen=True)
+class LeaveRequest:
+    """The caller, a site, leaves: refuse its certificates from now on."""
 
 
 @dataclass(frozen=True)

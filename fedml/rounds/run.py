@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedml.params import Params
-from fedml.protocol.messages import RunId, Scores
+from fedml.protocol.messages import RunId, Scores, SiteId
 from fedml.protocol.operations import Receipt, RunState
 from fedml.protocol.tasks import Brief
 from fedml.rounds import round as rounds
@@ -73,6 +73,8 @@ class Run:
         self._waits, self._patience, self._need = 0, "", ""
         self._refused = ""  # why no further round can be: too many sites refused for good
         self._unscored = 0  # the round whose evaluation was given up
+        self._pardoned: dict[tuple[rounds.Kind, int], int] = {}  # tries that no longer count
+        self._lapsed = ""  # why the sites have forgotten the round that was open
         self._stopped = ""  # what the operator who stopped it said
         self._ending: End | None = None  # how to end once what is open is committed
         self._end: End | None = None
@@ -114,6 +116,18 @@ class Run:
         return state, f"{where}: {current.progress}"
 
     @property
+    def asked(self) -> tuple[SiteId, ...]:
+        """The sites of the round that is open; none between rounds."""
+        current = self._round
+        return current.opening.asked if current else ()
+
+    @property
+    def barred(self) -> Mapping[str, str]:
+        """The sites that have refused, for good, what comes next, with their reasons."""
+        step = self._next()
+        return self._barred[step[0]] if step else {}
+
+    @property
     def done(self) -> int:
         """How many rounds are committed."""
         return self._done
@@ -130,8 +144,26 @@ class Run:
             opening = reopen.opening
             next_ = (opening.kind, opening.number)
             if next_ == self._next() and opening.attempt == self._attempt(*next_):
-                return self._play(reopen)
+                opened = self._play(reopen)
+                if self._lapsed and self._round:  # nothing is sent: only its receipt is missing
+                    return self._carry(self._round.abandon(self._lapsed), now)
+                return opened
         return self._go_on(now)
+
+    def halt(self, reason: str) -> None:
+        """Before `open`: an operator stopped the run, so it ends; what was open has lapsed."""
+        self._stopped, self._lapsed = reason, f"the run was stopped: {reason}"
+
+    def forgive(self, receipts: int, lapsed: str) -> None:
+        """Before `open`: an operator resumed the run after so many receipts.
+
+        The tries until then no longer count against `plan.attempts`. `lapsed` says why the round
+        that is open is void at the sites, "" if it is not.
+        """
+        self._lapsed = lapsed
+        for receipt in self.receipts[:receipts]:
+            key = (receipt.kind, receipt.round)
+            self._pardoned[key] = self._pardoned.get(key, 0) + 1
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event in; return what the host must do now. After the end, nothing."""
@@ -170,13 +202,17 @@ class Run:
     def _attempt(self, kind: rounds.Kind, number: int) -> int:
         return 1 + len(self._of(kind, number))
 
+    def _tries(self, kind: rounds.Kind, number: int) -> int:
+        """Count this attempt and those before it that were not forgiven."""
+        return self._attempt(kind, number) - self._pardoned.get((kind, number), 0)
+
     def _next(self) -> tuple[rounds.Kind, int] | None:
         done = self.done
         last = done == self.plan.rounds or bool(self._refused)
         scored = (
             self.scores(done)
             or self._unscored == done
-            or self._attempt("evaluate", done) > self.plan.attempts
+            or self._tries("evaluate", done) > self.plan.attempts
         )
         if done and not scored and self.plan.evaluation.is_due(done, last=last):
             return "evaluate", done
@@ -198,7 +234,7 @@ class Run:
         if hopeless := self._hopeless(kind, muster):
             self._give_up(kind, number, hopeless)
             return self._go_on(now)
-        if kind == "train" and self._attempt(kind, number) > self.plan.attempts:
+        if kind == "train" and self._tries(kind, number) > self.plan.attempts:
             missing = self._of(kind, number)[-1].missing
             why = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
             tries = f"round {number} failed {self.plan.attempts} times, the last time"
@@ -243,6 +279,8 @@ class Run:
             return self._carry(self._round.handle(rounds.DeadlinePassed()), now)
         if not self._patience or token != self._patience:
             return []
+        if isinstance(self._pool, Roll) and self._pool.awaits_turn:
+            return [rounds.WakeAt(self.plan.patience, token)]  # other runs must not cost it its own
         self._patience = ""
         step = self._next()
         if step and step[0] == "evaluate":

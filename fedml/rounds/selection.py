@@ -19,12 +19,18 @@ Reasons = Mapping[str, str]  # by site
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """What the host knows of a site right now."""
+    """What the host knows of a site right now.
+
+    `runs_at_once` is in how many runs it takes part at a time, 0 for any number; `busy` says why
+    it cannot take part in one run now, though it may later.
+    """
 
     site: SiteId
     connected: bool
     recipes: tuple[RecipeId, ...] = ()
     datasets: tuple[DatasetCard, ...] = ()
+    runs_at_once: int = 0
+    busy: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Roll:
-    """A pool that lists the status of every site."""
+    """A pool that lists every site's status; `awaits_turn` if only other runs are in the way."""
 
     statuses: tuple[SiteStatus, ...] = ()
+    awaits_turn: bool = False
 
     def muster(self, plan: Plan, barred: Reasons) -> Muster:
         """Look at every site."""
@@ -149,4 +156,4 @@ def _objection(plan: Plan, site: SiteId, status: SiteStatus | None) -> str:
     rows = [card.rows for card in status.datasets if card.name == plan.dataset]
     if not rows:
         return f"has no dataset named {plan.dataset}"
-    return "" if rows[0] > 0 else f"declares no rows in {plan.dataset}"
+    return status.busy if rows[0] > 0 else f"declares no rows in {plan.dataset}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from fedml import durable, failpoints, telemetry
-from fedml.errors import Corrupt, FedmlError, Refused, TaskFailed, Unreachable
+from fedml.errors import Busy, Corrupt, FedmlError, Refused, TaskFailed, Unreachable
 from fedml.learning.recipe import installed
 from fedml.privacy.ledger import Ledger
 from fedml.protocol.messages import (
@@ -33,7 +33,7 @@ from fedml.protocol.messages import (
 )
 from fedml.site.backoff import Backoff
 from fedml.site.foreman import Foreman
-from fedml.site.gate import Permit, decide
+from fedml.site.gate import Permit, check_room, decide
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
 from fedml.transport.chunks import BlobStore, transit_blob
@@ -198,7 +198,8 @@ class Clerk:
             except Refused as error:
                 log.warning("task refused", reason=str(error))
                 telemetry.TASKS.labels("refused").inc()
-                return await self._tell(Declined(order.task, str(error)))
+                for_now = isinstance(error, Busy)
+                return await self._tell(Declined(order.task, str(error), for_now))
             except Unreachable as error:
                 log.info("task waits", reason=str(error))
                 await self._pause(order.task, next(waits))
@@ -227,6 +228,7 @@ class Clerk:
             return kept
         # finding the noise takes seconds: the stream must beat meanwhile
         permit = await asyncio.to_thread(decide, self._policy, order, self.installed)
+        check_room(self._policy, self._others(order))  # no await until it is ours: no two fit in
         ledger = self._ledgers.get(order.dataset) if permit.event else None
         desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
         failpoints.reach("order.noted")
@@ -250,6 +252,16 @@ class Clerk:
         self._memory.finish(result)
         failpoints.reach("result.kept")
         return result
+
+    def _others(self, order: Assignment) -> set[RunId]:
+        """Return the other runs that we hold tasks of, but for those being dropped just now."""
+        kept = (t for t in self._memory.kept() if not self._is_leaving(t))
+        orders = (self._memory.assignment(task) for task in kept)
+        return {other.run for other in orders if other is not None} - {order.run}
+
+    def _is_leaving(self, task: TaskId) -> bool:
+        job = self._jobs.get(task)
+        return job is not None and job.work.cancelling() > 0
 
     async def _reserve(self, ledger: Ledger, order: Assignment, permit: Permit, desk: Desk) -> None:
         assert permit.event is not None, "nothing to reserve"

@@ -181,6 +181,7 @@ class Daemon:
             self._endpoint.serving() if self._endpoint else (),
             clerk.kept(),
             clerk.runs(),
+            self._policy.runs_at_once,
         )
 
     async def _stop(self, clerk: Clerk) -> None:

@@ -6,14 +6,14 @@ of the policy that forbids it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedml.errors import Refused
+from fedml.errors import Busy, Refused
 from fedml.privacy.accounting import Event, evaluation_event, training_event
-from fedml.protocol.messages import Assignment, RecipeId
+from fedml.protocol.messages import Assignment, RecipeId, RunId
 from fedml.site.policy import Dataset, Policy
 
 
@@ -55,6 +55,12 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"the task asks for {assignment.privacy.delta}"
         )
     return _terms(dataset, assignment)
+
+
+def check_room(policy: Policy, others: Collection[RunId]) -> None:
+    """Raise `Busy` if the site already works for as many other runs as it may."""
+    if len(others) >= policy.runs_at_once:
+        raise Busy(f"policy runs_at_once = {policy.runs_at_once}: at work for {sorted(others)}")
 
 
 def _check_recipe(policy: Policy, wanted: RecipeId, installed: Sequence[RecipeId]) -> None:

@@ -19,6 +19,7 @@ TEMPLATE = """\
 # What this site allows. What is not allowed here is refused, whatever the coordinator asks.
 
 minimum_cohort = 2      # refuse tasks of rounds that ask fewer sites than this
+runs_at_once = 4        # work for at most so many runs at a time; others wait their turn
 device = "cpu"          # or "cuda", "cuda:1": where training runs
 task_seconds = 600      # a task that trains longer is stopped
 task_memory_mb = 4096   # a task that takes more memory is stopped
@@ -81,6 +82,7 @@ class Policy:
     """Everything the operator allows; see `TEMPLATE` for the words."""
 
     minimum_cohort: int = 2
+    runs_at_once: int = 4
     device: str = "cpu"
     task_seconds: float = 600.0
     task_memory_mb: int = 4096
@@ -89,7 +91,7 @@ class Policy:
     datasets: Mapping[str, Dataset] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("minimum_cohort", "task_seconds", "task_memory_mb", "threads"):
+        for name in ("minimum_cohort", "runs_at_once", "task_seconds", "task_memory_mb", "threads"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be above 0")
         for name in (*self.recipes, *self.datasets):

@@ -45,7 +45,7 @@ class FederationDesk(Protocol):
 
 
 class EnrolmentDesk(Protocol):
-    """Newcomers speak here, and those whose certificate grows old."""
+    """Newcomers speak here, those whose certificate grows old, and those who leave."""
 
     async def join(self, request: JoinRequest) -> Admission:
         """Admit the holder of a token."""
@@ -53,12 +53,18 @@ class EnrolmentDesk(Protocol):
     async def renew(self, who: Identity, csr: bytes) -> Admission:
         """Issue a fresh certificate for the same name and role."""
 
+    async def leave(self, who: Identity) -> None:
+        """Refuse every certificate and token that the caller was given so far."""
+
 
 class OperationsDesk(Protocol):
     """Operators and viewers speak here; `by` is who asks, for the audit log."""
 
-    async def submit(self, by: Identity, plan: str) -> RunInfo:
-        """Queue a run of `plan`, canonical JSON; raise `Contradiction` with all its faults."""
+    async def submit(self, by: Identity, plan: str, starts: float = 0.0) -> RunInfo:
+        """Queue a run of `plan`, canonical JSON; raise `Contradiction` with all its faults.
+
+        It starts when there is room, and not before `starts`, in seconds since the epoch.
+        """
 
     async def list_runs(self, by: Identity) -> Sequence[RunInfo]:
         """Return all runs, oldest first."""
@@ -71,6 +77,9 @@ class OperationsDesk(Protocol):
 
     async def stop_run(self, by: Identity, run: RunId) -> RunInfo:
         """Stop a run; what was committed stays."""
+
+    async def resume_run(self, by: Identity, run: RunId) -> RunInfo:
+        """Let a run that was stopped or failed go on from its last committed round."""
 
     async def list_models(self, by: Identity) -> Sequence[ModelVersion]:
         """Return all versions of all models."""

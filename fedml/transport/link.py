@@ -10,7 +10,7 @@ from typing import Protocol
 
 from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, TaskId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
-from fedml.protocol.requests import Admission
+from fedml.protocol.requests import Admission, Pong
 from fedml.transport.chunks import BlobStore
 
 
@@ -46,6 +46,12 @@ class Link(Protocol):
     async def renew(self, csr: bytes) -> Admission:
         """Get a fresh certificate for the same name and role, for the key in `csr` (PEM)."""
 
+    async def ping(self) -> Pong:
+        """Ask for the coordinator's clock and version."""
+
+    async def leave(self) -> None:
+        """Leave the federation: our certificates are refused from now on."""
+
     async def close(self) -> None:
         """Hang up; `connect` opens it again."""
 
@@ -53,8 +59,8 @@ class Link(Protocol):
 class Operations(Protocol):
     """An operator's way to the coordinator; see `OperationsDesk` for what each call promises."""
 
-    async def submit(self, plan: str) -> RunInfo:
-        """Queue a run of `plan`, canonical JSON."""
+    async def submit(self, plan: str, starts: float = 0.0) -> RunInfo:
+        """Queue a run of `plan`, canonical JSON, from `starts` on."""
 
     async def list_runs(self) -> Sequence[RunInfo]:
         """Return all runs."""
@@ -67,6 +73,9 @@ class Operations(Protocol):
 
     async def stop_run(self, run: RunId) -> RunInfo:
         """Stop a run after the last committed round."""
+
+    async def resume_run(self, run: RunId) -> RunInfo:
+        """Let a run that was stopped or failed go on from its last committed round."""
 
     async def list_models(self) -> Sequence[ModelVersion]:
         """Return all versions of all models."""

@@ -23,6 +23,8 @@ from fedml.protocol.requests import (
     FetchRequest,
     InviteRequest,
     ModelRequest,
+    PingRequest,
+    Pong,
     RevokeRequest,
     RollbackRequest,
     UploadPart,
@@ -131,6 +133,14 @@ class MemoryLink:
         desks = self._coordinator.admit(self._who, "Federation/Renew")
         return await desks.enrolment.renew(self._who, csr)
 
+    async def ping(self) -> Pong:
+        """See `Link`."""
+        return await self._coordinator.receive(self._who, "Federation/Ping").ping(PingRequest())
+
+    async def leave(self) -> None:
+        """See `Link`."""
+        await self._coordinator.admit(self._who, "Federation/Leave").enrolment.leave(self._who)
+
     async def close(self) -> None:
         """See `Link`."""
         stream, self._stream = self._stream, None
@@ -212,9 +222,9 @@ class MemoryOperations:
     def __init__(self, coordinator: MemoryCoordinator, who: Identity) -> None:
         self._coordinator, self._who = coordinator, who
 
-    async def submit(self, plan: str) -> RunInfo:
+    async def submit(self, plan: str, starts: float = 0.0) -> RunInfo:
         """See `Operations`."""
-        return await self._desks("Submit").operations.submit(self._who, plan)
+        return await self._desks("Submit").operations.submit(self._who, plan, starts)
 
     async def list_runs(self) -> Sequence[RunInfo]:
         """See `Operations`."""
@@ -233,6 +243,10 @@ class MemoryOperations:
     async def stop_run(self, run: RunId) -> RunInfo:
         """See `Operations`."""
         return await self._desks("StopRun").operations.stop_run(self._who, run)
+
+    async def resume_run(self, run: RunId) -> RunInfo:
+        """See `Operations`."""
+        return await self._desks("ResumeRun").operations.resume_run(self._who, run)
 
     async def list_models(self) -> Sequence[ModelVersion]:
         """See `Operations`."""

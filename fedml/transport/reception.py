@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
+from fedml import __version__
 from fedml.errors import (
     FedmlError,
     MalformedMessage,
@@ -26,6 +27,8 @@ from fedml.protocol.requests import (
     Chunk,
     DownloadRequest,
     FetchRequest,
+    PingRequest,
+    Pong,
     Stored,
     UploadPart,
     UploadStart,
@@ -129,6 +132,10 @@ class Reception:
         data = await self._desk.file(who, request.name)
         for start in range(0, len(data), MAX_CHUNK):
             yield Chunk(data[start : start + MAX_CHUNK])
+
+    async def ping(self, _: PingRequest) -> Pong:
+        """Tell the time."""
+        return Pong(time.time(), __version__)
 
     async def close(self) -> None:
         """End all streams; their sites find the coordinator unreachable."""

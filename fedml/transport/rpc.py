@@ -33,8 +33,11 @@ from fedml.protocol.requests import (
     FetchRequest,
     InviteRequest,
     JoinRequest,
+    LeaveRequest,
     ListRequest,
     ModelRequest,
+    PingRequest,
+    Pong,
     RenewRequest,
     RevokeRequest,
     RollbackRequest,
@@ -217,6 +220,14 @@ class GrpcLink:
         """See `Link`."""
         return await self._open().ask("Federation/Renew", RenewRequest(csr), Admission)
 
+    async def ping(self) -> Pong:
+        """See `Link`."""
+        return await self._open().ask("Federation/Ping", PingRequest(), Pong)
+
+    async def leave(self) -> None:
+        """See `Link`."""
+        await self._open().ask("Federation/Leave", LeaveRequest(), Done)
+
     async def close(self) -> None:
         """See `Link`."""
         line, self._line, self._stream, self._first = self._line, None, None, None
@@ -271,9 +282,9 @@ class OperationsClient:
         """Return once connected; raises `Unreachable` after `patience` seconds."""
         await self._line.reach(patience)
 
-    async def submit(self, plan: str) -> RunInfo:
+    async def submit(self, plan: str, starts: float = 0.0) -> RunInfo:
         """See `Operations`."""
-        return await self._line.ask("Operations/Submit", SubmitRequest(plan), RunInfo)
+        return await self._line.ask("Operations/Submit", SubmitRequest(plan, starts), RunInfo)
 
     async def list_runs(self) -> Sequence[RunInfo]:
         """See `Operations`."""
@@ -284,7 +295,9 @@ class OperationsClient:
         pages = await self._line.gather("Operations/ShowRun", RunRequest(run), RunDetail)
         if not pages:
             raise Untrusted(f"run {run}: the coordinator answered nothing")
-        return replace(pages[0], receipts=tuple(r for page in pages for r in page.receipts))
+        receipts = tuple(receipt for page in pages for receipt in page.receipts)
+        seals = tuple(seal for page in pages for seal in page.seals)
+        return replace(pages[0], receipts=receipts, seals=seals)
 
     def watch_run(self, run: RunId) -> AsyncGenerator[RunInfo]:
         """See `Operations`."""
@@ -293,6 +306,10 @@ class OperationsClient:
     async def stop_run(self, run: RunId) -> RunInfo:
         """See `Operations`."""
         return await self._line.ask("Operations/StopRun", RunRequest(run), RunInfo)
+
+    async def resume_run(self, run: RunId) -> RunInfo:
+        """See `Operations`."""
+        return await self._line.ask("Operations/ResumeRun", RunRequest(run), RunInfo)
 
     async def list_models(self) -> Sequence[ModelVersion]:
         """See `Operations`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import grpc
@@ -26,8 +26,10 @@ from fedml.protocol.requests import (
     FetchRequest,
     InviteRequest,
     JoinRequest,
+    LeaveRequest,
     ListRequest,
     ModelRequest,
+    PingRequest,
     RenewRequest,
     RevokeRequest,
     RollbackRequest,
@@ -172,6 +174,13 @@ def _federation(guard: _Guard, reception: Reception, enrolment: EnrolmentDesk) -
     calls.stream("Download", DownloadRequest, reception.download)
     calls.stream("Fetch", FetchRequest, reception.fetch)
     calls.unary("Renew", RenewRequest, lambda who, r: enrolment.renew(who, r.csr))
+    calls.unary("Ping", PingRequest, lambda _, r: reception.ping(r))
+
+    async def leave(who: Identity, _: LeaveRequest) -> Done:
+        await enrolment.leave(who)
+        return Done()
+
+    calls.unary("Leave", LeaveRequest, leave)
 
     async def connect(requests: AsyncIterator[bytes], context: Context) -> None:
         async def write(command: Command) -> None:
@@ -196,11 +205,12 @@ def _federation(guard: _Guard, reception: Reception, enrolment: EnrolmentDesk) -
 
 def _operations(guard: _Guard, desk: OperationsDesk) -> Handlers:
     calls = _Calls("Operations", guard)
-    calls.unary("Submit", SubmitRequest, lambda by, r: desk.submit(by, r.plan))
+    calls.unary("Submit", SubmitRequest, lambda by, r: desk.submit(by, r.plan, r.starts))
     calls.stream("ListRuns", ListRequest, lambda by, _: _each(desk.list_runs(by)))
     calls.stream("ShowRun", RunRequest, lambda by, r: _pages(desk.show_run(by, r.run)))
     calls.stream("WatchRun", RunRequest, lambda by, r: desk.watch_run(by, r.run))
     calls.unary("StopRun", RunRequest, lambda by, r: desk.stop_run(by, r.run))
+    calls.unary("ResumeRun", RunRequest, lambda by, r: desk.resume_run(by, r.run))
     calls.stream("ListModels", ListRequest, lambda by, _: _each(desk.list_models(by)))
     calls.unary("ShowModel", ModelRequest, lambda by, r: desk.show_model(by, r.model, r.version))
     calls.unary("Release", ModelRequest, lambda by, r: desk.release(by, r.model, r.version))
@@ -237,6 +247,7 @@ async def _each(items: Awaitable[Sequence[object]]) -> AsyncGenerator[object]:
 
 async def _pages(detail: Awaitable[RunDetail]) -> AsyncGenerator[RunDetail]:
     whole = await detail
-    yield RunDetail(whole.info, whole.plan, whole.receipts[:PAGE])
+    yield replace(whole, receipts=whole.receipts[:PAGE], seals=whole.seals[:PAGE])
     for start in range(PAGE, len(whole.receipts), PAGE):
-        yield RunDetail(whole.info, "", whole.receipts[start : start + PAGE])
+        here = slice(start, start + PAGE)
+        yield RunDetail(whole.info, "", whole.receipts[here], whole.seals[here])

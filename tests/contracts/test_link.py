@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
+from fedml import __version__
 from fedml.errors import ConfigError, PermissionDenied, Refused, Unreachable, Untrusted
 from fedml.identity.certificates import identity_of, new_key_and_csr
 from fedml.protocol.messages import (
@@ -335,12 +337,27 @@ async def test_renewal_gives_a_certificate_for_the_same_site(place: Place, link:
         await soon(link.renew(b"garbage"))
 
 
+async def test_the_coordinator_tells_its_clock_and_version(place: Place, link: Link) -> None:
+    before = time.time()
+    pong = await soon(link.ping())
+    assert before <= pong.time <= time.time()
+    assert pong.version == __version__
+
+
+async def test_a_site_that_left_is_refused_until_it_joins_again(place: Place, link: Link) -> None:
+    await soon(link.leave())
+    with pytest.raises(PermissionDenied, match="was revoked; join with a new token"):
+        await soon(link.ping())
+
+
 async def test_an_operator_reaches_every_part_of_the_desk(place: Place) -> None:
     desk, eve = place.world.desk, place.operations("eve", "operator")
     mercy = place.world.identity()
-    assert (await soon(eve.submit("{}"))).state == "queued"
+    assert (await soon(eve.submit("{}", 12.5))).state == "queued"
+    assert desk.calls[0][2:] == ("{}", "12.5")
     assert [info.round for info in await soon(eve.list_runs())] == [0, 1, 2]
     assert (await soon(eve.stop_run(RunId("r1")))).state == "stopped"
+    assert (await soon(eve.resume_run(RunId("r1")))).state == "queued"
     assert [v.version for v in await soon(eve.list_models())] == [1, 2]
     assert (await soon(eve.show_model("m", 7))).version == 7
     assert (await soon(eve.release("m", 7))).version == 7
@@ -351,7 +368,8 @@ async def test_an_operator_reaches_every_part_of_the_desk(place: Place) -> None:
     with pytest.raises(PermissionDenied, match="revoked"):
         place.world.access.check(mercy, "Federation/Connect", mercy.issued)
     assert [call[:2] for call in desk.calls] == [
-        (name, "operator eve") for name in ("submit", "stop_run", "release", "rollback")
+        (name, "operator eve")
+        for name in ("submit", "stop_run", "resume_run", "release", "rollback")
     ]
     await eve.close()
 
@@ -362,6 +380,8 @@ async def test_a_long_run_is_shown_whole(place: Place) -> None:
     detail = await soon(eve.show_run(RunId("r1")))
     assert [receipt.round for receipt in detail.receipts] == list(range(1001))
     assert detail.plan == '{"plan":1}'
+    assert [int(seal.link, 16) for seal in detail.seals] == list(range(1001))
+    assert detail.sealer == "PEM"
     await eve.close()
 
 

@@ -114,12 +114,12 @@ class Hub:
         await self.runs.stop()
         await self.coordinator.stop()
 
-    async def submit(self, a_plan: Plan) -> RunId:
+    async def submit(self, a_plan: Plan, starts: float = 0.0) -> RunId:
         number = 1 + len(await self.operator.list_runs())
         path = self.path / "press" / f"{a_plan.model}-{number}.first.safetensors"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(packed({"": first_params()}))  # as the press does, which takes seconds
-        return (await self.operator.submit(a_plan.to_json())).id
+        return (await self.operator.submit(a_plan.to_json(), starts)).id
 
     async def until(self, run: RunId, test: Callable[[RunInfo], bool]) -> RunInfo:
         """Return the run once `test` holds for it."""

@@ -30,6 +30,7 @@ from fedml.protocol.operations import (
     Role,
     RunDetail,
     RunInfo,
+    Seal,
     SiteInfo,
 )
 from fedml.protocol.requests import Admission, JoinRequest
@@ -98,10 +99,13 @@ class Desk:
     async def renew(self, who: Identity, csr: bytes) -> Admission:
         return self.registrar.renew(who, csr, time.time())
 
-    async def submit(self, by: Identity, plan: str) -> RunInfo:
+    async def leave(self, who: Identity) -> None:
+        self.registrar.revoke(who.name, time.time())
+
+    async def submit(self, by: Identity, plan: str, starts: float = 0.0) -> RunInfo:
         if not plan:
             raise ConfigError("the plan is empty")
-        self.calls.append(("submit", str(by), plan))
+        self.calls.append(("submit", str(by), plan, str(starts)))
         return _info("queued", 0)
 
     async def list_runs(self, by: Identity) -> list[RunInfo]:
@@ -109,7 +113,8 @@ class Desk:
 
     async def show_run(self, by: Identity, run: RunId) -> RunDetail:
         receipts = (Receipt(run, n, 1, (SiteId("mercy"),), ()) for n in range(self.receipts))
-        return RunDetail(_info("done", 3), '{"plan":1}', tuple(receipts))
+        seals = tuple(Seal(f"{n:064x}", "") for n in range(self.receipts))
+        return RunDetail(_info("done", 3), '{"plan":1}', tuple(receipts), seals, "PEM")
 
     async def watch_run(self, by: Identity, run: RunId) -> AsyncGenerator[RunInfo]:
         yield _info("running", 1)
@@ -122,6 +127,10 @@ class Desk:
     async def stop_run(self, by: Identity, run: RunId) -> RunInfo:
         self.calls.append(("stop_run", str(by), run))
         return _info("stopped", 1)
+
+    async def resume_run(self, by: Identity, run: RunId) -> RunInfo:
+        self.calls.append(("resume_run", str(by), run))
+        return _info("queued", 1)
 
     async def list_models(self, by: Identity) -> list[ModelVersion]:
         return [_version("m", number) for number in (1, 2)]

@@ -170,7 +170,7 @@ class Serving(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept", "runs")
+    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept", "runs", "runs_at_once")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     RECIPES_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +178,7 @@ class Hello(_message.Message):
     SERVING_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_AT_ONCE_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     recipes: _containers.RepeatedCompositeFieldContainer[RecipeId]
@@ -185,7 +186,8 @@ class Hello(_message.Message):
     serving: _containers.RepeatedCompositeFieldContainer[Serving]
     kept: _containers.RepeatedScalarFieldContainer[str]
     runs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[str]] = ...) -> None: ...
+    runs_at_once: int
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[str]] = ..., runs_at_once: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("task",)
@@ -194,12 +196,14 @@ class Accepted(_message.Message):
     def __init__(self, task: _Optional[str] = ...) -> None: ...
 
 class Declined(_message.Message):
-    __slots__ = ("task", "reason")
+    __slots__ = ("task", "reason", "for_now")
     TASK_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FOR_NOW_FIELD_NUMBER: _ClassVar[int]
     task: str
     reason: str
-    def __init__(self, task: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    for_now: bool
+    def __init__(self, task: _Optional[str] = ..., reason: _Optional[str] = ..., for_now: _Optional[bool] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("task", "reason")
@@ -340,7 +344,7 @@ class Receipt(_message.Message):
     def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., asked: _Optional[_Iterable[str]] = ..., counted: _Optional[_Iterable[_Union[Counted, _Mapping]]] = ..., missing: _Optional[_Mapping[str, str]] = ..., left_out: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., scores: _Optional[_Mapping[str, float]] = ..., model: _Optional[str] = ..., opened: _Optional[float] = ..., closed: _Optional[float] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("id", "model", "state", "round", "rounds", "submitted", "detail", "version", "scores")
+    __slots__ = ("id", "model", "state", "round", "rounds", "submitted", "detail", "version", "scores", "starts")
     class ScoresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -357,6 +361,7 @@ class RunInfo(_message.Message):
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     state: str
@@ -366,17 +371,30 @@ class RunInfo(_message.Message):
     detail: str
     version: int
     scores: _containers.ScalarMap[str, float]
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., submitted: _Optional[float] = ..., detail: _Optional[str] = ..., version: _Optional[int] = ..., scores: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    starts: float
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., submitted: _Optional[float] = ..., detail: _Optional[str] = ..., version: _Optional[int] = ..., scores: _Optional[_Mapping[str, float]] = ..., starts: _Optional[float] = ...) -> None: ...
+
+class Seal(_message.Message):
+    __slots__ = ("link", "signature")
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    link: str
+    signature: str
+    def __init__(self, link: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class RunDetail(_message.Message):
-    __slots__ = ("info", "plan", "receipts")
+    __slots__ = ("info", "plan", "receipts", "seals", "sealer")
     INFO_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    SEALS_FIELD_NUMBER: _ClassVar[int]
+    SEALER_FIELD_NUMBER: _ClassVar[int]
     info: RunInfo
     plan: str
     receipts: _containers.RepeatedCompositeFieldContainer[Receipt]
-    def __init__(self, info: _Optional[_Union[RunInfo, _Mapping]] = ..., plan: _Optional[str] = ..., receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ...) -> None: ...
+    seals: _containers.RepeatedCompositeFieldContainer[Seal]
+    sealer: str
+    def __init__(self, info: _Optional[_Union[RunInfo, _Mapping]] = ..., plan: _Optional[str] = ..., receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ..., seals: _Optional[_Iterable[_Union[Seal, _Mapping]]] = ..., sealer: _Optional[str] = ...) -> None: ...
 
 class ModelVersion(_message.Message):
     __slots__ = ("model", "version", "run", "state", "digest", "created", "scores", "epsilon", "manifest")
@@ -515,10 +533,28 @@ class Stored(_message.Message):
     def __init__(self, size: _Optional[int] = ..., go: _Optional[bool] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("plan",)
+    __slots__ = ("plan", "starts")
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
     plan: str
-    def __init__(self, plan: _Optional[str] = ...) -> None: ...
+    starts: float
+    def __init__(self, plan: _Optional[str] = ..., starts: _Optional[float] = ...) -> None: ...
+
+class PingRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Pong(_message.Message):
+    __slots__ = ("time", "version")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    version: str
+    def __init__(self, time: _Optional[float] = ..., version: _Optional[str] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ()
