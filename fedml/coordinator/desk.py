@@ -83,10 +83,12 @@ class Desk:
         was_counted: Callable[[TaskId], bool],
         models: Callable[[], list[str]],
         is_over: Callable[[RunId], bool] = lambda _: False,
+        is_open: Callable[[TaskId], bool] = lambda _: False,
     ) -> None:
         self._heartbeat, self._grace = heartbeat, grace
         self._answered, self._lost, self._changed = answered, lost, changed
-        self._was_counted, self._models, self._is_over = was_counted, models, is_over
+        self._was_counted, self._models = was_counted, models
+        self._is_over, self._is_open = is_over, is_open
         self._seats: dict[SiteId, _Seat] = {}
         self._here = 0  # how many seats have a stream
         self._beats: asyncio.Task[None] | None = None
@@ -250,7 +252,7 @@ class Desk:
         seat.send, seat.hello, seat.seen, seat.farewell = send, hello, time.time(), None
         send(Welcome(__version__, self._heartbeat))
         for task in hello.kept:
-            if task not in seat.outstanding:
+            if task not in seat.outstanding and not self._is_open(task):  # else asked for soon
                 send(Forget(task, self._was_counted(task)))
         for run in hello.runs:
             if self._is_over(run):

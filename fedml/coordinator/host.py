@@ -52,6 +52,7 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
 from fedml.rounds.run import Run
+from fedml.rounds.selection import Roll
 from fedml.strategies import ServerState
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
@@ -91,7 +92,7 @@ class Host:
         self._looked = -math.inf
         self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
         self._expected_until = time.monotonic() + grace
-        self._draining, self._yields = False, False  # yields: others may have sites that we had
+        self._draining = False
         self.at_rest = asyncio.Event()  # set while no round is open and nothing is to be done
         self._log = _log.bind(run=run.id)
         self._waits_for = ""  # why the next step is tried again and again
@@ -193,7 +194,7 @@ class Host:
             self._leave()
 
     def _leave(self) -> None:
-        """Let go of all that the run has here: timers, blobs, places at sites."""
+        """Let go of all that the run has here: timers and blobs."""
         for timer in self._timers:
             timer.cancel()
         if self._looking is not None:
@@ -204,8 +205,6 @@ class Host:
         if self._state is not None:
             self._holds.let_go(self._state[1].digest)
         self.at_rest.set()
-        self._desk.turns.leave(self.run.id)
-        self._desk.turn_over()
 
     def _wait(self, reason: str) -> None:
         if reason and not self._waits_for:
@@ -215,33 +214,35 @@ class Host:
 
     async def _decide(self, event: Event) -> list[Command]:
         """Let the run take an event in; an update is megabytes to add, so not on the loop."""
-        if isinstance(event, SitesChanged):  # on the loop: no two runs take the same turn
-            commands = self._seated(self.run.handle(self._pool(), time.time()))
+        now = time.time()
+        if isinstance(event, SitesChanged) or (isinstance(event, Tick) and not self.run.asked):
+            # on the loop: nobody else takes a seat between our look and the opening of a round
+            commands = self.run.handle(self._pool(), now)
+            if isinstance(event, Tick):
+                commands += self.run.handle(event, now)
+            commands = self._seated(commands)
         else:
-            commands = await asyncio.to_thread(self.run.handle, event, time.time())
+            commands = await asyncio.to_thread(self.run.handle, event, now)
         failpoints.reach("event.taken")
         return commands
 
     def _pool(self) -> SitesChanged:
         """Return the sites as they are now, and as far as it is our turn."""
-        if self._draining:
-            return SitesChanged(())
+        if self._draining:  # no site for a further round, which must not cost the run its patience
+            return SitesChanged(Roll(awaits_turn=True))
         return SitesChanged(self._desk.turns.pool(self.run, self._desk.statuses()))
 
     def _seated(self, commands: list[Command]) -> list[Command]:
         """Take the places of a round that opens, before anything else happens."""
         for command in commands:
             if isinstance(command, Opened):
-                asked = command.opening.asked
-                self._yields |= self._desk.turns.hold(self.run.id, asked)
+                self._desk.turns.take(self.run.id, command.opening.asked)
         return commands
 
     def _give_way(self) -> None:
         """Let other runs have the sites of a round that is over, now that these know it is."""
-        if not self.run.asked:
-            self._yields |= self._desk.turns.hold(self.run.id, ())
-        if self._yields:
-            self._yields = False
+        self._desk.turns.keep(self.run.id, self.run.asked)
+        if self._desk.turns.yields(self.run.id):
             self._desk.turn_over()
 
     async def _carry_out(self, command: Command) -> list[Command]:
@@ -268,7 +269,8 @@ class Host:
                 await self._candidate(command)
             case End(state, detail):
                 await asyncio.to_thread(self._journal.append, Ended(self.run.id, state, detail))
-                self._desk.conclude(self.run.id)
+                if self._journal.runs[self.run.id].is_over:
+                    self._desk.conclude(self.run.id)
                 self._log.info("run ended", state=state, detail=detail)
         return []
 

@@ -117,6 +117,7 @@ class History:
     opened: Opened | None = None
     lapsed: bool = False  # the sites have forgotten what is open
     begun: bool = False
+    due: float = 0.0  # it may not begin before then
     queued: float = 0.0  # since when it stands in the queue
     halted: str = ""  # who stopped it, until it is resumed
     forgiven: int = 0  # receipts before it was last resumed
@@ -124,6 +125,13 @@ class History:
     version: int = 0
     ended: Ended | None = None
     data: dict[str, str] = field(default_factory=dict)  # by site, as of its last round
+
+    @property
+    def is_over(self) -> bool:
+        """True if it ended and nobody need expect it back: who stops a run may let it go on."""
+        if self.ended is None:
+            return False
+        return bool(self.version or not self.halted or self.ended.state != "stopped")
 
     @property
     def link(self) -> str:
@@ -139,10 +147,13 @@ class History:
                 self.begun = True
             case RoundOpened(_, opened, data):
                 self.opened, self.lapsed = opened, False
+                self.begun = True  # coordinators from before had no queue to leave
                 self.data |= data
             case RoundCommitted(_, receipt, state, seal):
                 self.receipts.append(receipt)
                 self.seals.append(seal)
+                if self.lapsed:  # what became of it was known when the run was resumed
+                    self.forgiven = len(self.receipts)
                 self.opened, self.lapsed = None, False
                 self.state = state or self.state
             case Registered(_, version):
@@ -150,7 +161,8 @@ class History:
             case Halted(_, reason):
                 self.halted = reason
             case Resumed(_, _, at):
-                self.ended, self.halted, self.begun, self.queued = None, "", False, at
+                self.ended, self.halted, self.begun = None, "", False
+                self.due, self.queued = 0.0, at
                 self.forgiven, self.lapsed = len(self.receipts), self.opened is not None
             case Ended():
                 self.ended = entry
@@ -253,10 +265,9 @@ class Journal:
                 "restore the folder from a backup"
             )
         else:  # a new mapping: others may be going over the old one
-            self.runs = {
-                **self.runs,
-                entry.run: History(entry, self._plan(entry), queued=max(entry.at, entry.starts)),
-            }
+            queued = max(entry.at, entry.starts)
+            history = History(entry, self._plan(entry), due=entry.starts, queued=queued)
+            self.runs = {**self.runs, entry.run: history}
 
     def _plan(self, entry: Submitted) -> Plan:
         try:

@@ -62,6 +62,7 @@ class Runs:
             was_counted=self._was_counted,
             models=lambda: folder.releases.models(),
             is_over=self._is_over,
+            is_open=self._is_open,
         )
 
     def resume(self) -> None:
@@ -73,15 +74,18 @@ class Runs:
         self._draining = True
         for host in self._hosts.values():
             host.drain()
+        for id in self._journal.runs:  # who follows a run that waits has nothing to wait for
+            self._changed(id)
         try:
             async with asyncio.timeout(seconds):
                 for host in list(self._hosts.values()):
                     await host.at_rest.wait()
         except TimeoutError:
-            for id, host in self._hosts.items():
-                if not host.at_rest.is_set():
+            for id, history in self._journal.runs.items():
+                if history.ended is None and history.opened is not None:
+                    opening = history.opened.opening
                     _log.info("round parked; its sites keep their work", run=id,
-                              round=host.run.done + 1)  # fmt: skip
+                              round=opening.number, sites=list(opening.asked))  # fmt: skip
 
     async def stop(self) -> None:
         """Let go of all runs as they are; they go on when the coordinator is back."""
@@ -130,7 +134,7 @@ class Runs:
             return info
         if id in self._stuck:
             return replace(info, detail="stands still; see the log, then restart the coordinator")
-        if history.queued > time.time():
+        if history.due > time.time() and not history.halted:
             return replace(info, state="scheduled")
         before = self._queue().index(id) if id not in self._playing else 0
         return replace(info, detail=f"{before} before it" if before else "next")
@@ -226,20 +230,23 @@ class Runs:
             if history.ended is None
             and id not in self._playing
             and id not in self._stuck
-            and (history.queued <= now or history.halted)
+            and (history.due <= now or history.halted)
         ]
         return sorted(waiting, key=lambda id: (not runs[id].begun, runs[id].queued))
 
     def _fill(self) -> None:
-        """Start what has waited longest while there is room, and see to it that we look again."""
+        """Start what has waited longest while there is room, and see to it that we look again.
+
+        What was under way before a restart goes on in any case: sites have its work.
+        """
         if self._draining:
             return
         for id in self._queue():
-            history = self._journal.runs[id]
-            if history.halted or len(self._playing) < self._folder.settings.runs_at_once:
+            history, most = self._journal.runs[id], self._folder.settings.runs_at_once
+            if history.halted or history.begun or len(self._playing) < most:
                 self._start(id)
         now = time.time()
-        ahead = [h.queued for h in self._journal.runs.values() if h.ended is None]
+        ahead = [h.due for h in self._journal.runs.values() if h.ended is None]
         due = min((at for at in ahead if at > now), default=None)
         if self._alarm is not None:
             self._alarm.cancel()
@@ -250,12 +257,17 @@ class Runs:
             self._changed(id)
 
     def _start(self, id: RunId) -> None:
+        history = self._journal.runs[id]
+        if history.opened is not None and not history.lapsed:
+            self.desk.turns.take(id, history.opened.opening.asked)  # before others look
         task = asyncio.create_task(self._play(id))
         self._playing[id] = task
 
         def ended(task: asyncio.Task[None]) -> None:
             self._playing.pop(id, None)
             self._hosts.pop(id, None)
+            self.desk.turns.leave(id)
+            self.desk.turn_over()
             if not task.cancelled() and (error := task.exception()):
                 self._stuck.add(id)
                 _log.error("the run stands still; restart the coordinator", run=id, exc_info=error)
@@ -267,11 +279,11 @@ class Runs:
     async def _play(self, id: RunId) -> None:
         history = self._journal.runs[id]
         try:
-            if history.halted and history.opened is None:
-                return await self._wind_up(id)
-            if not history.begun:
+            if not history.begun and not history.halted:
                 await self._note(Begun(id, time.time()))
             run = await insist(partial(self._load, id), partial(_waits, id))
+            if run is None:
+                return await self._wind_up(id)
             if history.halted:
                 run.halt(history.halted)
             host = Host(
@@ -295,7 +307,6 @@ class Runs:
         done = run_info(self._journal, id, None).round
         detail = f"{history.halted}; {done} rounds are committed"
         await self._note(Ended(id, "stopped", detail))
-        self.desk.conclude(id)
         _log.info("run ended", run=id, state="stopped", detail=detail)
 
     async def _fail(self, id: RunId, reason: str) -> None:
@@ -303,6 +314,9 @@ class Runs:
         for site, digest in self.desk.abandon(id, f"the run failed: {reason}"):
             self._holds.store.abandon(digest, site)
             self._holds.discard(digest)
+        if opened := self._journal.runs[id].opened:  # perhaps not assigned again since a restart
+            for site in opened.opening.asked:
+                self.desk.forget(site, opened.opening.task_id(site), counted=False)
         await self._note(Ended(id, "failed", reason))
         self.desk.conclude(id)
 
@@ -311,8 +325,11 @@ class Runs:
         note = partial(self._journal.append, entry)
         await insist(partial(asyncio.to_thread, note), partial(_waits, entry.run))
 
-    async def _load(self, id: RunId) -> Run:
+    async def _load(self, id: RunId) -> Run | None:
+        """Return the run as it goes on; None if it was stopped while nothing of it was open."""
         history = self._journal.runs[id]
+        if history.halted and history.opened is None:
+            return None
         state = await asyncio.to_thread(self._journal.state, id)
         if state is None:
             first = await self._first_params(id, history.plan)
@@ -351,9 +368,19 @@ class Runs:
             bell.set()
 
     def _is_over(self, run: RunId) -> bool:
-        """True if no run of ours goes on by that name."""
+        """True if no run of ours goes on, or may go on, by that name."""
         history = self._journal.runs.get(run)
-        return history is None or history.ended is not None
+        return history is None or history.is_over
+
+    def _is_open(self, task: TaskId) -> bool:
+        """True if the round of a kept task goes on, though its host may not be there yet."""
+        return any(
+            history.ended is None
+            and not (history.lapsed or history.halted)
+            and history.opened is not None
+            and task.startswith(history.opened.opening.task_id(SiteId("")))
+            for history in self._journal.runs.values()
+        )
 
     def _was_counted(self, task: TaskId) -> bool:
         """True if a kept task's update entered a model: told to sites that were away."""

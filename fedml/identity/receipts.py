@@ -77,6 +77,11 @@ def verify(detail: RunDetail, authority: bytes) -> str:
         )
     for number, (receipt, seal) in enumerate(zip(detail.receipts, detail.seals, strict=True), 1):
         what = f"{run}: receipt {number} ({receipt.kind} round {receipt.round})"
+        if not seal.link:
+            raise Untrusted(
+                f"{what} bears no seal: it was taken off, or a coordinator that knew none wrote "
+                "it; alarm"
+            )
         link = _link(link, receipt)
         if receipt.run != run or link != seal.link:
             raise Untrusted(f"{what} or one before it was changed, added or taken out; alarm")

@@ -35,6 +35,7 @@ from fedml.strategies import Aggregate, ServerState, reports
 
 Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
 _NONE: Barred = {}
+_TURN = 1.0  # seconds, at least, between looks at a patience that other runs have used up
 
 
 class Run:
@@ -146,6 +147,7 @@ class Run:
             if next_ == self._next() and opening.attempt == self._attempt(*next_):
                 opened = self._play(reopen)
                 if self._lapsed and self._round:  # nothing is sent: only its receipt is missing
+                    self._pardoned[next_] = self._pardoned.get(next_, 0) + 1
                     return self._carry(self._round.abandon(self._lapsed), now)
                 return opened
         return self._go_on(now)
@@ -280,7 +282,8 @@ class Run:
         if not self._patience or token != self._patience:
             return []
         if isinstance(self._pool, Roll) and self._pool.awaits_turn:
-            return [rounds.WakeAt(self.plan.patience, token)]  # other runs must not cost it its own
+            # other runs must not cost it its own patience
+            return [rounds.WakeAt(max(self.plan.patience, _TURN), token)]
         self._patience = ""
         step = self._next()
         if step and step[0] == "evaluate":

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from fedml.coordinator.journal import Halted
+from fedml import settings as files
+from fedml.coordinator.journal import Ended, Halted
+from fedml.coordinator.runs import Runs
 from fedml.coordinator.settings import Settings
 from fedml.errors import ConfigError, PermissionDenied, Unreachable
-from fedml.protocol.messages import Cancel, Declined, Failed, Forget, RunId
-from fedml.protocol.operations import RunInfo
+from fedml.protocol.messages import Assignment, Cancel, Declined, Failed, Forget, RunId, TaskId
+from fedml.protocol.operations import ModelVersion, RunInfo
 from fedml.releases.registry import MemoryRegistry
+from fedml.rounds.run import Run
 from tests.coordinator import world
 from tests.coordinator.world import GRACE, Hub, Site, plan, who
 
@@ -125,6 +128,53 @@ async def test_refusals_and_failures_in_one_run_do_not_show_in_another(tmp_path:
         await hub.close()
 
 
+async def test_runs_that_were_under_way_go_on_though_fewer_may_be_at_once_now(
+    tmp_path: Path,
+) -> None:
+    hub = Hub(tmp_path / "hub", MemoryRegistry(tmp_path / "registry"))
+    sites = await world.three_sites(hub, tmp_path)
+    runs = [await hub.submit(plan()) for _ in range(2)]
+    orders = [(await site.order(), await site.order()) for site in sites]
+    await hub.close()
+    files.write(ONE, hub.path / "coordinator.toml")
+    hub = Hub(hub.path, MemoryRegistry(tmp_path / "registry"))
+    try:
+        for site, mine in zip(sites, orders, strict=True):
+            await site.connect(hub, *(order.task for order in mine))
+            assert {(await site.order()).task, (await site.order()).task} == {o.task for o in mine}
+        late = await hub.submit(plan())
+        assert states([hub.runs.info(run) for run in (*runs, late)])[2] == (late, "queued")
+    finally:
+        await hub.close()
+
+
+async def test_a_site_that_is_back_before_its_run_is_does_not_throw_its_work_away(
+    hub: Hub, sites: list[Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await hub.submit(plan())
+    orders = [await site.order() for site in sites]
+    await hub.close()
+    arrived, load = asyncio.Event(), Runs._load
+
+    async def slow(self: Runs, id: RunId) -> Run | None:
+        await arrived.wait()
+        return await load(self, id)
+
+    monkeypatch.setattr(Runs, "_load", slow)
+    hub = Hub(hub.path, MemoryRegistry(tmp_path / "registry"))
+    try:
+        for site, order in zip(sites, orders, strict=True):
+            await site.connect(hub, order.task, TaskId(f"{run}.1.7.{site.name}"))
+            assert (await site.next(Forget)).task == f"{run}.1.7.{site.name}"  # and not the other
+        arrived.set()
+        for site, order in zip(sites, orders, strict=True):
+            assert await site.next_of(Assignment, Forget) == order
+            await site.answer(order)
+        assert not (await hub.receipt(run)).missing
+    finally:
+        await hub.close()
+
+
 # --- sites that take part in few runs at once -----------------------------------------------------
 
 
@@ -199,6 +249,23 @@ async def test_a_schedule_survives_a_restart(hub: Hub, tmp_path: Path) -> None:
         await hub.close()
 
 
+async def test_a_clock_that_was_set_back_holds_up_scheduled_runs_only(
+    hub: Hub, sites: list[Site], tmp_path: Path
+) -> None:
+    under_way, waiting = [await hub.submit(plan()) for _ in range(2)]
+    await sites[0].order()
+    with pytest.MonkeyPatch.context() as clock:
+        clock.setattr(time, "time", lambda now=time.time: now() - 7200)  # type: ignore[misc]
+        hub = await again(hub, tmp_path)
+        try:
+            sites = await world.three_sites(hub, tmp_path)
+            assert (await sites[0].order()).run == under_way
+            await hub.operator.stop_run(under_way)
+            assert (await sites[0].order()).run == waiting
+        finally:
+            await hub.close()
+
+
 async def test_a_scheduled_run_can_be_stopped_and_a_time_that_is_none_is_refused(hub: Hub) -> None:
     run = await hub.submit(plan(), starts=time.time() + 3600)
     await hub.operator.stop_run(run)
@@ -250,6 +317,59 @@ async def test_a_crash_after_stop_was_noted_stops_the_run_all_the_same(
         sites = await world.three_sites(hub, tmp_path)
         orders = [await site.order() for site in sites]
         assert not {o.task for o in orders} & {o.task for o in stale}
+    finally:
+        await hub.close()
+
+
+async def test_a_round_that_was_open_when_its_run_failed_costs_no_attempt_when_it_is_resumed(
+    hub: Hub, sites: list[Site], tmp_path: Path
+) -> None:
+    run = await hub.submit(plan(rounds=1, attempts=1))
+    stale = [await site.order() for site in sites]
+    hub.runs._journal.append(Ended(run, "failed", "broke down"))  # with its round open
+    hub = await again(hub, tmp_path)
+    try:
+        await hub.operator.resume_run(run)
+        assert set((await hub.receipt(run)).missing.values()) == {"the run had ended"}
+        hub = await again(hub, tmp_path)  # nor does it after a restart
+        sites = await world.three_sites(hub, tmp_path)
+        orders = [await site.order() for site in sites]
+        assert not {o.task for o in orders} & {o.task for o in stale}
+        for site, order in zip(sites, orders, strict=True):
+            await site.answer(order)
+        assert (await hub.end(run)).state == "done"
+    finally:
+        await hub.close()
+
+
+async def test_sites_keep_the_algorithm_s_own_state_of_a_run_that_may_be_resumed(
+    hub: Hub, sites: list[Site], tmp_path: Path
+) -> None:
+    stopped, other = await hub.submit(plan()), await hub.submit(plan(rounds=1))
+    await sites[0].order()
+    await hub.operator.stop_run(stopped)
+    await hub.end(stopped)
+    bern = Site(tmp_path, "bern")
+    bern.hello = replace(bern.hello, runs=(stopped, RunId("unheard-of")))
+    await bern.connect(hub)
+    assert (await bern.next(Forget)).run == "unheard-of"
+    assert (await bern.order()).run == other
+
+
+async def test_a_run_whose_parent_cannot_be_had_can_be_stopped(tmp_path: Path) -> None:
+    class Away(MemoryRegistry):
+        def get(self, model: str, version: int) -> ModelVersion:
+            return ModelVersion(model, version, RunId("cancer-0"), "candidate", "", 0.0)
+
+        def bundle(self, model: str, version: int) -> Path:
+            raise Unreachable("registry at db: connection refused")
+
+    hub = Hub(tmp_path / "hub", Away(tmp_path / "registry"), ONE)
+    try:
+        run, after = await hub.submit(plan(parent=1)), await hub.submit(plan())
+        await hub.operator.stop_run(run)
+        assert (await hub.end(run)).state == "stopped"
+        await hub.until(after, lambda info: info.state == "waiting")
     finally:
         await hub.close()
 
@@ -348,3 +468,24 @@ async def test_a_drain_parks_what_takes_longer_than_it_may(
         assert not (await hub.receipt(run)).missing
     finally:
         await hub.close()
+
+
+async def test_a_drain_costs_no_run_that_waits_its_patience(hub: Hub, tmp_path: Path) -> None:
+    run = await hub.submit(plan(patience=0.05))
+    await hub.until(run, lambda info: info.state == "waiting")
+    draining = asyncio.create_task(hub.runs.drain(60.0))
+    await asyncio.sleep(0.2)  # longer than its patience
+    await draining
+    assert hub.runs.info(run).state == "waiting"
+
+
+async def test_whoever_follows_a_run_in_the_queue_hears_of_a_drain(hub: Hub) -> None:
+    await hub.submit(plan())
+    waiting = await hub.submit(plan())
+    following = hub.operator.watch_run(waiting)
+    assert (await anext(following)).state == "queued"
+    await hub.runs.drain(0.01)
+    with pytest.raises(Unreachable, match=f"is going down; {waiting} goes on when it is back"):
+        async with asyncio.timeout(20):
+            while True:
+                await anext(following)

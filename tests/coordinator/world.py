@@ -171,6 +171,13 @@ class Site:
                 if isinstance(command, kind):
                     return command
 
+    async def next_of(self, *kinds: type[object]) -> Command:
+        """Return the next command that is of one of several kinds."""
+        async with asyncio.timeout(20):
+            while not isinstance(command := await self.link.receive(), kinds):
+                pass
+            return command
+
     async def order(self) -> Assignment:
         return await self.next(Assignment)
 
