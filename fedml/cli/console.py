@@ -13,9 +13,11 @@ from typing import NoReturn, TypeVar
 import click
 import typer
 
-from fedml.errors import FedmlError
+from fedml.errors import ConfigError, FedmlError
 
 T = TypeVar("T")
+_WIDE = 10_000  # columns for a pipe, so that no id is cut
+_FAR = 10 * 365.25 * 86_400.0  # seconds
 _INTERRUPTED, _TERMINATED = 130, 143  # what a shell reports for Ctrl-C and SIGTERM
 
 
@@ -87,10 +89,10 @@ def show(
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in columns:
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     for item in items:
         table.add_row(*(str(read(item)) for read in columns.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 def emit(value: object) -> None:
@@ -127,6 +129,27 @@ def when(seconds: float) -> str:
     return (
         datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S") if seconds else "never"
     )
+
+
+def moment(text: str, now: float) -> float:
+    """Return the seconds since the epoch of an ISO 8601 time to come, ours or with an offset.
+
+    Raises `ConfigError` if it is none, has passed, or lies so far ahead that it is a slip.
+    """
+    from datetime import datetime
+
+    try:
+        seconds = datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise ConfigError(
+            f"--at {text!r}: write a time as 2030-01-31T20:00, or with an offset as "
+            "2030-01-31T20:00+01:00"
+        ) from error
+    if seconds < now:
+        raise ConfigError(f"--at {text!r} has passed, it is {when(now)} UTC; leave it out for now")
+    if seconds > now + _FAR:
+        raise ConfigError(f"--at {text!r} is more than ten years ahead; is the year right?")
+    return seconds
 
 
 def scores(values: Iterable[tuple[str, float]]) -> str:

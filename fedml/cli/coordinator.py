@@ -30,6 +30,9 @@ def init(
     bind: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port for sites and operators.")] = 8443,
     enrolment_port: Annotated[int, typer.Option(help="Port for newcomers.")] = 8444,
+    health_port: Annotated[
+        int, typer.Option(help="Port for /healthz, /readyz and /metrics, on loopback; 0: any.")
+    ] = 0,
     registry: Annotated[
         str, typer.Option(help="MLflow tracking URI; default a SQLite file in the folder.")
     ] = "",
@@ -43,7 +46,12 @@ def init(
     from fedml.coordinator.settings import Settings
 
     settings = Settings(
-        host=host, bind=bind, port=port, enrolment_port=enrolment_port, registry=registry
+        host=host,
+        bind=bind,
+        port=port,
+        enrolment_port=enrolment_port,
+        health_port=health_port,
+        registry=registry,
     )
     with progress(f"making {folder}"):
         create(folder, settings)
@@ -55,12 +63,15 @@ def init(
 def run(folder: Dir) -> None:
     """Run a coordinator until it is stopped; started again, it goes on where it was.
 
+    SIGTERM lets it end the rounds that are open, for at most 'drain' seconds; again, or Ctrl-C,
+    ends it at once.
+
     Example: fedml coordinator run ./hub
     """
     from fedml.cli.program import serve_forever
-    from fedml.coordinator.service import run as service
+    from fedml.coordinator.service import Service
 
-    serve_forever(lambda: service(folder))
+    serve_forever(Service(folder))
 
 
 @app.command()

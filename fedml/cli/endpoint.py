@@ -98,28 +98,42 @@ async def first_root(folder: Path) -> bytes:
         await link.close()
 
 
-async def run_site(folder: Path) -> None:
-    """Run a site's daemon and its endpoint until cancelled.
+class Site:
+    """A site's daemon and its endpoint in one program."""
 
-    Raises `ConfigError` for anything wrong in the folder or a port that is taken, and
-    `PermissionDenied` if the coordinator shuts the site out.
-    """
-    settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
-    link = GrpcLink(Credentials.load(folder / IDENTITY))
-    engine = Engine(Shelf(folder / SHELF))
-    try:
-        await engine.refresh()
-        server = Server(engine, settings.rest_port, settings.grpc_port, settings.serve_host)
-        async with server:
-            _log.info("serving", rest_port=server.rest_port, grpc_port=server.grpc_port)
-            renewal = asyncio.create_task(_keep_certified(link, folder / IDENTITY))
-            try:
-                endpoint = ReleaseEndpoint(folder, engine)
-                await Daemon(folder, settings, policy, link, endpoint).run()
-            finally:
-                renewal.cancel()
-    finally:
-        await engine.close()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._daemon: Daemon | None = None
+
+    async def run(self) -> None:
+        """Serve until cancelled.
+
+        Raises `ConfigError` for anything wrong in the folder or a port that is taken, and
+        `PermissionDenied` if the coordinator shuts the site out.
+        """
+        folder = self._folder
+        settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
+        link = GrpcLink(Credentials.load(folder / IDENTITY))
+        engine = Engine(Shelf(folder / SHELF))
+        daemon = Daemon(folder, settings, policy, link, ReleaseEndpoint(folder, engine))
+        try:
+            await engine.refresh()
+            ports = (settings.rest_port, settings.grpc_port, settings.serve_host)
+            async with Server(engine, *ports, unready=daemon.unready) as server:
+                _log.info("serving", rest_port=server.rest_port, grpc_port=server.grpc_port)
+                renewal = asyncio.create_task(_keep_certified(link, folder / IDENTITY))
+                self._daemon = daemon
+                try:
+                    await daemon.run()
+                finally:
+                    renewal.cancel()
+        finally:
+            await engine.close()
+
+    async def drain(self) -> None:
+        """End the tasks under way, or leave them on the disk; what is served goes on meanwhile."""
+        if self._daemon is not None:
+            await self._daemon.drain()
 
 
 async def _keep_certified(link: GrpcLink, folder: Path) -> None:

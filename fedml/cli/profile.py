@@ -13,6 +13,7 @@ import typer
 from fedml.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedml.identity.certificates import Credentials
     from fedml.transport.link import Operations
 
 T = TypeVar("T")
@@ -32,10 +33,9 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "fedml"
 
 
-def call(profile: Path | None, work: Callable[[Operations], Awaitable[T]]) -> T:
-    """Do `work` with a connection as this profile; raises `ConfigError` if there is no profile."""
+def load(profile: Path | None) -> Credentials:
+    """Return the credentials of a profile; raises `ConfigError` if there is none."""
     from fedml.identity.certificates import Credentials
-    from fedml.transport.rpc import OperationsClient
 
     folder = profile or home()
     if not (folder / "identity.json").exists():
@@ -43,7 +43,14 @@ def call(profile: Path | None, work: Callable[[Operations], Awaitable[T]]) -> T:
             f"{folder} holds no operator credentials; name them with --profile or FEDML_PROFILE "
             "(a coordinator's own are in its folder, under operator/)"
         )
-    credentials = Credentials.load(folder)
+    return Credentials.load(folder)
+
+
+def call(profile: Path | None, work: Callable[[Operations], Awaitable[T]]) -> T:
+    """Do `work` with a connection as this profile; raises `ConfigError` if there is no profile."""
+    from fedml.transport.rpc import OperationsClient
+
+    credentials = load(profile)
 
     async def go() -> T:
         client = OperationsClient(credentials)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 
-def serve_forever(program: Callable[[], Awaitable[None]]) -> None:
-    """Run an async program until it returns, fails or is told to stop.
+class Program(Protocol):
+    """What runs until it is told to stop."""
 
-    SIGTERM ends it with status 0, as service managers expect; Ctrl-C raises KeyboardInterrupt.
+    async def run(self) -> None:
+        """Serve until cancelled."""
+
+    async def drain(self) -> None:
+        """Begin nothing further; finish, or put by, what is under way, in bounded time."""
+
+
+def serve_forever(program: Program) -> None:
+    """Run a program until it fails or is told to stop.
+
+    SIGTERM lets it drain and ends it with status 0, as service managers expect; a second one ends
+    it at once. Ctrl-C ends it at once too, and raises KeyboardInterrupt.
     """
     from fedml.telemetry import configure_logging
 
@@ -19,18 +30,32 @@ def serve_forever(program: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(_until_told(program))
 
 
-async def _until_told(program: Callable[[], Awaitable[None]]) -> None:
-    task = asyncio.ensure_future(program())
-    told = False
+async def _until_told(program: Program) -> None:
+    running = asyncio.create_task(program.run())
+    leaving: asyncio.Task[None] | None = None
 
-    def stop() -> None:
-        nonlocal told
-        told = True
-        task.cancel()
+    async def leave() -> None:
+        try:
+            await program.drain()
+        finally:
+            running.cancel()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    def told() -> None:
+        nonlocal leaving
+        if leaving is None:
+            leaving = asyncio.create_task(leave())
+        else:
+            running.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told)
     try:
-        await task
+        await running
     except asyncio.CancelledError:
-        if not told:
+        us = asyncio.current_task()
+        if leaving is None or (us is not None and us.cancelling()):  # Ctrl-C, whatever else
             raise
+    if leaving is not None:
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        if not leaving.cancelled():
+            leaving.result()

@@ -75,12 +75,15 @@ def _broken_off(folder: Path, token: str) -> Identity | None:
 def run(folder: Dir) -> None:
     """Run the site: obey the coordinator as far as the policy allows, serve what it released.
 
+    SIGTERM lets it end the tasks under way, for at most 'drain' seconds; again, or Ctrl-C, ends
+    it at once.
+
     Example: fedml site run /var/lib/fedml
     """
-    from fedml.cli.endpoint import run_site
+    from fedml.cli.endpoint import Site
     from fedml.cli.program import serve_forever
 
-    serve_forever(lambda: run_site(folder))
+    serve_forever(Site(folder))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from fedml import __version__, failpoints, telemetry
 from fedml.coordinator.turns import Turns
@@ -221,6 +222,7 @@ class Desk:
         self, site: SiteId, hello: Hello, events: AsyncIterator[SiteEvent], send: Send
     ) -> None:
         """Serve one stream until its events end or it falls silent. A newer stream wins."""
+        bind_contextvars(site=site)
         seat = self._sit(site, hello, send)
         try:
             while True:
@@ -229,7 +231,7 @@ class Desk:
                 seat.seen = time.time()
                 self._hear(site, seat, event)
         except TimeoutError:
-            _log.warning("site silent", site=site, seconds=_SILENT_BEATS * self._heartbeat)
+            _log.warning("site silent", seconds=_SILENT_BEATS * self._heartbeat)
         except (StopAsyncIteration, Unreachable):
             pass
         finally:
@@ -262,7 +264,7 @@ class Desk:
                 send(assignment)
         for model in self._models():
             send(ReleaseNotice(model))
-        _log.info("site connected", site=site, version=hello.version)
+        _log.info("site connected", version=hello.version)
         self._changed()
         return seat
 
@@ -272,13 +274,13 @@ class Desk:
                 if task in seat.outstanding:  # else a stranger's task, or one long over
                     self._answered(site, seat.outstanding[task], event)
             case Accepted(task):
-                _log.debug("task accepted", site=site, task=task)
+                _log.debug("task accepted", task=task)
             case Serving():
                 if seat.hello is not None:
                     others = tuple(s for s in seat.hello.serving if s.model != event.model)
                     seat.hello = replace(seat.hello, serving=(*others, event))
                 log = _log.info if event.state == "live" else _log.warning
-                log("release at site", site=site, model=event.model, version=event.version,
+                log("release at site", model=event.model, version=event.version,
                     state=event.state, detail=event.detail)  # fmt: skip
             case Hello() | Beat():
                 pass
@@ -287,7 +289,7 @@ class Desk:
         if seat.send is not send:
             return  # a newer stream has the seat
         seat.send = None
-        _log.info("site disconnected", site=site)
+        _log.info("site disconnected")
         loop = asyncio.get_running_loop()
         reason = f"away for more than {self._grace:g} s"
         seat.farewell = loop.call_later(self._grace, self._lost, site, reason)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import structlog
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from fedml import failpoints, telemetry
 from fedml.coordinator.desk import Answer, Desk
@@ -94,7 +95,6 @@ class Host:
         self._expected_until = time.monotonic() + grace
         self._draining = False
         self.at_rest = asyncio.Event()  # set while no round is open and nothing is to be done
-        self._log = _log.bind(run=run.id)
         self._waits_for = ""  # why the next step is tried again and again
 
     @property
@@ -121,6 +121,7 @@ class Host:
 
     async def answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
         """Turn a site's answer into an event; a malformed update counts as the site's failure."""
+        bind_contextvars(run=order.run, round=order.round)
         match answer:
             case Declined(task, reason, for_now):
                 self.tell(SiteLost(site, _line(reason), final=not for_now, task=task))
@@ -208,7 +209,7 @@ class Host:
 
     def _wait(self, reason: str) -> None:
         if reason and not self._waits_for:
-            self._log.warning("the run waits", reason=reason)
+            _log.warning("the run waits", reason=reason)
         self._waits_for = reason
         self._changed(self.run.id)
 
@@ -267,12 +268,15 @@ class Host:
                     self._holds.discard(digest)
             case Candidate():
                 await self._candidate(command)
-            case End(state, detail):
-                await asyncio.to_thread(self._journal.append, Ended(self.run.id, state, detail))
-                if self._journal.runs[self.run.id].is_over:
-                    self._desk.conclude(self.run.id)
-                self._log.info("run ended", state=state, detail=detail)
+            case End():
+                await self._end(command)
         return []
+
+    async def _end(self, end: End) -> None:
+        await asyncio.to_thread(self._journal.append, Ended(self.run.id, end.state, end.detail))
+        if self._journal.runs[self.run.id].is_over:
+            self._desk.conclude(self.run.id)
+        _log.info("run ended", state=end.state, detail=end.detail)
 
     def _opened(self, command: Opened) -> RoundOpened:
         """Note who is asked; return the entry that must be on the disk before they are."""
@@ -281,8 +285,8 @@ class Host:
 
     def _tell_opened(self, command: Opened) -> None:
         opening = command.opening
-        self._log.info("round opened", round=opening.number, kind=opening.kind,
-                       sites=len(opening.asked))  # fmt: skip
+        bind_contextvars(round=opening.number)
+        _log.info("round opened", kind=opening.kind, sites=len(opening.asked))
 
     async def _commit(self, command: Commit) -> list[Command]:
         """Put a round's end on the disk, with the next round's opening: one wait for the disk.
@@ -303,9 +307,10 @@ class Host:
         failpoints.reach("round.committed")
         ended = "committed" if receipt.model else "failed"
         telemetry.ROUNDS.labels(ended).inc()
-        self._log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,
-                       counted=len(receipt.counted), missing=dict(receipt.missing),
-                       scores=dict(receipt.scores))  # fmt: skip
+        _log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,
+                  counted=len(receipt.counted), missing=dict(receipt.missing),
+                  scores=dict(receipt.scores))  # fmt: skip
+        unbind_contextvars("round")
         for next_round in opened:
             self._tell_opened(next_round)
         return [command for command in commands if not isinstance(command, Opened)]
@@ -343,7 +348,7 @@ class Host:
         """Register the model once; a replay after a crash finds the version noted."""
         if not self._journal.runs[self.run.id].version:
             version = await self._register(self.run, candidate)
-            self._log.info("version registered", model=self.run.plan.model, version=version)
+            _log.info("version registered", model=self.run.plan.model, version=version)
 
     async def _assignment(self, task: Task) -> Assignment:
         plan = self.run.plan

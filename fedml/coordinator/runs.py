@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from fedml.coordinator import press
 from fedml.coordinator.archive import Archive
@@ -52,7 +53,7 @@ class Runs:
         self._stuck: set[RunId] = set()  # a bug or a full disk ended their host
         self._order = asyncio.Lock()  # one change of what runs there are at a time
         self._alarm: asyncio.TimerHandle | None = None  # for the next scheduled run
-        self._draining = False
+        self._resumed = self._draining = False
         self.desk = Desk(
             heartbeat=folder.settings.heartbeat,
             grace=folder.settings.grace,
@@ -67,7 +68,14 @@ class Runs:
 
     def resume(self) -> None:
         """Host the runs that have not ended: as many as may be at once, in order."""
+        self._resumed = True
         self._fill()
+
+    def unready(self) -> str:
+        """Say why no run is taken in; "" while they are."""
+        if self._draining:
+            return "the coordinator is going down"
+        return "" if self._resumed else "the coordinator is starting"
 
     async def drain(self, seconds: float) -> None:
         """Open no further rounds, and wait at most `seconds` for those that are open."""
@@ -277,11 +285,12 @@ class Runs:
         task.add_done_callback(ended)
 
     async def _play(self, id: RunId) -> None:
+        bind_contextvars(run=id)
         history = self._journal.runs[id]
         try:
             if not history.begun and not history.halted:
                 await self._note(Begun(id, time.time()))
-            run = await insist(partial(self._load, id), partial(_waits, id))
+            run = await insist(partial(self._load, id), _waits)
             if run is None:
                 return await self._wind_up(id)
             if history.halted:
@@ -307,10 +316,10 @@ class Runs:
         done = run_info(self._journal, id, None).round
         detail = f"{history.halted}; {done} rounds are committed"
         await self._note(Ended(id, "stopped", detail))
-        _log.info("run ended", run=id, state="stopped", detail=detail)
+        _log.info("run ended", state="stopped", detail=detail)
 
     async def _fail(self, id: RunId, reason: str) -> None:
-        _log.error("run failed", run=id, reason=reason)
+        _log.error("run failed", reason=reason)
         for site, digest in self.desk.abandon(id, f"the run failed: {reason}"):
             self._holds.store.abandon(digest, site)
             self._holds.discard(digest)
@@ -323,7 +332,7 @@ class Runs:
     async def _note(self, entry: Begun | Ended) -> None:
         """Journal what happens to a run that has no host; a full disk makes it wait."""
         note = partial(self._journal.append, entry)
-        await insist(partial(asyncio.to_thread, note), partial(_waits, entry.run))
+        await insist(partial(asyncio.to_thread, note), _waits)
 
     async def _load(self, id: RunId) -> Run | None:
         """Return the run as it goes on; None if it was stopped while nothing of it was open."""
@@ -353,7 +362,7 @@ class Runs:
             chore = asyncio.create_task(host.answered(site, order, answer))
             self._chores.add(chore)
             chore.add_done_callback(self._chores.discard)
-            chore.add_done_callback(_tell_bug)
+            chore.add_done_callback(partial(_tell_bug, order, site))
 
     def _lost(self, site: SiteId, reason: str) -> None:
         for host in self._hosts.values():
@@ -393,11 +402,12 @@ class Runs:
         )
 
 
-def _waits(id: RunId, reason: str) -> None:
+def _waits(reason: str) -> None:
     if reason:
-        _log.warning("the run waits", run=id, reason=reason)
+        _log.warning("the run waits", reason=reason)
 
 
-def _tell_bug(task: asyncio.Task[None]) -> None:
+def _tell_bug(order: Assignment, site: SiteId, task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
-        _log.error("a bug lost a site's answer", exc_info=error)
+        _log.error("a bug lost a site's answer", run=order.run, round=order.round, site=site,
+                   exc_info=error)  # fmt: skip

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 import torch
 
-from fedml import durable
+from fedml import durable, health
 from fedml.coordinator.archive import Archive
 from fedml.coordinator.desks import Enrolment, Federation, Operations
 from fedml.coordinator.folder import Folder
@@ -21,7 +20,7 @@ from fedml.errors import FedmlError
 from fedml.identity.enrolment import Registrar
 from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Desks
-from fedml.transport.server import Server, ServerTls, serve
+from fedml.transport.server import ServerTls, serve
 
 _FILES = 65_536  # as many as we ask for
 _FILES_A_SITE = 3  # its connection, its update as it comes, the same as it is read
@@ -30,40 +29,54 @@ _RENEWAL = 3600.0  # seconds between looks at the release metadata's expiry
 _log = structlog.get_logger()
 
 
-async def run(path: Path, ready: Callable[[Server], None] = lambda _: None) -> None:
-    """Serve the coordinator in `path` until cancelled; `ready` is called once its ports are open.
+class Service:
+    """The coordinator in a folder, as one program."""
 
-    Raises `ConfigError` if the folder is none, is in use, or a port is taken, and `Corrupt` if
-    something in it is damaged.
-    """
-    read_settings(path)  # before the lock, which makes the folder
-    allow_files()
-    torch.set_num_threads(1)  # on a busy machine its threads wait for each other, 8 ms at a time
-    with durable.lock(path, "a coordinator"):
-        folder = Folder.open(path)
-        limit = folder.settings.blob_limit_mb * 2**20
-        blobs = BlobStore.in_transit(path / "blobs", limit)  # what was on its way is sent again
-        archive = Archive(folder.registry)
-        runs = Runs(folder, archive, blobs)
-        desks = _desks(folder, runs, archive, blobs)
-        settings = folder.settings
-        listening = serve(
-            desks,
-            folder.access,
-            _tls(folder),
-            address=f"{settings.bind}:{settings.port}",
-            enrolment_address=f"{settings.bind}:{settings.enrolment_port}",
-        )
-        async with listening as server:
-            runs.resume()
-            upkeep = asyncio.create_task(_keep_fresh(folder, archive))
-            _log.info("coordinator ready", port=server.port, enrolment_port=server.enrolment_port)
-            ready(server)
-            try:
-                await upkeep  # for ever
-            finally:
-                upkeep.cancel()
-                await runs.stop()
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._runs: Runs | None = None
+        self._drain = 0.0
+
+    async def run(self) -> None:
+        """Serve until cancelled.
+
+        Raises `ConfigError` if the folder is none, is in use, or a port is taken, and `Corrupt`
+        if something in it is damaged.
+        """
+        path, settings = self._path, read_settings(self._path)  # before the lock: it makes folders
+        allow_files()
+        torch.set_num_threads(1)  # on a busy machine its threads wait for each other, 8 ms a time
+        with durable.lock(path, "a coordinator"):
+            folder = Folder.open(path)
+            limit = settings.blob_limit_mb * 2**20
+            blobs = BlobStore.in_transit(path / "blobs", limit)  # what was on its way comes again
+            archive = Archive(folder.registry)
+            runs = Runs(folder, archive, blobs)
+            listening = serve(
+                _desks(folder, runs, archive, blobs),
+                folder.access,
+                _tls(folder),
+                address=f"{settings.bind}:{settings.port}",
+                enrolment_address=f"{settings.bind}:{settings.enrolment_port}",
+            )
+            watched = health.serve(settings.health_bind, settings.health_port, runs.unready)
+            async with watched as health_port, listening as server:
+                runs.resume()
+                self._runs, self._drain = runs, settings.drain
+                upkeep = asyncio.create_task(_keep_fresh(folder, archive))
+                ports = {"port": server.port, "enrolment_port": server.enrolment_port}
+                _log.info("coordinator ready", **ports, health_port=health_port)
+                try:
+                    await upkeep  # for ever
+                finally:
+                    upkeep.cancel()
+                    await runs.stop()
+
+    async def drain(self) -> None:
+        """Open no further round; end those that are open, or leave them to the next start."""
+        if self._runs is not None:
+            _log.info("draining", seconds=self._drain)
+            await self._runs.drain(self._drain)
 
 
 def allow_files() -> None:

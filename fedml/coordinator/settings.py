@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ class Settings:
     `host` is the name by which sites and operators reach it, and is in its certificate; `bind`
     is the address it listens on. `registry` is an MLflow tracking URI; "" keeps a SQLite file
     in the folder. `grace` is how many seconds a site may be away before its task counts as lost.
-    `runs_at_once` is how many runs are played at a time; the others wait in order.
+    `runs_at_once` is how many runs are played at a time; the others wait in order. `drain` is how
+    many seconds open rounds may take once the coordinator is told to stop. On `health_port` are
+    /healthz, /readyz and /metrics, for whoever reaches `health_bind`.
     """
 
     host: str = "localhost"
@@ -28,13 +31,19 @@ class Settings:
     grace: float = 5.0
     blob_limit_mb: int = 4096
     runs_at_once: int = 4
+    drain: float = 30.0
+    health_bind: str = "127.0.0.1"
+    health_port: int = 0
 
     def __post_init__(self) -> None:
-        for port in (self.port, self.enrolment_port):
+        for port in (self.port, self.enrolment_port, self.health_port):
             if not 0 <= port < 65536:
                 raise ConfigError(f"port {port}: must be 0 to 65535")
-        if self.port == self.enrolment_port != 0:
-            raise ConfigError(f"port and enrolment_port are both {self.port}: they must differ")
+        taken = [p for p in (self.port, self.enrolment_port, self.health_port) if p]
+        if twice := [port for port in taken if taken.count(port) > 1]:
+            raise ConfigError(
+                f"of port, enrolment_port and health_port two are {twice[0]}: they must differ"
+            )
         if min(self.heartbeat, self.grace) <= 0 or self.blob_limit_mb < 1:
             raise ConfigError(
                 f"heartbeat {self.heartbeat}, grace {self.grace}, blob_limit_mb "
@@ -42,6 +51,8 @@ class Settings:
             )
         if self.runs_at_once < 1:
             raise ConfigError(f"runs_at_once {self.runs_at_once}: must be 1 or more")
+        if not 0 <= self.drain < math.inf:
+            raise ConfigError(f"drain {self.drain}: give the seconds, 0 or more")
 
 
 def read_settings(folder: Path) -> Settings:

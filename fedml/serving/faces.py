@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     _Interceptor = grpc.aio.ServerInterceptor  # generic only to its stubs
 
-_OPEN_PATHS = frozenset(["/v2/health/live", "/v2/health/ready"])
+_OPEN_PATHS = frozenset(["/v2/health/live", "/v2/health/ready", "/healthz", "/readyz"])
 _OPEN_METHODS = frozenset([f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady"])
 _GRACE = 5.0  # seconds for requests in flight when stopping
 _DENIED = "this endpoint wants an 'authorization: Bearer ...' header with its token"
@@ -64,6 +64,7 @@ class Server:
 
     Port 0 takes a free one and None leaves the face out; entering sets `rest_port` and
     `grpc_port` to what was taken, and raises `ConfigError` naming a port that is in use.
+    `unready` says why the program around the engine takes no work, "" while it does.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class Server:
         grpc_port: int | None = 0,
         host: str = "127.0.0.1",
         access: Access | None = None,
+        unready: Callable[[], str] = lambda: "",
     ) -> None:
-        self.rest_port, self.grpc_port = rest_port, grpc_port
+        self.rest_port, self.grpc_port, self._unready = rest_port, grpc_port, unready
         self._engine, self._host, self._access = engine, host, access or Access()
         self._stops: list[Callable[[], Awaitable[None]]] = []
 
@@ -135,7 +137,7 @@ class Server:
             raise _taken("REST", self._host, port) from error
         # accepted sockets inherit it; asyncio forgets to set it, and each answer waits 40 ms
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        app: ASGIApp = build_app(self._engine)
+        app: ASGIApp = build_app(self._engine, self._unready)
         config = uvicorn.Config(
             _guarded(app, self._access) if self._access.token else app,
             log_config=None,

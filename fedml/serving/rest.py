@@ -6,7 +6,7 @@ Binary tensors follow the JSON in the same body; `Inference-Header-Content-Lengt
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -38,18 +38,31 @@ _log = structlog.get_logger(__name__)
 _Json = dict[str, Any]
 
 
-def build_app(engine: Engine) -> FastAPI:
-    """Return the HTTP face of `engine`; every error is `{"error": one line}`."""
+def build_app(engine: Engine, unready: Callable[[], str] = lambda: "") -> FastAPI:
+    """Return the HTTP face of `engine`; every error is `{"error": one line}`.
+
+    /readyz speaks of the program: `unready` says why it takes no work. Whether there is a model
+    to ask is another question, with a path of its own.
+    """
     app = FastAPI(title="fedml", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(FedmlError, _refuse)
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(Exception, _break)
-    _add_health(app, engine)
+    _add_health(app, engine, unready)
     _add_models(app, engine)
     return app
 
 
-def _add_health(app: FastAPI, engine: Engine) -> None:
+def _add_health(app: FastAPI, engine: Engine, unready: Callable[[], str]) -> None:
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return Response("ok\n")
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        reason = unready()
+        return Response(f"{reason or 'ok'}\n", status_code=503 if reason else 200)
+
     @app.get("/v2/health/live")
     async def live() -> Response:
         return Response()

@@ -67,6 +67,7 @@ def open_ledgers(folder: Path, policy: Policy) -> Iterator[Ledgers]:
 class _Job:
     """An order that is being answered; `again` is set when the coordinator asks once more."""
 
+    order: Assignment
     work: asyncio.Task[None]
     again: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -92,6 +93,7 @@ class Clerk:
         self._blobs = BlobStore.in_transit(folder / "blobs", _LARGEST_BLOB)
         self._foreman = Foreman(policy)
         self._jobs: dict[TaskId, _Job] = {}
+        self._draining = False
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -103,6 +105,19 @@ class Clerk:
                     await asyncio.to_thread(ledger.void, task)
         if self._policy.datasets:
             await self._foreman.start()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no further order, and wait at most `seconds` for those that are being answered.
+
+        The others lie on the disk: the next clerk is asked for them again, and takes them up.
+        """
+        self._draining = True
+        works = [job.work for job in self._jobs.values()]
+        _log.info("draining", tasks=len(works), seconds=seconds)
+        if works:
+            await asyncio.wait(works, timeout=seconds)
+        for job in self._jobs.values():
+            _about(job.order).info("task parked; it is taken up at the next start")
 
     async def stop(self) -> None:
         """Stop working at once; what is on the disk is taken up again by the next clerk."""
@@ -126,15 +141,18 @@ class Clerk:
 
     def take(self, order: Assignment) -> None:
         """Begin with an order; the same one while it is being answered is a reminder."""
+        if self._draining:
+            return  # it is sent again when we are back
         if job := self._jobs.get(order.task):
             job.again.set()
             return
-        self._jobs[order.task] = job = _Job(asyncio.create_task(self._answer(order)))
+        job = _Job(order, asyncio.create_task(self._answer(order)))
+        self._jobs[order.task] = job
 
         def done(work: asyncio.Task[None]) -> None:
             del self._jobs[order.task]
             if not work.cancelled() and (error := work.exception()):
-                _log.error("a bug in the clerk", task=order.task, exc_info=error)
+                _about(order).error("a bug in the clerk", exc_info=error)
 
         job.work.add_done_callback(done)
 
@@ -159,7 +177,7 @@ class Clerk:
             _guarded(task, act)
             return
         if not job.work.cancelling():
-            _log.info("task cancelled", task=task, reason=reason)
+            _about(job.order).info("task cancelled", reason=reason)
             job.work.cancel()
         leave = asyncio.create_task(self._leave(job, lambda: _guarded(task, act)))
         self._leaving.add(leave)
@@ -186,10 +204,7 @@ class Clerk:
 
     async def _answer(self, order: Assignment) -> None:
         """Answer an order with its result, or with the reason why there is none."""
-        log, waits = (
-            _log.bind(task=order.task, run=order.run, round=order.round),
-            iter(self._backoff),
-        )
+        log, waits = _about(order), iter(self._backoff)
         while True:
             try:
                 result = await self._result(order)
@@ -324,6 +339,14 @@ class Clerk:
             failpoints.reach("update.uploaded")
         await self._link.send(result)
         failpoints.reach("update.announced")
+
+
+def _about(order: Assignment) -> structlog.typing.FilteringBoundLogger:
+    """Return a logger whose lines name a task, its run and its round."""
+    log: structlog.typing.FilteringBoundLogger = _log.bind(
+        task=order.task, run=order.run, round=order.round
+    )
+    return log
 
 
 def _guarded(id: TaskId | RunId, act: Callable[[], None]) -> None:

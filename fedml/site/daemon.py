@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from fedml import __version__, durable, telemetry
 from fedml.errors import FedmlError, NoRoom, Unreachable, Untrusted
@@ -63,6 +64,9 @@ class Daemon:
     ) -> None:
         self._name, self._policy, self._link, self._endpoint = settings.name, policy, link, endpoint
         self._folder, self._backoff = folder, backoff or Backoff()
+        self._drain = settings.drain
+        self._clerk: Clerk | None = None
+        self._draining = False
         self._silence = 30.0  # seconds that the coordinator may be silent, until it says more
         self._updating: set[asyncio.Task[None]] = set()
 
@@ -71,6 +75,7 @@ class Daemon:
 
         Raises `ConfigError` if another daemon has the folder, `Corrupt` if a ledger is damaged.
         """
+        bind_contextvars(site=self._name)
         with (
             durable.lock(self._folder, "a site daemon"),
             open_ledgers(self._folder, self._policy) as ledgers,
@@ -86,9 +91,22 @@ class Daemon:
             )
             try:
                 await clerk.start()
+                self._clerk = clerk
                 await self._keep_connected(clerk)
             finally:
                 await self._stop(clerk)
+
+    async def drain(self) -> None:
+        """Take no further order, and end those under way or leave them on the disk, in time."""
+        self._draining = True
+        if self._clerk is not None:
+            await self._clerk.drain(self._drain)
+
+    def unready(self) -> str:
+        """Say why no further order is taken; "" while orders are."""
+        if self._draining:
+            return "the site is going down"
+        return "" if self._clerk is not None else "the site is starting"
 
     async def _keep_connected(self, clerk: Clerk) -> None:
         loop, waits = asyncio.get_running_loop(), iter(self._backoff)
@@ -115,7 +133,7 @@ class Daemon:
                 async with asyncio.timeout(patience):
                     command = await self._link.receive()
                 if isinstance(command, Welcome):
-                    _log.info("connected", site=self._name, coordinator_version=command.version)
+                    _log.info("connected", coordinator_version=command.version)
                     patience = 3 * command.heartbeat
                     beats = beats or asyncio.create_task(self._beat(command.heartbeat))
                 else:

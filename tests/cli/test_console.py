@@ -4,8 +4,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from datetime import UTC, datetime
 
 import pytest
+
+from fedml.cli.console import moment
+from fedml.errors import ConfigError
+
+NOW = datetime(2030, 1, 31, 12, 0, tzinfo=UTC).timestamp()
 
 
 def fedml(*arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
@@ -59,3 +66,40 @@ def test_terminated_it_leaves_by_the_way_out(ignored: bool) -> None:
     )
     assert done.returncode == 128 + signal.SIGTERM
     assert (done.stdout, done.stderr) == ("tidied up\n", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2030-01-31T20:00+01:00", 7 * 3600),
+        ("2030-01-31T19:00Z", 7 * 3600),
+        ("2030-02-01 04:00:30", 7 * 3600 + 30),
+    ],
+)
+def test_a_time_is_ours_unless_it_says_where(
+    text: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "XYZ-9")  # nine hours ahead of UTC
+    time.tzset()
+    try:
+        assert moment(text, NOW) == NOW + seconds
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("tomorrow", "write a time as 2030-01-31T20:00, or with an offset"),
+        ("2030-02-30T20:00", "write a time as"),
+        ("1e9", "write a time as"),
+        ("2030-01-31T11:59Z", "has passed, it is 2030-01-31 12:00:00 UTC; leave it out for now"),
+        ("2300-01-01T00:00Z", "is more than ten years ahead; is the year right?"),
+    ],
+)
+def test_a_time_that_is_none_has_passed_or_is_a_slip_is_one_line(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match="--at") as caught:
+        moment(text, NOW)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ import pytest
 from fedml.cli.endpoint import ROOT, ReleaseEndpoint
 from fedml.errors import ConfigError, Refused, Unreachable, Untrusted
 from fedml.protocol.messages import Blob, Command, Hello, SiteEvent, TaskId
-from fedml.protocol.requests import Admission
+from fedml.protocol.requests import Admission, Pong
 from fedml.releases.shelf import Shelf
 from fedml.releases.signing import Repository
 from fedml.serving.engine import Engine
@@ -46,6 +46,12 @@ class Courier:
         raise Refused("only releases travel here")
 
     async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
+        raise Refused("only releases travel here")
+
+    async def ping(self) -> Pong:
+        raise Refused("only releases travel here")
+
+    async def leave(self) -> None:
         raise Refused("only releases travel here")
 
     async def renew(self, csr: bytes) -> Admission:

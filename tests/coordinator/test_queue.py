@@ -255,7 +255,7 @@ async def test_a_clock_that_was_set_back_holds_up_scheduled_runs_only(
     under_way, waiting = [await hub.submit(plan()) for _ in range(2)]
     await sites[0].order()
     with pytest.MonkeyPatch.context() as clock:
-        clock.setattr(time, "time", lambda now=time.time: now() - 7200)  # type: ignore[misc]
+        clock.setattr(time, "time", lambda now=time.time: now() - 7200)
         hub = await again(hub, tmp_path)
         try:
             sites = await world.three_sites(hub, tmp_path)

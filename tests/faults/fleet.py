@@ -93,11 +93,13 @@ class Program:
 class Fleet(Federation):
     """One coordinator and two sites; leave the `with` block and all are gone."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...] = SITES, **settings: float) -> None:
+    def __init__(
+        self, folder: Path, sites: tuple[str, ...] = SITES, runs_at_once: int = 4, **settings: float
+    ) -> None:
         super().__init__(folder)
+        self._policy = _policy(len(sites), runs_at_once)
         self.sites, self._settings = sites, {"heartbeat": HEARTBEAT, "grace": GRACE, **settings}
         self.is_sound = True  # until a test has failed that hurt it
-        self._submitted = 0
         self._journal: dict[str, list[Mapping[str, Any]]] = {}
         self._seen = 0  # bytes of the journal
         self._read: dict[str, int] = {}  # how much of each log was looked at
@@ -136,7 +138,7 @@ class Fleet(Federation):
                     folder / "site.toml")  # fmt: skip
         root = self.hub / "releases" / "metadata" / "1.root.json"
         durable.replace(folder / "trust" / "root.json", root.read_bytes())
-        durable.replace(folder / "policy.toml", _policy(len(self.sites)).encode())
+        durable.replace(folder / "policy.toml", self._policy.encode())
         for part, count in (("train", TRAIN), ("held_out", HELD_OUT)):
             durable.replace(folder / f"{part}.csv", _rows(f"{name} {part}", count).encode())
 
@@ -192,6 +194,14 @@ class Fleet(Federation):
         """Send SIGKILL to a program; `bury` waits for its end."""
         self._processes[name].kill()
 
+    def tell_to_stop(self, name: str) -> None:
+        """Send SIGTERM to a program; `has_stopped` waits for its end."""
+        self._processes[name].terminate()
+
+    def has_stopped(self, name: str) -> int:
+        """Wait until a program that was told to stop is no more; return its status."""
+        return self._processes.pop(name).wait(PATIENCE)
+
     def bury(self, name: str) -> None:
         """Wait until a program that was killed is no more."""
         assert self._processes.pop(name).wait(PATIENCE) == -signal.SIGKILL, self.log(name)[-2000:]
@@ -237,8 +247,8 @@ class Fleet(Federation):
 
     def submit(self, a_plan: Plan) -> RunId:
         """Submit a run; its first parameters are made here, which saves the press its seconds."""
-        self._submitted += 1
-        path = self.hub / "press" / f"{a_plan.model}-{self._submitted}.first.safetensors"
+        number = 1 + len(self.ask(lambda c: c.list_runs()))
+        path = self.hub / "press" / f"{a_plan.model}-{number}.first.safetensors"
         durable.replace(path, *encode({"": first_params(a_plan)}))
         return self.ask(lambda c: c.submit(a_plan.to_json())).id
 
@@ -300,11 +310,11 @@ def _rows(seed: str, count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _policy(sites: int) -> str:
+def _policy(sites: int, runs_at_once: int) -> str:
     digests = {name: identify(name, TARGETS).digest for name in TARGETS}
     recipes = "".join(f'[recipes.{name}]\ndigest = "{it}"\n' for name, it in digests.items())
     return (
-        f"minimum_cohort = {min(sites, 2)}\n{recipes}"
+        f"minimum_cohort = {min(sites, 2)}\nruns_at_once = {runs_at_once}\n{recipes}"
         f'[datasets.rows]\ntrain = "train.csv"\nheld_out = "held_out.csv"\nrows = {TRAIN}\n'
         'recipes = ["light", "small"]\nprivacy = "none"\nepsilon = 1e6\ndelta = 1e-5\n'
     )

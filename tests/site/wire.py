@@ -28,7 +28,7 @@ from fedml.protocol.messages import (
     Training,
     Welcome,
 )
-from fedml.protocol.requests import Admission
+from fedml.protocol.requests import Admission, Pong
 from fedml.site.backoff import Backoff
 from fedml.site.daemon import Daemon, Endpoint
 from fedml.site.policy import AllowedRecipe, Dataset, Policy
@@ -118,6 +118,12 @@ class Wire:
 
     async def fetch(self, name: str, limit: int) -> bytes:
         raise AssertionError("the daemon itself fetches no files")
+
+    async def ping(self) -> Pong:
+        raise Unreachable("nobody answers here")
+
+    async def leave(self) -> None:
+        raise Unreachable("nobody answers here")
 
     async def renew(self, csr: bytes) -> Admission:
         raise AssertionError("the daemon itself renews nothing")

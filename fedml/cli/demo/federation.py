@@ -22,6 +22,14 @@ T = TypeVar("T")
 _PATIENCE = 60.0  # seconds for anything here to come about
 
 
+def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def free_ports(count: int) -> list[int]:
     """Return ports nobody listens on now, all different."""
     sockets = [socket.socket() for _ in range(count)]
@@ -50,10 +58,10 @@ class Federation:
             process.terminate()
         for process in self._processes.values():
             try:
-                process.wait(10)
+                process.wait(5)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                process.terminate()  # told twice, it does not wait for what is under way
+                _wait_or_kill(process)
         self._runner.close()
 
     def site(self, name: str) -> Path:

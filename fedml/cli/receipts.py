@@ -1,0 +1,33 @@
+"""A run's receipts for people: who was asked in each round, who counted, who did not and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedml.cli.console import scores
+from fedml.protocol.operations import Receipt, RunDetail
+
+
+def lines(detail: RunDetail) -> Iterator[str]:
+    """Yield a line for each round, and below it one for each site."""
+    for receipt in detail.receipts:
+        yield _round(receipt)
+        sites = [*(c.site for c in receipt.counted), *receipt.missing, *receipt.left_out]
+        width = max(map(len, sites), default=0)
+        for one in receipt.counted:
+            update = f"  update {one.digest[:12]}" if one.digest else ""
+            spent = f"  epsilon {one.epsilon:.3f}" if one.epsilon else ""
+            yield f"  counted    {one.site:{width}}  weight {one.weight:g}{update}{spent}"
+        for site, why in receipt.missing.items():
+            yield f"  missing    {site:{width}}  {why}"
+        for site, why in receipt.left_out.items():
+            yield f"  not asked  {site:{width}}  {why}"
+
+
+def _round(receipt: Receipt) -> str:
+    what = "round" if receipt.kind == "train" else "scores after round"
+    again = f", attempt {receipt.attempt}" if receipt.attempt > 1 else ""
+    came = f"model {receipt.model[:12]}" if receipt.model else "failed"
+    numbers = scores({**receipt.metrics, **receipt.scores}.items())
+    head = f"{what} {receipt.round}{again}: asked {', '.join(receipt.asked)}; {came}"
+    return f"{head}; {numbers}" if numbers else head
