@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from fedml.errors import ConfigError, FedmlError, Untrusted
 from fedml.identity.certificates import Credentials, identity_of
@@ -102,7 +103,7 @@ class Site:
     """A site's daemon and its endpoint in one program."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._name = folder, ""
         self._daemon: Daemon | None = None
 
     async def run(self) -> None:
@@ -113,6 +114,8 @@ class Site:
         """
         folder = self._folder
         settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
+        self._name = settings.name
+        bind_contextvars(site=self._name)
         link = GrpcLink(Credentials.load(folder / IDENTITY))
         engine = Engine(Shelf(folder / SHELF))
         daemon = Daemon(folder, settings, policy, link, ReleaseEndpoint(folder, engine))
@@ -133,6 +136,7 @@ class Site:
     async def drain(self) -> None:
         """End the tasks under way, or leave them on the disk; what is served goes on meanwhile."""
         if self._daemon is not None:
+            bind_contextvars(site=self._name)  # whoever heard the signal knows no names
             await self._daemon.drain()
 
 

@@ -82,8 +82,7 @@ class Runs:
         self._draining = True
         for host in self._hosts.values():
             host.drain()
-        for id in self._journal.runs:  # who follows a run that waits has nothing to wait for
-            self._changed(id)
+        self._ring()  # who follows a run that waits has nothing to wait for
         try:
             async with asyncio.timeout(seconds):
                 for host in list(self._hosts.values()):
@@ -103,6 +102,7 @@ class Runs:
         for task in self._playing.values():
             task.cancel()
         await asyncio.gather(*self._playing.values(), return_exceptions=True)
+        self._ring()
         self._journal.close()
 
     # --- what operators do --------------------------------------------------------------------
@@ -261,8 +261,7 @@ class Runs:
         if due is not None:  # not all at once: the wall clock may be set meanwhile
             wait = min(due - now, _LOOK) + 0.001
             self._alarm = asyncio.get_running_loop().call_later(wait, self._fill)
-        for id in self._journal.runs:
-            self._changed(id)
+        self._ring()
 
     def _start(self, id: RunId) -> None:
         history = self._journal.runs[id]
@@ -305,6 +304,8 @@ class Runs:
                 grace=self._folder.settings.grace,
             )
             self._hosts[id] = host
+            if self._draining:
+                host.drain()
             host.sites_changed()
             await host.play()
         except FedmlError as error:
@@ -375,6 +376,10 @@ class Runs:
     def _changed(self, id: RunId) -> None:
         for bell in self._watchers.get(id, ()):
             bell.set()
+
+    def _ring(self) -> None:
+        for id in self._watchers:
+            self._changed(id)
 
     def _is_over(self, run: RunId) -> bool:
         """True if no run of ours goes on, or may go on, by that name."""

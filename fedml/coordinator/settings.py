@@ -9,6 +9,8 @@ from pathlib import Path
 from fedml import settings
 from fedml.errors import ConfigError
 
+_PORTS = ("port", "enrolment_port", "health_port")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,14 +38,13 @@ class Settings:
     health_port: int = 0
 
     def __post_init__(self) -> None:
-        for port in (self.port, self.enrolment_port, self.health_port):
+        ports = {name: getattr(self, name) for name in _PORTS}
+        for port in ports.values():
             if not 0 <= port < 65536:
                 raise ConfigError(f"port {port}: must be 0 to 65535")
-        taken = [p for p in (self.port, self.enrolment_port, self.health_port) if p]
-        if twice := [port for port in taken if taken.count(port) > 1]:
-            raise ConfigError(
-                f"of port, enrolment_port and health_port two are {twice[0]}: they must differ"
-            )
+            same = [name for name in ports if ports[name] == port != 0]
+            if len(same) > 1:
+                raise ConfigError(f"{' and '.join(same)} are both {port}: they must differ")
         if min(self.heartbeat, self.grace) <= 0 or self.blob_limit_mb < 1:
             raise ConfigError(
                 f"heartbeat {self.heartbeat}, grace {self.grace}, blob_limit_mb "

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
-from structlog.contextvars import bind_contextvars
 
 from fedml import __version__, durable, telemetry
 from fedml.errors import FedmlError, NoRoom, Unreachable, Untrusted
@@ -75,7 +74,6 @@ class Daemon:
 
         Raises `ConfigError` if another daemon has the folder, `Corrupt` if a ledger is damaged.
         """
-        bind_contextvars(site=self._name)
         with (
             durable.lock(self._folder, "a site daemon"),
             open_ledgers(self._folder, self._policy) as ledgers,

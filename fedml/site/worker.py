@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from fedml.protocol.tasks import Brief, Task
 def main() -> None:
     """Serve jobs until standard input ends. The argument is the process id of the daemon."""
     die_with_parent(int(sys.argv[1]))
+    for told in (signal.SIGTERM, signal.SIGINT):  # of a whole service or terminal: to the daemon
+        signal.signal(told, signal.SIG_IGN)
     worker = os.getpid()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a recipe that prints must not speak into the protocol
