@@ -19,6 +19,7 @@ from fedml.errors import ConfigError, PermissionDenied, Unreachable
 from fedml.protocol.messages import Assignment, Cancel, Declined, Failed, Forget, RunId, TaskId
 from fedml.protocol.operations import ModelVersion, RunInfo
 from fedml.releases.registry import MemoryRegistry
+from fedml.rounds import SitesChanged
 from fedml.rounds.run import Run
 from tests.coordinator import world
 from tests.coordinator.world import GRACE, Hub, Site, plan, who
@@ -466,6 +467,11 @@ async def test_a_run_that_is_loaded_during_a_drain_opens_no_round(
     await hub.runs.drain(60.0)
     loaded.set()
     await hub.until(run, lambda info: info.state == "waiting")
+    host = hub.runs._hosts[run]
+    host.at_rest.clear()
+    host.tell(SitesChanged(()))  # look who is here: all of them
+    async with asyncio.timeout(20):
+        await host.at_rest.wait()
     assert hub.runs._journal.runs[run].opened is None
 
 
