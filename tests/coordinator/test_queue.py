@@ -19,7 +19,7 @@ from fedml.errors import ConfigError, PermissionDenied, Unreachable
 from fedml.protocol.messages import Assignment, Cancel, Declined, Failed, Forget, RunId, TaskId
 from fedml.protocol.operations import ModelVersion, RunInfo
 from fedml.releases.registry import MemoryRegistry
-from fedml.rounds import SitesChanged
+from fedml.rounds import Evaluation, SitesChanged
 from fedml.rounds.run import Run
 from tests.coordinator import world
 from tests.coordinator.world import GRACE, Hub, Site, plan, who
@@ -207,6 +207,32 @@ async def test_runs_take_turns_at_sites_that_work_for_one_run_at_a_time(
         for run in runs:
             assert (await hub.end(run)).state == "done"
             assert not any(r.missing for r in hub.runs.detail(run).receipts)
+    finally:
+        await hub.close()
+
+
+async def test_a_round_that_opens_as_patience_ends_takes_its_seats_like_any_other(
+    tmp_path: Path,
+) -> None:
+    hub = Hub(tmp_path / "hub", MemoryRegistry(tmp_path / "registry"))
+    try:
+        sites = [Site(tmp_path, name) for name in world.SITES]
+        for site in sites:
+            site.hello = replace(site.hello, runs_at_once=1)
+            await site.connect(hub)
+        first = await hub.submit(plan(rounds=2, patience=0.2, evaluation=Evaluation(every=1)))
+        await play(sites)
+        bern, kyoto, quito = sites
+        await bern.send(Declined((await bern.order()).task, "no rows held out"))
+        await kyoto.send(Failed((await kyoto.order()).task, "crashed"))
+        await quito.order()
+        await quito.link.close()  # so the scores are waited for, and given up
+        assert {(await site.order()).kind for site in (bern, kyoto)} == {"train"}
+        second = await hub.submit(plan())
+        turn = "other runs' turn"
+        told = await hub.until(second, lambda i: turn in i.detail or i.detail.startswith("round "))
+        assert turn in told.detail
+        assert hub.runs.info(first).detail.startswith("round 2 of 2")
     finally:
         await hub.close()
 
