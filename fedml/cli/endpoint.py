@@ -6,7 +6,6 @@ Daemon and serving do not know each other; here, on the roof, they are put toget
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from fedml.errors import ConfigError, FedmlError, Untrusted
-from fedml.identity.certificates import Credentials, identity_of
+from fedml.identity.certificates import Credentials, identity_in
 from fedml.protocol.messages import Blob, Serving
 from fedml.releases.session import rehearse
 from fedml.releases.shelf import Shelf
@@ -32,7 +31,7 @@ T = TypeVar("T")
 ROOT, SHELF, IDENTITY = Path("trust/root.json"), Path("shelf"), Path("identity")
 _FIRST_ROOT, _ROOT_LIMIT = "1.root.json", 2**20
 _LARGEST_FILE = 64 * 2**30  # bytes
-_RENEWAL_CHECK = 3600.0  # seconds
+_RENEWAL_LEAST, _RENEWAL_CHECK = 1.0, 3600.0  # seconds
 _log = structlog.get_logger()
 
 
@@ -123,14 +122,20 @@ async def run_site(folder: Path) -> None:
 
 
 async def _keep_certified(link: GrpcLink, folder: Path) -> None:
-    """Renew the certificate once two thirds of its life are over."""
+    """Renew the certificate once two thirds of its life are over, by the coordinator's clock.
+
+    The connection that is open goes on with the old one, as long as that lives.
+    """
     while True:
-        identity = identity_of(Credentials.load(folder).certificate, time.time())
-        if time.time() > identity.issued + (identity.expires - identity.issued) * 2 / 3:
+        identity = identity_in(Credentials.load(folder).certificate)
+        life = identity.expires - identity.issued
+        wait = identity.issued + life * 2 / 3 - link.now()
+        if wait <= 0:
             try:
-                await renew(link, folder)
+                renewed = await renew(link, folder)
                 link.use(Credentials.load(folder))
-                _log.info("certificate renewed")
+                _log.info("certificate renewed", life=round(renewed.expires - renewed.issued))
             except FedmlError as error:
                 _log.warning("certificate not renewed yet", reason=str(error))
-        await asyncio.sleep(_RENEWAL_CHECK)
+            wait = life / 30
+        await asyncio.sleep(min(max(wait, _RENEWAL_LEAST), _RENEWAL_CHECK))

@@ -14,7 +14,6 @@ from contextlib import aclosing
 from fedml.errors import (
     FedmlError,
     MalformedMessage,
-    PermissionDenied,
     Refused,
     Unreachable,
 )
@@ -36,6 +35,8 @@ from fedml.transport.turns import Turns
 
 BACKLOG = 1000  # commands that may wait for a site; more, and it is too slow to be there
 MOVING = 8  # transfers each way that move at a time, see `Turns`
+# Not the end of the site, which has renewed it long ago; else its next handshake fails.
+_EXPIRED = "this connection's certificate expired; connect again with the renewed one"
 PARTING = 5.0  # seconds that a last command gets to leave
 Write = Callable[[Command], Awaitable[None]]
 
@@ -76,7 +77,10 @@ class Reception:
         self, who: Identity, events: AsyncIterator[SiteEvent]
     ) -> AsyncGenerator[SiteEvent]:
         async for event in events:  # each event: a stream may outlive its certificate's good name
-            self._access.check(who, "Federation/Connect", time.time())
+            now = time.time()
+            if now >= who.expires:
+                raise Unreachable(_EXPIRED)
+            self._access.check(who, "Federation/Connect", now)
             if isinstance(event, Hello):
                 raise MalformedMessage(f"{who}: a second Hello on one stream")
             yield event
@@ -118,7 +122,7 @@ class Reception:
             intake = store.receive(blob, who.name)
             yield Stored(intake.offset, True)
             async with (
-                aclosing(_chunks(who, parts)) as sent,
+                aclosing(self._desk.pulse(who).of(_chunks(who, parts))) as sent,
                 aclosing(turn.over(sent)) as chunks,
             ):
                 await catch(chunks, intake)
@@ -174,7 +178,7 @@ class _Stream:
                 await work
                 self._queue.put_nowait(None)
         except TimeoutError as error:
-            raise self._reason or PermissionDenied("the certificate expired; renew it") from error
+            raise self._reason or Unreachable(_EXPIRED) from error
         except BaseExceptionGroup as group_error:
             raise _first(group_error) from group_error
         finally:

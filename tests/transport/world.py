@@ -37,6 +37,7 @@ from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Desks, Send
 from fedml.transport.link import Link, Operations
 from fedml.transport.memory import MemoryCoordinator
+from fedml.transport.pulse import Pulse
 from fedml.transport.rpc import GrpcLink, OperationsClient
 from fedml.transport.server import ServerTls, serve
 
@@ -76,6 +77,9 @@ class Desk:
                     send(Beat())
         finally:
             self.heard.put_nowait((site.name, "gone"))
+
+    def pulse(self, site: Identity) -> Pulse:
+        return Pulse()
 
     async def outgoing(self, site: Identity, digest: str) -> BlobStore:
         if digest not in self.may_get:
