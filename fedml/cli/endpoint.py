@@ -126,6 +126,7 @@ async def _keep_certified(link: GrpcLink, folder: Path) -> None:
 
     The connection that is open goes on with the old one, as long as that lives.
     """
+    pause = _RENEWAL_LEAST
     while True:
         identity = identity_in(Credentials.load(folder).certificate)
         life = identity.expires - identity.issued
@@ -134,8 +135,10 @@ async def _keep_certified(link: GrpcLink, folder: Path) -> None:
             try:
                 renewed = await renew(link, folder)
                 link.use(Credentials.load(folder))
+                pause = _RENEWAL_LEAST
                 _log.info("certificate renewed", life=round(renewed.expires - renewed.issued))
             except FedmlError as error:
                 _log.warning("certificate not renewed yet", reason=str(error))
-            wait = life / 30
+                pause = min(2 * pause, life / 30)  # it may only have met the daemon's first dial
+            wait = pause
         await asyncio.sleep(min(max(wait, _RENEWAL_LEAST), _RENEWAL_CHECK))

@@ -47,11 +47,12 @@ def difference(ahead: float) -> str:
     return f"this machine's clock is {_span(ahead)} {way} the coordinator's; set it"
 
 
-def complaint(whose: str, certificate: bytes, now: float, ahead: float) -> str:
+def complaint(whose: str, certificate: bytes, now: float, ahead: float, cure: str) -> str:
     """Say why a certificate (PEM) does not hold by our clock, at `now`; "" if it does.
 
     One that was issued in our future proves that we are slow by so much at least. One that has
-    expired proves nothing, unless we know to be `ahead` of the coordinator.
+    expired proves nothing, unless we know to be `ahead` of the coordinator: it may be our clock,
+    or time for the `cure`.
     """
     leaf = x509.load_pem_x509_certificate(certificate)
     start, end = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
@@ -67,7 +68,7 @@ def complaint(whose: str, certificate: bytes, now: float, ahead: float) -> str:
         )
     return (
         f"the certificate of {whose} expired {_span(now - end)} ago, if this machine's clock is "
-        f"right, which says {_utc(now)}: set the clock, or renew the certificate"
+        f"right, which says {_utc(now)}: set the clock, or {cure}"
     )
 
 

@@ -302,6 +302,7 @@ class Clerk:
             "site": self._site,
             "model": str(desk.model),
             "slots": str(self._memory.slots(order.run)),
+            "private": order.privacy.mode != "none",
             "rows": str(permit.rows),
             "public_rows": permit.dataset.rows,
             "device": self._policy.device,

@@ -196,12 +196,13 @@ class GrpcLink:
         """Say that our clock denies a certificate, ours or `theirs`; "" if it does not."""
         now, ours = time.time(), self._credentials
         ahead = self._clock.ahead(now, time.monotonic())
-        if blame := complaint(str(identity_in(ours.certificate)), ours.certificate, now, ahead):
+        who, cure = str(identity_in(ours.certificate)), "join with a new token"
+        blame = complaint(who, ours.certificate, now, ahead, cure)
+        if blame or not theirs:
             return blame
-        if not theirs:
-            return ""
         shown = await asyncio.to_thread(shown_certificate, ours.address, ours.ca)
-        return complaint("the coordinator", shown, now, ahead) if shown else ""
+        cure = "start the coordinator anew, which certifies it"
+        return complaint("the coordinator", shown, now, ahead, cure) if shown else ""
 
     async def receive(self, silence: float = SILENCE) -> Command:
         """See `Link`."""

@@ -28,8 +28,7 @@ CHUNK = 2**20
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Relay]]:
-    # more than a site ever waits to dial again: one reset after the other makes it wait longest
-    fleet = Fleet(tmp_path_factory.mktemp("line"), grace=12.0)
+    fleet = Fleet(tmp_path_factory.mktemp("line"), grace=4.0)
     with Relay(fleet.port) as relay, fleet:
         fleet.found({LINE: f"localhost:{relay.port}"})
         yield fleet, relay
@@ -68,11 +67,11 @@ def ends_well(fleet: Fleet, run: RunId, a_plan: Plan) -> Tally:
     return tally
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1.0, 14.0])
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 6.0])
 def test_a_cut_line_for_less_and_for_more_than_the_grace(
     fleet: Fleet, relay: Relay, seconds: float
 ) -> None:
-    """14 s are 35 heartbeats and more than the grace: as much as minutes are with longer ones."""
+    """6 s are 15 heartbeats and more than the grace: as much as minutes are with longer ones."""
     a_plan = plan(int(seconds))
     run = begun(fleet, a_plan)
     relay.cut()
@@ -86,7 +85,7 @@ def test_a_cut_line_for_less_and_for_more_than_the_grace(
 def test_a_line_that_is_silent_one_way_is_noticed_by_its_missing_beats(
     fleet: Fleet, relay: Relay, way: Way
 ) -> None:
-    """Long before any keepalive of the connection itself would, which takes half a minute."""
+    """Long before any keepalive of the connection itself would, which takes more than a minute."""
     a_plan = plan(20)
     run = begun(fleet, a_plan)
     for name in ("coordinator", LINE):
@@ -134,24 +133,11 @@ def test_a_wrong_bit_is_never_taken_for_right(fleet: Fleet, relay: Relay, way: W
     assert not relay.is_due(way)
 
 
-def test_a_line_of_200_ms_and_1_mbit_per_second_costs_time_and_no_round(
-    fleet: Fleet, relay: Relay
-) -> None:
-    """For a model that such a line carries within three heartbeats."""
-    a_plan = plan(50, recipe="small")
-    fleet.news("coordinator")
-    relay.slow(delay=0.2, rate=125e3)
-    run = fleet.submit(a_plan)
-    fleet.finish(run)
-    assert "site silent" not in fleet.news("coordinator")
-    assert ends_well(fleet, run, a_plan).asked_again == 0
-
-
 @pytest.mark.timeout(300)
-def test_megabytes_on_such_a_line_cost_time_and_nobody_is_taken_for_silent(
+def test_megabytes_at_200_ms_and_1_mbit_per_second_cost_time_and_no_round(
     fleet: Fleet, relay: Relay
 ) -> None:
-    """Each way the model takes as long as 44 heartbeats, and 3 without a sign would be too many."""
+    """Each way the model takes 44 heartbeats; nobody is taken for silent, which takes 3."""
     a_plan = plan(55, rounds=1, deadline=120.0)
     for name in ("coordinator", LINE):
         fleet.news(name)

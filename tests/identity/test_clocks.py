@@ -45,7 +45,7 @@ def certificate(authority: Authority) -> bytes:
             T + 33 * DAY,
             0.0,
             "the certificate of site bern expired 3 days ago, if this machine's clock is right, "
-            "which says 2027-02-17 08:00 UTC: set the clock, or renew the certificate",
+            "which says 2027-02-17 08:00 UTC: set the clock, or join with a new token",
         ),
         (
             T + 33 * DAY,
@@ -58,7 +58,8 @@ def certificate(authority: Authority) -> bytes:
 def test_the_line_says_what_can_be_known(
     certificate: bytes, now: float, ahead: float, line: str
 ) -> None:
-    assert complaint("site bern", certificate, now, ahead) == line
+    cure = "join with a new token"
+    assert complaint("site bern", certificate, now, ahead, cure) == line
 
 
 @pytest.mark.parametrize(

@@ -213,10 +213,10 @@ class Place(Protocol):
 
 
 class GrpcPlace:
-    """Over mutual TLS on loopback."""
+    """Over mutual TLS on loopback, certified `ahead` seconds from now."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, ahead: float = 0.0) -> None:
+        self.world, self._ahead = world, ahead
         self._stack = AsyncExitStack()
 
     def link(self, name: str = "mercy") -> Link:
@@ -227,7 +227,7 @@ class GrpcPlace:
 
     async def start(self) -> None:
         world = self.world
-        certificate, key = world.authority.issue_server(["127.0.0.1"], time.time())
+        certificate, key = world.authority.issue_server(["127.0.0.1"], time.time() + self._ahead)
         server = await self._stack.enter_async_context(
             serve(
                 world.desks,
