@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import math
+import random
 import secrets
 import time
 from pathlib import Path
@@ -68,6 +69,7 @@ class Daemon:
         self._name, self._policy, self._link, self._endpoint = settings.name, policy, link, endpoint
         self._folder, self._backoff = folder, backoff or Backoff()
         self._updating: set[asyncio.Task[None]] = set()
+        self._most = math.inf  # seconds between dials, less the jitter of `Backoff`
         self._proven_at = math.inf  # loop time; from then on the connection was worth dialling
 
     async def run(self) -> None:
@@ -105,7 +107,7 @@ class Daemon:
                 # a coordinator that dies as often as it starts is no conversation either
                 if loop.time() >= self._proven_at or clerk.answered > answered:
                     waits = iter(self._backoff)
-                wait = next(waits)
+                wait = min(next(waits), self._most * random.uniform(0.5, 1.0))
                 # what may not be trusted is an alarm, but no reason to leave the ward without us
                 log = _log.error if isinstance(error, Untrusted) else _log.info
                 log("reconnecting", reason=str(error), seconds=round(wait, 1))
@@ -121,6 +123,8 @@ class Daemon:
                 if isinstance(command, Welcome):
                     self._welcome(command)
                     silence = _SILENT_BEATS * command.heartbeat
+                    # it asks for a word as often, so it stands half as many dials
+                    self._most = max(2 * command.heartbeat, self._backoff.first)
                     self._proven_at = asyncio.get_running_loop().time() + command.heartbeat
                     beats = beats or asyncio.create_task(self._beat(command.heartbeat))
                 else:

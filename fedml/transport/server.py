@@ -6,6 +6,7 @@ like any other. Every call is checked against the role table before a desk hears
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -45,6 +46,7 @@ T = TypeVar("T")
 PAGE = 200  # receipts in one piece of a run's details
 GRACE = 0.2  # seconds that calls in flight get when the server stops; all of them may be repeated
 
+_VERSION = re.compile(r"/(fedml\.v[0-9]{1,4})\.")  # how every call begins
 _log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -255,8 +257,8 @@ class _Foreign(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         """Return a handler that says no; None for a call of our own version."""
-        theirs, _, _ = call.method.strip("/").rpartition("/")[0].rpartition(".")
-        if theirs == codec.PROTOCOL or not theirs.startswith("fedml."):
+        match = _VERSION.match(call.method)
+        if match is None or (theirs := match[1]) == codec.PROTOCOL:
             return None
 
         async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:

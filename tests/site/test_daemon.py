@@ -509,6 +509,15 @@ async def test_a_coordinator_that_dies_after_each_welcome_is_called_ever_more_se
     assert waits.rows == [0, 1, 2, 3, 4, 5]
 
 
+async def test_dials_are_never_further_apart_than_two_heartbeats(tmp_path: Path) -> None:
+    wire = Wire()
+    async with running(tmp_path, wire, backoff=Backoff(0.01, 3600.0), heartbeat=0.05):
+        wire.failing = [Unreachable("no route") for _ in range(30)]  # months of doubled waits
+        wire.say(Unreachable("cut"))
+        await wire.hello()
+        assert not wire.failing
+
+
 async def test_an_answer_handed_in_proves_a_connection_and_the_same_answer_again_does_not(
     tmp_path: Path,
 ) -> None:
