@@ -66,7 +66,7 @@ class Puppet:
         try:
             while True:
                 match await self._link.receive():
-                    case Welcome(_, heartbeat):
+                    case Welcome(heartbeat=heartbeat):
                         beats = asyncio.create_task(self._beat(heartbeat))
                     case Assignment() as order if order.round > rounds:
                         break

@@ -6,7 +6,6 @@ Daemon and serving do not know each other; here, on the roof, they are put toget
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from fedml.errors import ConfigError, FedmlError, Untrusted
-from fedml.identity.certificates import Credentials, identity_of
+from fedml.identity.certificates import Credentials, identity_in
 from fedml.protocol.messages import Blob, Serving
 from fedml.releases.session import rehearse
 from fedml.releases.shelf import Shelf
@@ -33,7 +32,7 @@ T = TypeVar("T")
 ROOT, SHELF, IDENTITY = Path("trust/root.json"), Path("shelf"), Path("identity")
 _FIRST_ROOT, _ROOT_LIMIT = "1.root.json", 2**20
 _LARGEST_FILE = 64 * 2**30  # bytes
-_RENEWAL_CHECK = 3600.0  # seconds
+_RENEWAL_LEAST, _RENEWAL_CHECK = 1.0, 3600.0  # seconds
 _log = structlog.get_logger()
 
 
@@ -141,14 +140,23 @@ class Site:
 
 
 async def _keep_certified(link: GrpcLink, folder: Path) -> None:
-    """Renew the certificate once two thirds of its life are over."""
+    """Renew the certificate once two thirds of its life are over, by the coordinator's clock.
+
+    The connection that is open goes on with the old one, as long as that lives.
+    """
+    pause = _RENEWAL_LEAST
     while True:
-        identity = identity_of(Credentials.load(folder).certificate, time.time())
-        if time.time() > identity.issued + (identity.expires - identity.issued) * 2 / 3:
+        identity = identity_in(Credentials.load(folder).certificate)
+        life = identity.expires - identity.issued
+        wait = identity.issued + life * 2 / 3 - link.now()
+        if wait <= 0:
             try:
-                await renew(link, folder)
+                renewed = await renew(link, folder)
                 link.use(Credentials.load(folder))
-                _log.info("certificate renewed")
+                pause = _RENEWAL_LEAST
+                _log.info("certificate renewed", life=round(renewed.expires - renewed.issued))
             except FedmlError as error:
                 _log.warning("certificate not renewed yet", reason=str(error))
-        await asyncio.sleep(_RENEWAL_CHECK)
+                pause = min(2 * pause, life / 30)  # it may only have met the daemon's first dial
+            wait = pause
+        await asyncio.sleep(min(max(wait, _RENEWAL_LEAST), _RENEWAL_CHECK))

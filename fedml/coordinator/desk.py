@@ -41,6 +41,7 @@ from fedml.protocol.messages import (
 from fedml.protocol.operations import SiteInfo
 from fedml.rounds.selection import SiteStatus
 from fedml.transport.desks import Send
+from fedml.transport.pulse import Pulse
 
 Answer = Declined | Failed | Trained | Scored
 _OFFERS = 3  # updates that a site may offer for a task: one, and two more after a mishap
@@ -68,6 +69,7 @@ class _Seat:
     settled: set[TaskId] = field(default_factory=set)  # answered, and the answer was taken in
     offers: dict[TaskId, _Offers] = field(default_factory=dict)
     farewell: asyncio.TimerHandle | None = None
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 class Desk:
@@ -216,6 +218,10 @@ class Desk:
         offers = self._seat(site).offers.pop(task, None)
         return offers.digests if offers else set()
 
+    def pulse(self, site: SiteId) -> Pulse:
+        """Return what heeds what comes of a site's uploads; each stream has its own."""
+        return self._seat(site).pulse
+
     # --- one site's stream --------------------------------------------------------------------
 
     async def attend(
@@ -224,14 +230,14 @@ class Desk:
         """Serve one stream until its events end or it falls silent. A newer stream wins."""
         bind_contextvars(site=site)
         seat = self._sit(site, hello, send)
+        pulse = seat.pulse = Pulse()
         try:
             while True:
-                async with asyncio.timeout(_SILENT_BEATS * self._heartbeat):
-                    event = await anext(events)
+                event = await pulse.next(anext(events), _SILENT_BEATS * self._heartbeat)
                 seat.seen = time.time()
                 self._hear(site, seat, event)
         except TimeoutError:
-            _log.warning("site silent", seconds=_SILENT_BEATS * self._heartbeat)
+            _log.warning("site silent", seconds=round(pulse.silence, 1))
         except (StopAsyncIteration, Unreachable):
             pass
         finally:
@@ -252,7 +258,7 @@ class Desk:
             seat.farewell.cancel()
         self._count(seat.send is None)
         seat.send, seat.hello, seat.seen, seat.farewell = send, hello, time.time(), None
-        send(Welcome(__version__, self._heartbeat))
+        send(Welcome(__version__, self._heartbeat, time.time()))
         for task in hello.kept:
             if task not in seat.outstanding and not self._is_open(task):  # else asked for soon
                 send(Forget(task, self._was_counted(task)))

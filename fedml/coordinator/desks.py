@@ -24,6 +24,7 @@ from fedml.protocol.requests import Admission, JoinRequest
 from fedml.releases.registry import Registry
 from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Send
+from fedml.transport.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Federation:
     ) -> None:
         """Serve one site's stream until it ends."""
         await self.runs.desk.attend(SiteId(site.name), hello, events, send)
+
+    def pulse(self, site: Identity) -> Pulse:
+        """Return what heeds the site's signs of life that are no events."""
+        return self.runs.desk.pulse(SiteId(site.name))
 
     async def outgoing(self, site: Identity, digest: str) -> BlobStore:
         """Return the store with a model the site was assigned, or with a released file."""

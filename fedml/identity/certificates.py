@@ -228,7 +228,17 @@ def key_digest(csr: bytes) -> str:
 def identity_of(certificate: bytes, now: float) -> Identity:
     """Return who a client certificate (PEM) speaks for; its chain was checked by TLS.
 
-    Raises `PermissionDenied` if it names no one, an unknown role, or is out of its time.
+    Raises `PermissionDenied` as `identity_in` does, or if it is out of its time.
+    """
+    identity = identity_in(certificate)
+    check_in_time(identity, now)
+    return identity
+
+
+def identity_in(certificate: bytes) -> Identity:
+    """Return who a client certificate (PEM) speaks for, or did, or will.
+
+    Raises `PermissionDenied` if it names no one, or an unknown role.
     """
     try:
         leaf = x509.load_pem_x509_certificate(certificate)
@@ -245,11 +255,8 @@ def identity_of(certificate: bytes, now: float) -> Identity:
     except ConfigError as error:
         raise PermissionDenied(str(error)) from error
     start = leaf.not_valid_before_utc.timestamp()
-    identity = Identity(
-        name, role, leaf.serial_number, start + SKEW, leaf.not_valid_after_utc.timestamp()
-    )
-    check_in_time(identity, now)
-    return identity
+    end = leaf.not_valid_after_utc.timestamp()
+    return Identity(name, role, leaf.serial_number, start + SKEW, end)
 
 
 def check_in_time(identity: Identity, now: float) -> None:

@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Literal, NewType, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf.message import DecodeError, EncodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from fedml.errors import ConfigError, MalformedMessage
 from fedml.protocol import operations, requests
@@ -26,6 +27,7 @@ from fedml.protocol.messages import Command, SiteEvent, check_id
 
 T = TypeVar("T")
 
+PROTOCOL: str = fedml_pb2.DESCRIPTOR.package  # its number is the major version, see docs/faults.md
 MAX_MESSAGE = 4 * 2**20  # bytes of one encoded message
 MAX_CHUNK = 2**20  # bytes of one piece of a blob; measured: smaller and larger are slower
 MAX_TEXT = 64 * 2**10  # bytes of a string
@@ -54,8 +56,8 @@ def encode_command(command: Command) -> bytes:
     return _encode_one("Command", Command, command)
 
 
-def decode_command(data: bytes) -> Command:
-    """Return the `Command` that `data` holds."""
+def decode_command(data: bytes) -> Command | None:
+    """Return the `Command` that `data` holds; None for a kind that only newer versions know."""
     return _decode_one("Command", Command, data)  # type: ignore[return-value]
 
 
@@ -64,8 +66,8 @@ def encode_event(event: SiteEvent) -> bytes:
     return _encode_one("SiteEvent", SiteEvent, event)
 
 
-def decode_event(data: bytes) -> SiteEvent:
-    """Return the `SiteEvent` that `data` holds."""
+def decode_event(data: bytes) -> SiteEvent | None:
+    """Return the `SiteEvent` that `data` holds; None for a kind that only newer versions know."""
     return _decode_one("SiteEvent", SiteEvent, data)  # type: ignore[return-value]
 
 
@@ -82,7 +84,10 @@ def decode_part(data: bytes) -> requests.UploadPart:
         size, start = _varint_at(data, 1)
         if size == len(data) - start and (chunk := _unframe(data, start)):
             return chunk
-    return _decode_one("UploadPart", requests.UploadPart, data)  # type: ignore[return-value]
+    part = _decode_one("UploadPart", requests.UploadPart, data)
+    if part is None:
+        raise MalformedMessage("a part of an upload that this version does not know")
+    return part  # type: ignore[return-value]
 
 
 # --- chunks, by hand: protobuf would copy each MiB twice either way -----------------------------
@@ -193,7 +198,9 @@ def _decode_one(name: str, union: UnionType, data: bytes) -> object:
     message = _parse(name, data)
     label = message.WhichOneof("one")
     if label is None:
-        raise MalformedMessage(f"a {name} that this version does not know, or none at all")
+        if len(UnknownFieldSet(message)):
+            return None
+        raise MalformedMessage(f"a {name} that holds nothing")
     kind = _members(union)[label]
     return _take_message(kind, getattr(message, label), kind.__name__)
 

@@ -154,10 +154,14 @@ class Privacy:
 
 @dataclass(frozen=True)
 class Welcome:
-    """First command on a stream: the coordinator's version, and its heartbeat in seconds."""
+    """First command on a stream: the coordinator's version, and its heartbeat in seconds.
+
+    `now` is its time, in seconds since the epoch; 0 from a version that does not tell it.
+    """
 
     version: str
     heartbeat: float
+    now: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.heartbeat < math.inf:

@@ -95,6 +95,8 @@ class Clerk:
         self._jobs: dict[TaskId, _Job] = {}
         self._draining = False
         self._leaving: set[asyncio.Task[None]] = set()
+        self._told: set[TaskId] = set()  # their answers were handed in, and not forgotten since
+        self.answered = 0  # answers handed in, not counting again what was asked for again
 
     async def start(self) -> None:
         """Start the worker ahead of the first order; give back what is reserved for no order."""
@@ -195,6 +197,7 @@ class Clerk:
             self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
         failpoints.reach("task.voided")
         self._memory.forget(task, counted=counted)
+        self._told.discard(task)
         if isinstance(result, Trained):
             self._blobs.delete(result.update.digest)
         if order is not None:
@@ -209,6 +212,7 @@ class Clerk:
             try:
                 result = await self._result(order)
                 await self._deliver(order, result)
+                self._note_answer(order.task)
                 return telemetry.TASKS.labels("delivered").inc()
             except Refused as error:
                 log.warning("task refused", reason=str(error))
@@ -227,6 +231,10 @@ class Clerk:
                 telemetry.TASKS.labels("failed").inc()
                 text = f"a bug at the site, {type(error).__name__}"
                 return await self._tell(Failed(order.task, text))
+
+    def _note_answer(self, task: TaskId) -> None:
+        self.answered += task not in self._told
+        self._told.add(task)
 
     async def _pause(self, task: TaskId, seconds: float) -> None:
         """Wait, but no longer than until the coordinator asks again."""
@@ -321,6 +329,7 @@ class Clerk:
             "site": self._site,
             "model": str(desk.model),
             "slots": str(self._memory.slots(order.run)),
+            "private": order.privacy.mode != "none",
             "rows": str(permit.rows),
             "public_rows": permit.dataset.rows,
             "device": self._policy.device,

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
+import random
 import secrets
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +18,7 @@ import structlog
 
 from fedml import __version__, durable, telemetry
 from fedml.errors import FedmlError, NoRoom, Unreachable, Untrusted
+from fedml.identity.clocks import difference
 from fedml.protocol.messages import (
     Assignment,
     Beat,
@@ -33,9 +37,10 @@ from fedml.site.backoff import Backoff
 from fedml.site.clerk import Clerk, open_ledgers
 from fedml.site.policy import Policy
 from fedml.site.settings import Settings
-from fedml.transport.link import Link
+from fedml.transport.link import SILENCE, Link
 
 _PIECE = 2**20  # bytes of a data file hashed at a time
+_SILENT_BEATS = 3  # heartbeats without a sign of life after which the coordinator is called anew
 _log = structlog.get_logger()
 
 
@@ -66,8 +71,9 @@ class Daemon:
         self._drain = settings.drain
         self._clerk: Clerk | None = None
         self._draining = False
-        self._silence = 30.0  # seconds that the coordinator may be silent, until it says more
         self._updating: set[asyncio.Task[None]] = set()
+        self._most = math.inf  # seconds between dials, less the jitter of `Backoff`
+        self._proven_at = math.inf  # loop time; from then on the connection was worth dialling
 
     async def run(self) -> None:
         """Serve the coordinator for ever: connect, obey, reconnect with backoff and jitter.
@@ -109,14 +115,15 @@ class Daemon:
     async def _keep_connected(self, clerk: Clerk) -> None:
         loop, waits = asyncio.get_running_loop(), iter(self._backoff)
         while True:
-            began = loop.time()
+            self._proven_at, answered = math.inf, clerk.answered
             try:
                 await self._link.connect(await self._hello(clerk))
                 await self._converse(clerk)
             except (Unreachable, Untrusted) as error:
-                if loop.time() - began > self._backoff.last:
-                    waits = iter(self._backoff)  # that was a conversation, not a failed attempt
-                wait = next(waits)
+                # a coordinator that dies as often as it starts is no conversation either
+                if loop.time() >= self._proven_at or clerk.answered > answered:
+                    waits = iter(self._backoff)
+                wait = min(next(waits), self._most * random.uniform(0.5, 1.0))
                 # what may not be trusted is an alarm, but no reason to leave the ward without us
                 log = _log.error if isinstance(error, Untrusted) else _log.info
                 log("reconnecting", reason=str(error), seconds=round(wait, 1))
@@ -124,24 +131,29 @@ class Daemon:
 
     async def _converse(self, clerk: Clerk) -> None:
         """Obey commands until the stream is down or silent; raises `Unreachable`."""
-        patience = self._silence
+        silence = SILENCE
         beats: asyncio.Task[None] | None = None
         try:
             while True:
-                async with asyncio.timeout(patience):
-                    command = await self._link.receive()
+                command = await self._link.receive(silence)
                 if isinstance(command, Welcome):
-                    _log.info("connected", coordinator_version=command.version)
-                    patience = 3 * command.heartbeat
+                    self._welcome(command)
+                    silence = _SILENT_BEATS * command.heartbeat
+                    # it asks for a word as often, so it stands half as many dials
+                    self._most = max(2 * command.heartbeat, self._backoff.first)
+                    self._proven_at = asyncio.get_running_loop().time() + command.heartbeat
                     beats = beats or asyncio.create_task(self._beat(command.heartbeat))
                 else:
                     self._obey(command, clerk)
-        except TimeoutError as error:
-            raise Unreachable(f"the coordinator was silent for {patience:g} s") from error
         finally:
             if beats is not None:
                 beats.cancel()
             await self._link.close()
+
+    def _welcome(self, command: Welcome) -> None:
+        _log.info("connected", coordinator_version=command.version)
+        if command.now and (off := difference(time.time() - command.now)):
+            _log.warning(f"{off}; nothing of a run depends on it, certificates and releases do")
 
     async def _beat(self, seconds: float) -> None:
         while True:

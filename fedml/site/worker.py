@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import traceback
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 
-import fedml.learning.private  # noqa: F401 - so that children find it imported
 from fedml import durable, failpoints
 from fedml.errors import ConfigError, FedmlError
 from fedml.learning.evaluation import evaluate
@@ -40,15 +40,25 @@ def main() -> None:
     worker = os.getpid()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a recipe that prints must not speak into the protocol
+    if not select.select([0], [], [], 0)[0]:  # nobody waits for it: this takes a second
+        _prepare_privacy()
     for line in sys.stdin:
+        job = json.loads(line)
+        if job["private"]:
+            _prepare_privacy()
         child = os.fork()
         if child == 0:
             die_with_parent(worker)
             answers.close()
-            os._exit(_do(json.loads(line)))
+            os._exit(_do(job))
         print(json.dumps({"pid": child}), file=answers)
         _, status = os.waitpid(child, 0)
         print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=answers)
+
+
+def _prepare_privacy() -> None:
+    """Import what private training takes, once, so that children find it imported."""
+    import fedml.learning.private  # noqa: F401
 
 
 def _do(job: Mapping[str, Any]) -> int:

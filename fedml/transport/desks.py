@@ -14,6 +14,7 @@ from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, Task
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import Admission, JoinRequest
 from fedml.transport.chunks import BlobStore
+from fedml.transport.pulse import Pulse
 
 Send = Callable[[Command], None]
 
@@ -30,6 +31,9 @@ class FederationDesk(Protocol):
         refuse, raise. A newer stream of the same site cancels this call, and starts when it is
         over; so do a revoked or expired certificate and a site too slow to read.
         """
+
+    def pulse(self, site: Identity) -> Pulse:
+        """Return what heeds the site's signs of life that are no events."""
 
     async def outgoing(self, site: Identity, digest: str) -> BlobStore:
         """Return the store to send a blob from; raise `Refused` if it is none of the site's."""

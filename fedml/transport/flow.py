@@ -18,28 +18,45 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 PATIENCE = 60.0  # seconds of silence within a transfer before it is given up
+SLOW = 0.5  # seconds for one chunk after which a peer counts as slow
+GROWTH = 4  # how much larger a chunk may be than the one before
+_FIRST = 64 * 2**10  # bytes of the first chunk, on a line of which nothing is known
+_TARDY = GROWTH * SLOW  # seconds for one chunk after which the next is smaller
 _AHEAD = 2 * MAX_CHUNK  # bytes that may have come and not be written yet
 
 
 async def pour(store: BlobStore, digest: str, offset: int) -> AsyncGenerator[Chunk]:
     """Yield a blob's bytes from `offset` on, reading ahead by one chunk.
 
+    Chunks are as large as the line is quick: what else is said on it waits behind a chunk.
     Raises `Refused` if the blob is not there.
     """
-    file = store.open(digest)
+    file, loop, size = store.open(digest), asyncio.get_running_loop(), _FIRST
     file.seek(offset)
-    reading = _thread(file.read, MAX_CHUNK)
+    reading = _thread(file.read, size)
     try:
         while data := await reading:
-            reading = _thread(file.read, MAX_CHUNK)
+            if ahead := size == MAX_CHUNK:
+                reading = _thread(file.read, size)
             BYTES.labels("out").inc(len(data))
             failpoints.reach("chunk.poured")
+            began = loop.time()
             yield Chunk(data)
+            size = next_size(len(data), loop.time() - began)
+            if not ahead:
+                reading = _thread(file.read, size)
     finally:
         try:
             await asyncio.wait([reading])
         finally:
             file.close()
+
+
+def next_size(size: int, seconds: float) -> int:
+    """Return the size of the chunk that follows one of `size` bytes, which took `seconds` to go."""
+    if seconds < SLOW:
+        return min(GROWTH * size, MAX_CHUNK)
+    return max(size // GROWTH, _FIRST) if seconds > _TARDY else size
 
 
 async def catch(chunks: AsyncIterator[Chunk], intake: Intake) -> None:

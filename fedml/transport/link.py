@@ -13,6 +13,8 @@ from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail,
 from fedml.protocol.requests import Admission, Pong
 from fedml.transport.chunks import BlobStore
 
+SILENCE = 30.0  # seconds that the coordinator may be silent, until it says more
+
 
 class Link(Protocol):
     """A site's way to the coordinator.
@@ -25,8 +27,12 @@ class Link(Protocol):
     async def connect(self, hello: Hello) -> None:
         """Open the stream; an open one is given up. The coordinator's `Welcome` comes first."""
 
-    async def receive(self) -> Command:
-        """Wait for the next command; raises `Unreachable` once the stream is down."""
+    async def receive(self, silence: float = SILENCE) -> Command:
+        """Wait for the next command.
+
+        Raises `Unreachable` once the stream is down, or the coordinator was silent for `silence`
+        seconds; what comes of a download is no silence, see `Pulse`.
+        """
 
     async def send(self, event: SiteEvent) -> None:
         """Send an event; that it arrived is only known from what the coordinator does next."""

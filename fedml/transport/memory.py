@@ -33,6 +33,8 @@ from fedml.protocol.requests import (
 from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Desks
 from fedml.transport.flow import catch, pour
+from fedml.transport.link import SILENCE
+from fedml.transport.pulse import Pulse, heard
 from fedml.transport.reception import Reception
 
 
@@ -80,19 +82,21 @@ class MemoryLink:
     def __init__(self, coordinator: MemoryCoordinator, who: Identity) -> None:
         self._coordinator, self._who = coordinator, who
         self._stream: _Stream | None = None
+        self._pulse = Pulse()
 
     async def connect(self, hello: Hello) -> None:
         """See `Link`."""
         await self.close()
         reception = self._coordinator.receive(self._who, "Federation/Connect")
         stream = _Stream(reception, self._who)
+        self._pulse = Pulse()
         stream.send(hello)
         self._stream = stream
         await stream.welcomed()
 
-    async def receive(self) -> Command:
+    async def receive(self, silence: float = SILENCE) -> Command:
         """See `Link`."""
-        return await self._opened().receive()
+        return await heard(self._pulse, self._opened().receive(), silence)
 
     async def send(self, event: SiteEvent) -> None:
         """See `Link`."""
@@ -106,7 +110,7 @@ class MemoryLink:
             return
         request = DownloadRequest(blob.digest, intake.offset)
         async with aclosing(reception.download(self._who, request)) as chunks:
-            await catch(chunks, intake)
+            await catch(self._pulse.of(chunks), intake)
 
     async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
         """See `Link`."""
@@ -175,7 +179,8 @@ class _Stream:
 
     async def _arriving(self) -> AsyncIterator[SiteEvent]:
         while True:
-            yield codec.decode_event(await self._events.get())
+            if event := codec.decode_event(await self._events.get()):
+                yield event
 
     async def _write(self, command: Command) -> None:
         self._commands.put_nowait(codec.encode_command(command))
@@ -189,10 +194,12 @@ class _Stream:
 
     async def receive(self) -> Command:
         """Wait for the next command; raises what ended the stream."""
-        await self.welcomed()
-        command = codec.decode_command(self._commands.get_nowait())
-        if self._commands.empty() and self._reason is None:
-            self._ready.clear()
+        command = None
+        while command is None:
+            await self.welcomed()
+            command = codec.decode_command(self._commands.get_nowait())
+            if self._commands.empty() and self._reason is None:
+                self._ready.clear()
         return command
 
     def send(self, event: SiteEvent) -> None:

@@ -15,7 +15,6 @@ from fedml import __version__
 from fedml.errors import (
     FedmlError,
     MalformedMessage,
-    PermissionDenied,
     Refused,
     Unreachable,
 )
@@ -39,6 +38,8 @@ from fedml.transport.turns import Turns
 
 BACKLOG = 1000  # commands that may wait for a site; more, and it is too slow to be there
 MOVING = 8  # transfers each way that move at a time, see `Turns`
+# Not the end of the site, which has renewed it long ago; else its next handshake fails.
+_EXPIRED = "this connection's certificate expired; connect again with the renewed one"
 PARTING = 5.0  # seconds that a last command gets to leave
 Write = Callable[[Command], Awaitable[None]]
 
@@ -79,7 +80,10 @@ class Reception:
         self, who: Identity, events: AsyncIterator[SiteEvent]
     ) -> AsyncGenerator[SiteEvent]:
         async for event in events:  # each event: a stream may outlive its certificate's good name
-            self._access.check(who, "Federation/Connect", time.time())
+            now = time.time()
+            if now >= who.expires:
+                raise Unreachable(_EXPIRED)
+            self._access.check(who, "Federation/Connect", now)
             if isinstance(event, Hello):
                 raise MalformedMessage(f"{who}: a second Hello on one stream")
             yield event
@@ -121,7 +125,7 @@ class Reception:
             intake = store.receive(blob, who.name)
             yield Stored(intake.offset, True)
             async with (
-                aclosing(_chunks(who, parts)) as sent,
+                aclosing(self._desk.pulse(who).of(_chunks(who, parts))) as sent,
                 aclosing(turn.over(sent)) as chunks,
             ):
                 await catch(chunks, intake)
@@ -181,7 +185,7 @@ class _Stream:
                 await work
                 self._queue.put_nowait(None)
         except TimeoutError as error:
-            raise self._reason or PermissionDenied("the certificate expired; renew it") from error
+            raise self._reason or Unreachable(_EXPIRED) from error
         except BaseExceptionGroup as group_error:
             raise _first(group_error) from group_error
         finally:

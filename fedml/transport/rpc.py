@@ -18,12 +18,14 @@ from fedml.identity.certificates import (
     Credentials,
     Identity,
     csr_for,
+    identity_in,
     identity_of,
     new_key_and_csr,
 )
+from fedml.identity.clocks import Clock, complaint
 from fedml.identity.enrolment import Token
 from fedml.protocol import codec
-from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, TaskId
+from fedml.protocol.messages import Blob, Command, Hello, RunId, SiteEvent, TaskId, Welcome
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
 from fedml.protocol.requests import (
     Admission,
@@ -48,8 +50,9 @@ from fedml.protocol.requests import (
 )
 from fedml.transport.chunks import BlobStore
 from fedml.transport.flow import catch, patient, pour, soon
-from fedml.transport.link import Link
-from fedml.transport.terms import CLIENT_OPTIONS, error_of
+from fedml.transport.link import SILENCE, Link
+from fedml.transport.pulse import Pulse, heard
+from fedml.transport.terms import CLIENT_OPTIONS, error_of, shown_certificate
 
 T = TypeVar("T")
 ANSWER = 30.0  # seconds to wait for a single answer
@@ -66,8 +69,7 @@ class _Line:
 
     @classmethod
     def of(cls, credentials: Credentials) -> _Line:
-        """Dial with a client certificate; raises `PermissionDenied` if it has expired."""
-        identity_of(credentials.certificate, time.time())
+        """Dial with a client certificate."""
         return cls(
             credentials.address,
             grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate),
@@ -151,7 +153,7 @@ def _errors_of(address: str) -> Iterator[None]:
 
 
 def _path(method: str) -> str:
-    return f"/fedml.v1.{method}"
+    return f"/{codec.PROTOCOL}.{method}"
 
 
 class GrpcLink:
@@ -163,29 +165,54 @@ class GrpcLink:
         self._stream: _Stream | None = None
         self._first: Command | None = None
         self._sending = asyncio.Lock()
+        self._pulse, self._clock = Pulse(), Clock()
 
     def use(self, credentials: Credentials) -> None:
         """Dial with these from the next `connect` on, for instance after a renewal."""
         self._credentials = credentials
 
+    def now(self) -> float:
+        """Return the coordinator's time, as far as we know it."""
+        return self._clock.now(time.time(), time.monotonic())
+
     async def connect(self, hello: Hello) -> None:
         """See `Link`."""
         await self.close()
+        self._pulse = Pulse()
         stream = self._open().converse("Federation/Connect")
         self._stream = stream
         try:
             async with asyncio.timeout(ANSWER):
-                await self._write(stream, hello)
+                with suppress(Unreachable):  # it is over; reading says why
+                    await self._write(stream, hello)
                 self._first = await self._read(stream)
         except TimeoutError as error:
             raise Unreachable(f"no welcome within {ANSWER:.0f} s") from error
+        except (Unreachable, Untrusted) as error:
+            if blame := await self._blame_the_clock(isinstance(error, Untrusted)):
+                raise Untrusted(f"{blame} ({error})") from error
+            raise
+        if isinstance(self._first, Welcome):
+            self._clock.hear(self._first.now, time.monotonic())
 
-    async def receive(self) -> Command:
+    async def _blame_the_clock(self, theirs: bool) -> str:
+        """Say that our clock denies a certificate, ours or `theirs`; "" if it does not."""
+        now, ours = time.time(), self._credentials
+        ahead = self._clock.ahead(now, time.monotonic())
+        who, cure = str(identity_in(ours.certificate)), "join with a new token"
+        blame = complaint(who, ours.certificate, now, ahead, cure)
+        if blame or not theirs:
+            return blame
+        shown = await asyncio.to_thread(shown_certificate, ours.address, ours.ca)
+        cure = "start the coordinator anew, which certifies it"
+        return complaint("the coordinator", shown, now, ahead, cure) if shown else ""
+
+    async def receive(self, silence: float = SILENCE) -> Command:
         """See `Link`."""
         if self._first is not None:
             command, self._first = self._first, None
             return command
-        return await self._read(self._opened())
+        return await heard(self._pulse, self._read(self._opened()), silence)
 
     async def send(self, event: SiteEvent) -> None:
         """See `Link`."""
@@ -198,7 +225,7 @@ class GrpcLink:
             return
         request = DownloadRequest(blob.digest, intake.offset)
         async with aclosing(self._open().stream("Federation/Download", request, Chunk)) as chunks:
-            await catch(patient(chunks), intake)
+            await catch(self._pulse.of(patient(chunks)), intake)
 
     async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
         """See `Link`."""
@@ -251,12 +278,14 @@ class GrpcLink:
                 await stream.write(data)
 
     async def _read(self, stream: _Stream) -> Command:
-        address = self._credentials.address
-        with _errors_of(address):
-            data = await stream.read()
-        if not isinstance(data, bytes):
-            raise Unreachable(f"coordinator at {address}: the stream ended")
-        return codec.decode_command(data)
+        address, command = self._credentials.address, None
+        while command is None:
+            with _errors_of(address):
+                data = await stream.read()
+            if not isinstance(data, bytes):
+                raise Unreachable(f"coordinator at {address}: the stream ended")
+            command = codec.decode_command(data)
+        return command
 
 
 async def _answers(call: _Stream) -> AsyncGenerator[Stored]:
@@ -276,6 +305,8 @@ class OperationsClient:
     """An operator's `Operations` over mutual TLS."""
 
     def __init__(self, credentials: Credentials) -> None:
+        """Raises `PermissionDenied` if the certificate is out of its time."""
+        identity_of(credentials.certificate, time.time())
         self._line = _Line.of(credentials)
 
     async def reach(self, patience: float) -> None:
@@ -381,6 +412,6 @@ async def renew(link: Link, folder: Path) -> Identity:
     old = Credentials.load(folder)
     key, csr = new_key_and_csr("renewing")
     admission = await link.renew(csr)
-    identity = identity_of(admission.certificate, time.time())
+    identity = identity_in(admission.certificate)  # its time is not by our clock
     replace(old, certificate=admission.certificate, key=key).save(folder)
     return identity

@@ -6,6 +6,7 @@ like any other. Every call is checked against the role table before a desk hears
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import grpc
+import structlog
 
-from fedml.errors import ConfigError, FedmlError, PermissionDenied
+from fedml import __version__
+from fedml.errors import ConfigError, FedmlError, PermissionDenied, Untrusted
 from fedml.identity.access import Access
 from fedml.identity.certificates import Identity, identity_of
 from fedml.protocol import codec
@@ -35,6 +38,7 @@ from fedml.protocol.requests import (
     RollbackRequest,
     RunRequest,
     SubmitRequest,
+    UploadPart,
 )
 from fedml.transport.desks import Desks, EnrolmentDesk, OperationsDesk
 from fedml.transport.reception import Reception
@@ -43,6 +47,9 @@ from fedml.transport.terms import SERVER_OPTIONS, status_of
 T = TypeVar("T")
 PAGE = 200  # receipts in one piece of a run's details
 GRACE = 0.2  # seconds that calls in flight get when the server stops; all of them may be repeated
+
+_VERSION = re.compile(r"/(fedml\.v[0-9]{1,4})\.")  # how every call begins
+_log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
@@ -78,6 +85,8 @@ async def serve(
     _add(known, "Federation", _federation(guard, reception, desks.enrolment))
     _add(known, "Operations", _operations(guard, desks.operations))
     _add(newcomers, "Enrolment", _enrolment(desks.enrolment))
+    for server in (known, newcomers):
+        server.add_generic_rpc_handlers((_Foreign(guard),))
     pair = [(tls.key, tls.certificate + tls.ca)]
     async with AsyncExitStack() as stack:
         for server in (known, newcomers):
@@ -100,7 +109,7 @@ def _bind(server: grpc.aio.Server, address: str, terms: grpc.ServerCredentials) 
 
 
 def _add(server: grpc.aio.Server, service: str, handlers: Handlers) -> None:
-    name = f"fedml.v1.{service}"
+    name = f"{codec.PROTOCOL}.{service}"
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
@@ -113,6 +122,12 @@ class _Guard:
 
     def admit(self, method: str, context: Context) -> Identity:
         """Return the caller; raises `PermissionDenied`."""
+        who = self.caller(context)
+        self._access.check(who, method, time.time())
+        return who
+
+    def caller(self, context: Context) -> Identity:
+        """Return who calls, whatever it may do; raises `PermissionDenied` if that is nobody."""
         certificates = list(context.auth_context().get("x509_pem_cert", ()))
         if not certificates:
             raise PermissionDenied("no client certificate; join with a token first")
@@ -121,7 +136,6 @@ class _Guard:
             if len(self._known) >= 4096:
                 self._known.clear()
             self._known[pem] = identity_of(pem, now)
-        self._access.check(self._known[pem], method, now)
         return self._known[pem]
 
 
@@ -193,7 +207,7 @@ def _federation(guard: _Guard, reception: Reception, enrolment: EnrolmentDesk) -
     async def upload(requests: AsyncIterator[bytes], context: Context) -> None:
         async with _answering(context):
             who = guard.admit("Federation/Upload", context)
-            parts = _decoded(requests, codec.decode_part)
+            parts: AsyncIterator[UploadPart] = _decoded(requests, codec.decode_part)
             async with aclosing(reception.upload(who, parts)) as answers:
                 async for stored in answers:
                     await context.write(codec.encode(stored))
@@ -235,9 +249,49 @@ def _enrolment(desk: EnrolmentDesk) -> Handlers:
     return {"Join": grpc.unary_unary_rpc_method_handler(join)}
 
 
-async def _decoded(data: AsyncIterator[bytes], decode: Callable[[bytes], T]) -> AsyncIterator[T]:
+async def _decoded(
+    data: AsyncIterator[bytes], decode: Callable[[bytes], T | None]
+) -> AsyncIterator[T]:
+    """Yield what the messages hold, passing over kinds that only newer versions know."""
     async for message in data:
-        yield decode(message)
+        if (decoded := decode(message)) is not None:
+            yield decoded
+
+
+class _Foreign(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in its stubs only
+    """Refuses calls of another major version; both ends have a line that says what to do."""
+
+    def __init__(self, guard: _Guard) -> None:
+        self._guard = guard
+        self._known: set[tuple[str, str]] = set()  # who was told of already, with what
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
+        """Return a handler that says no; None for a call of our own version."""
+        match = _VERSION.match(call.method)
+        if match is None or (theirs := match[1]) == codec.PROTOCOL:
+            return None
+
+        async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
+            async with _answering(context):
+                who = self._name(context)
+                if (who, theirs) not in self._known and len(self._known) < 1000:
+                    self._known.add((who, theirs))
+                    _log.warning(
+                        f"{who} speaks {theirs}, this coordinator {codec.PROTOCOL}: install one "
+                        "major version on both"
+                    )
+                raise Untrusted(
+                    f"you speak {theirs}, this coordinator {codec.PROTOCOL} (it is fedml "
+                    f"{__version__}): install one major version on both"
+                )
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _name(self, context: Context) -> str:
+        try:
+            return str(self._guard.caller(context))
+        except FedmlError:
+            return "a newcomer"
 
 
 async def _each(items: Awaitable[Sequence[object]]) -> AsyncGenerator[object]:

@@ -6,8 +6,11 @@ row it left by, so the caller still knows whether to retry, to mend a setting or
 
 from __future__ import annotations
 
+import ssl
+
 import grpc
 
+from fedml import __version__
 from fedml.errors import (
     ConfigError,
     FedmlError,
@@ -16,8 +19,11 @@ from fedml.errors import (
     Unreachable,
     Untrusted,
 )
-from fedml.protocol.codec import MAX_MESSAGE
+from fedml.identity.clocks import is_issued_by
+from fedml.protocol.codec import MAX_MESSAGE, PROTOCOL
+from fedml.transport.flow import PATIENCE
 
+_LOOK = 5.0  # seconds
 Options = list[tuple[str, int]]
 
 _SIZES: Options = [
@@ -25,7 +31,8 @@ _SIZES: Options = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
 ]
 _KEEPALIVE: Options = [
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # Also what the kernel waits for an answer to what it sent: on a slow line that may be long.
+    ("grpc.keepalive_timeout_ms", int(PATIENCE * 1000)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -61,12 +68,24 @@ _TABLE: tuple[tuple[type[FedmlError], grpc.StatusCode], ...] = (  # first match 
 )
 _FOREIGN: dict[grpc.StatusCode, type[FedmlError]] = {  # codes that gRPC itself gives
     grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
-    grpc.StatusCode.UNIMPLEMENTED: ConfigError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Refused,
 }
 _BACK = {code: kind for kind, code in reversed(_TABLE)} | {
     grpc.StatusCode.FAILED_PRECONDITION: Refused
 }
+
+
+def shown_certificate(address: str, ca: bytes) -> bytes | None:
+    """Return the certificate (PEM) that is shown at `address`, valid now or not, if `ca` issued it.
+
+    For a word on a handshake that failed, and for nothing else. Blocks for seconds at most.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        shown = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=_LOOK).encode()
+    except (OSError, ValueError):
+        return None
+    return shown if is_issued_by(shown, ca) else None
 
 
 def status_of(error: FedmlError) -> tuple[grpc.StatusCode, str]:
@@ -86,6 +105,11 @@ def error_of(address: str, error: grpc.RpcError) -> FedmlError:
         return Untrusted(
             f"{address} showed a certificate that our authority did not give to that name; "
             "check the address"
+        )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return Untrusted(
+            f"coordinator at {address} does not know a call of {PROTOCOL}, as fedml {__version__} "
+            "speaks it: install one major version on both ends, and the newer minor one there"
         )
     kind = _FOREIGN.get(code) or _BACK.get(code, Unreachable)
     if kind is Unreachable:

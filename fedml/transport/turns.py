@@ -12,11 +12,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from fedml.transport.flow import PATIENCE, soon
+from fedml.transport.flow import PATIENCE, SLOW, soon
 
 T = TypeVar("T")
 
-SLOW = 0.5  # seconds for one chunk after which a peer counts as slow
 BEAT = PATIENCE / 4  # seconds after which one who waits for a turn is told to go on waiting
 
 

@@ -39,7 +39,7 @@ class Courier:
     async def connect(self, hello: Hello) -> None:
         raise Refused("only releases travel here")
 
-    async def receive(self) -> Command:
+    async def receive(self, silence: float = 30.0) -> Command:
         raise Refused("only releases travel here")
 
     async def send(self, event: SiteEvent) -> None:

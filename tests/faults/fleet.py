@@ -27,7 +27,7 @@ from fedml import settings as files
 from fedml.cli.demo.federation import Federation, free_ports
 from fedml.coordinator.folder import create
 from fedml.coordinator.settings import Settings
-from fedml.identity.certificates import Authority, Credentials, new_key_and_csr
+from fedml.identity.certificates import DAY, Authority, Credentials, new_key_and_csr
 from fedml.learning.recipe import identify
 from fedml.params import Params, encode
 from fedml.privacy.ledger import Entry, read
@@ -57,6 +57,7 @@ def plan(
     minted: bool = False,
     rounds: int = ROUNDS,
     recipe: str = "",
+    deadline: float = 30.0,
 ) -> Plan:
     """Return a run of `rounds` and an evaluation, which asks both sites each time.
 
@@ -72,7 +73,7 @@ def plan(
         # all rows at once under privacy: its cost has a formula, and takes no second to find
         training=Training(lr=0.05, steps=2, batch_size=0 if private else 8),
         privacy=privacy if private else Privacy(),
-        cohort=Cohort(quorum=len(SITES), deadline=30.0, sites=tuple(map(SiteId, SITES))),
+        cohort=Cohort(quorum=len(SITES), deadline=deadline, sites=tuple(map(SiteId, SITES))),
         evaluation=Evaluation(at_end=True),
         gates=() if minted else (Gate(metric="accuracy", at_least=2.0),),
         rounds=rounds,
@@ -100,6 +101,7 @@ class Fleet(Federation):
         self._policy = _policy(len(sites), runs_at_once)
         self.sites, self._settings = sites, {"heartbeat": HEARTBEAT, "grace": GRACE, **settings}
         self.is_sound = True  # until a test has failed that hurt it
+        self.first: dict[str, Path] = {}  # what comes first on a program's Python path
         self._journal: dict[str, list[Mapping[str, Any]]] = {}
         self._seen = 0  # bytes of the journal
         self._read: dict[str, int] = {}  # how much of each log was looked at
@@ -130,10 +132,7 @@ class Fleet(Federation):
     def _admit(self, name: str, address: str) -> None:
         """Make a site's folder as `fedml site join` and an operator's own editor do."""
         folder = self.site(name)
-        authority = Authority.load(self.hub / "ca")
-        key, csr = new_key_and_csr(name)
-        certificate = authority.issue(csr, name, "site", time.time())
-        Credentials(address, authority.certificate, certificate, key).save(folder / "identity")
+        self.certify(name, address, time.time())
         files.write(site_settings.Settings(name, address, rest_port=0, grpc_port=0),
                     folder / "site.toml")  # fmt: skip
         root = self.hub / "releases" / "metadata" / "1.root.json"
@@ -141,6 +140,14 @@ class Fleet(Federation):
         durable.replace(folder / "policy.toml", self._policy.encode())
         for part, count in (("train", TRAIN), ("held_out", HELD_OUT)):
             durable.replace(folder / f"{part}.csv", _rows(f"{name} {part}", count).encode())
+
+    def certify(self, name: str, address: str, issued: float, life: float = 30 * DAY) -> None:
+        """Give a site a new key and certificate, which lives `life` seconds from `issued` on."""
+        authority = Authority.load(self.hub / "ca")
+        key, csr = new_key_and_csr(name)
+        certificate = authority.issue(csr, name, "site", issued, days=life / DAY)
+        papers = Credentials(address, authority.certificate, certificate, key)
+        papers.save(self.site(name) / "identity")
 
     # --- its programs ---------------------------------------------------------------------------
 
@@ -166,12 +173,21 @@ class Fleet(Federation):
                 env={**self.environment(name), **environment},
             )
 
+    def relaunch(self, name: str, **environment: str) -> None:
+        """Kill a program and start it again."""
+        self.kill(name)
+        self.launch(name, **environment)
+
     def environment(self, name: str) -> dict[str, str]:
         """Return the environment of a program: fail points, and the recipe's package."""
         return {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder / 'packages'}",
+            "PYTHONPATH": os.pathsep.join(
+                str(path)
+                for path in (self.first.get(name), ROOT, self.folder / "packages")
+                if path is not None
+            ),
             failpoints.VARIABLE: f"@{self.program(name).strikes}",
         }
 

@@ -216,8 +216,13 @@ class Relay:
 
 
 def _plug() -> socket.socket:
-    """Return a socket that takes little in ahead: a slow line does not swallow a model whole."""
+    """Return a socket that takes little in ahead: a slow line does not swallow a model whole.
+
+    Its segments are an Ethernet's: with loopback's 64 KB, more than it takes in, senders wait for
+    room that never comes, and only their timers move anything.
+    """
     plug = socket.socket()
+    plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
     plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * _PIECE)
     plug.setblocking(False)
     return plug

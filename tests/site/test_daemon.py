@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from fedml.protocol.messages import (
     Serving,
     TaskId,
     Trained,
+    Welcome,
 )
 from fedml.site.backoff import Backoff
 from fedml.transport.chunks import BlobStore
@@ -467,6 +469,71 @@ def test_waits_double_up_to_a_bound_below_ten_seconds() -> None:
     for wait, full in zip(waits, (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, *[8.0] * 44), strict=True):
         assert full / 2 <= wait <= full
     assert len(set(waits)) == 50
+
+
+class Waits(Backoff):
+    """Waits of no length; it notes how many came in a row before each one."""
+
+    rows: list[int]
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "rows", [])
+
+    def __iter__(self) -> Iterator[float]:
+        for number in itertools.count():
+            self.rows.append(number)
+            yield 0.0
+
+
+async def test_a_connection_that_lasted_a_heartbeat_is_no_failed_dial(tmp_path: Path) -> None:
+    wire, waits = Wire(), Waits()
+    async with running(tmp_path, wire, backoff=waits, heartbeat=0.05):
+        for _ in range(4):
+            await wire.event(Beat)
+            wire.say(Unreachable("reset"))
+            await wire.hello()
+            wire.say(Welcome("test", 0.05))
+    assert set(waits.rows) == {0}
+    assert len(waits.rows) >= 4
+
+
+async def test_a_coordinator_that_dies_after_each_welcome_is_called_ever_more_seldom(
+    tmp_path: Path,
+) -> None:
+    wire, waits = Wire(), Waits()
+    async with running(tmp_path, wire, backoff=waits):
+        for _ in range(6):
+            wire.say(Unreachable("it died"))
+            await wire.hello()
+            wire.say(Welcome("test", 60.0))
+    assert waits.rows == [0, 1, 2, 3, 4, 5]
+
+
+async def test_dials_are_never_further_apart_than_two_heartbeats(tmp_path: Path) -> None:
+    wire = Wire()
+    async with running(tmp_path, wire, backoff=Backoff(0.01, 3600.0), heartbeat=0.05):
+        wire.failing = [Unreachable("no route") for _ in range(30)]  # months of doubled waits
+        wire.say(Unreachable("cut"))
+        await wire.hello()
+        assert not wire.failing
+
+
+async def test_an_answer_handed_in_proves_a_connection_and_the_same_answer_again_does_not(
+    tmp_path: Path,
+) -> None:
+    """Else a coordinator that dies of an answer would be called with it without a pause."""
+    worked(tmp_path)
+    wire, waits = Wire(), Waits()
+    async with running(tmp_path, wire, backoff=waits):
+        for round_ in range(4):
+            wire.say(ORDER)
+            await wire.event(Trained)
+            if round_ == 0:
+                wire.say(Unreachable("it died"))
+                await wire.hello()
+            wire.say(Unreachable("it died"))
+            await wire.hello()
+    assert waits.rows == [0, 1, 2, 3, 4]
 
 
 async def test_a_silent_coordinator_is_called_again(tmp_path: Path) -> None:

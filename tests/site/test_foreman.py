@@ -80,6 +80,7 @@ def prepared(folder: Path, what: str) -> tuple[Mapping[str, object], Path]:
         "site": "bern",
         "model": str(folder / "model"),
         "slots": str(folder / "no-slots"),
+        "private": False,
         "rows": str(folder / "rows"),
         "public_rows": 8,
         "device": "cpu",

@@ -34,6 +34,7 @@ from fedml.site.daemon import Daemon, Endpoint
 from fedml.site.policy import AllowedRecipe, Dataset, Policy
 from fedml.site.settings import Settings
 from fedml.transport.chunks import BlobStore
+from fedml.transport.link import SILENCE
 
 E = TypeVar("E")
 RECIPE = identify("breast_cancer")
@@ -94,8 +95,12 @@ class Wire:
         self.connected = True
         self.hellos.put_nowait(hello)
 
-    async def receive(self) -> Command:
-        command = await self.commands.get()
+    async def receive(self, silence: float = SILENCE) -> Command:
+        try:
+            async with asyncio.timeout(silence):
+                command = await self.commands.get()
+        except TimeoutError as error:
+            raise Unreachable(f"the coordinator was silent for {silence:g} s") from error
         if isinstance(command, FedmlError):
             raise command
         return command

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -26,12 +27,13 @@ from fedml.errors import (
     Unreachable,
     Untrusted,
 )
-from fedml.identity.certificates import Credentials
+from fedml.identity.certificates import DAY, Authority, Credentials
 from fedml.protocol.messages import Welcome
 from fedml.transport.rpc import GrpcLink, join, renew
 from fedml.transport.terms import status_of
 from tests.transport.world import HELLO, MIB, TASK, Cable, GrpcPlace, World, reach
 
+HOUR = 3600.0
 DATA = random.Random(2).randbytes(4 * MIB + MIB // 2)
 
 
@@ -94,7 +96,7 @@ async def test_a_download_cut_at_any_chunk_sends_only_the_rest(
     with pytest.raises(Unreachable):
         await link.download(blob, mine)
     held = mine.held(blob)
-    assert held <= chunk * MIB
+    assert held <= cable.limit_down
     await link.close()
     cable.mend()
     await link.download(blob, mine)
@@ -111,13 +113,13 @@ async def test_an_upload_cut_at_any_chunk_sends_only_the_rest(
     blob = mine.put_bytes(DATA)
     desk.asked_for.add(blob)
     link = GrpcLink(place.world.credentials())
-    cable.limit_up = chunk * MIB + 90_000
+    limit = cable.limit_up = chunk * MIB + 90_000
     with pytest.raises(Unreachable):
         await link.upload(blob, mine, TASK)
     await link.close()
     cable.mend()
     held = desk.store.held(blob, "mercy")
-    assert held <= chunk * MIB
+    assert held <= limit
     await link.upload(blob, mine, TASK)
     assert desk.store.path(blob.digest).read_bytes() == DATA
     assert cable.up < len(DATA) - held + 100_000
@@ -184,6 +186,32 @@ async def test_nobody_there_is_unreachable_at_once(tmp_path: Path) -> None:
         world.port = unused.getsockname()[1]
         with pytest.raises(Unreachable, match=f"coordinator at 127.0.0.1:{world.port}"):
             await reach(world.credentials())
+
+
+@pytest.mark.parametrize(
+    ("ahead", "line"),
+    [
+        (
+            5 * HOUR,
+            "this machine's clock is at least 5 h 0 min slow: it says .* of the coordinator",
+        ),
+        (-400 * DAY, "the certificate of the coordinator expired 35 days ago, if this machine's"),
+    ],
+)
+async def test_a_clock_that_denies_the_coordinator_s_certificate_is_named(
+    tmp_path: Path, ahead: float, line: str
+) -> None:
+    place = GrpcPlace(World.build(tmp_path), ahead)
+    await place.start()
+    try:
+        with pytest.raises(Untrusted, match=line):
+            await reach(place.world.credentials())
+        stranger = Authority.create(tmp_path / "stranger", time.time())
+        with pytest.raises(Untrusted) as caught:  # whose word on our clock counts for nothing
+            await reach(replace(place.world.credentials(), ca=stranger.certificate))
+        assert "clock" not in str(caught.value)
+    finally:
+        await place.stop()
 
 
 async def test_a_callers_cancellation_stays_a_cancellation(place: GrpcPlace) -> None:

@@ -38,6 +38,7 @@ from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Desks, Send
 from fedml.transport.link import Link, Operations
 from fedml.transport.memory import MemoryCoordinator
+from fedml.transport.pulse import Pulse
 from fedml.transport.rpc import GrpcLink, OperationsClient
 from fedml.transport.server import ServerTls, serve
 
@@ -77,6 +78,9 @@ class Desk:
                     send(Beat())
         finally:
             self.heard.put_nowait((site.name, "gone"))
+
+    def pulse(self, site: Identity) -> Pulse:
+        return Pulse()
 
     async def outgoing(self, site: Identity, digest: str) -> BlobStore:
         if digest not in self.may_get:
@@ -218,10 +222,10 @@ class Place(Protocol):
 
 
 class GrpcPlace:
-    """Over mutual TLS on loopback."""
+    """Over mutual TLS on loopback, certified `ahead` seconds from now."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, ahead: float = 0.0) -> None:
+        self.world, self._ahead = world, ahead
         self._stack = AsyncExitStack()
 
     def link(self, name: str = "mercy") -> Link:
@@ -232,7 +236,7 @@ class GrpcPlace:
 
     async def start(self) -> None:
         world = self.world
-        certificate, key = world.authority.issue_server(["127.0.0.1"], time.time())
+        certificate, key = world.authority.issue_server(["127.0.0.1"], time.time() + self._ahead)
         server = await self._stack.enter_async_context(
             serve(
                 world.desks,

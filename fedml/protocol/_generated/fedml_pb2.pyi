@@ -55,12 +55,14 @@ class Privacy(_message.Message):
     def __init__(self, mode: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., clip: _Optional[float] = ..., rounds: _Optional[int] = ..., evaluation_epsilon: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("version", "heartbeat")
+    __slots__ = ("version", "heartbeat", "now")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
     version: str
     heartbeat: float
-    def __init__(self, version: _Optional[str] = ..., heartbeat: _Optional[float] = ...) -> None: ...
+    now: float
+    def __init__(self, version: _Optional[str] = ..., heartbeat: _Optional[float] = ..., now: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("task", "run", "round", "kind", "recipe", "dataset", "model", "training", "privacy", "rule", "settings", "cohort", "seed", "deadline")
