@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from fedml import durable
+from fedml import durable, pages
 from fedml.coordinator.archive import Archive
 from fedml.coordinator.desks import Enrolment, Federation, Operations
 from fedml.coordinator.folder import Folder
@@ -26,6 +26,7 @@ from fedml.transport.server import Server, ServerTls, serve
 _FILES = 65_536  # as many as we ask for
 _FILES_A_SITE = 3  # its connection, its update as it comes, the same as it is read
 _FEW_FILES = 1000 * _FILES_A_SITE + 500
+_KEPT, _HEAPS = 2**24, 2  # freed bytes that each heap keeps for the chunks to come; heaps
 _RENEWAL = 3600.0  # seconds between looks at the release metadata's expiry
 _log = structlog.get_logger()
 
@@ -38,6 +39,7 @@ async def run(path: Path, ready: Callable[[Server], None] = lambda _: None) -> N
     """
     read_settings(path)  # before the lock, which makes the folder
     allow_files()
+    pages.keep_freed(_KEPT, arenas=_HEAPS)
     torch.set_num_threads(1)  # on a busy machine its threads wait for each other, 8 ms at a time
     with durable.lock(path, "a coordinator"):
         folder = Folder.open(path)
