@@ -20,8 +20,9 @@ class Holds:
 
     async def put(self, parts: Mapping[str, Params]) -> Blob:
         """Store what `parts` encode to as one blob, and hold it."""
+        known = parts[""].digest() if parts.keys() == {""} and "digest" in parts[""].known else ""
         while True:
-            blob = await asyncio.to_thread(self.store.put_pieces, pieces(parts))
+            blob = await asyncio.to_thread(self.store.put_pieces, pieces(parts), known)
             self.hold(blob.digest)
             if self.store.has(blob.digest):  # else another let go of it just before we held it
                 return blob

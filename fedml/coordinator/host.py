@@ -55,6 +55,7 @@ from fedml.rounds.run import Run
 from fedml.strategies import ServerState
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
+_SMALL = 2**20  # bytes of an update that is added sooner than a thread is asked to
 _LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
 _log = structlog.get_logger()
 Register = Callable[[Run, Candidate], Awaitable[int]]
@@ -129,8 +130,10 @@ class Host:
         task, digest = answer.task, answer.update.digest
         self._holds.hold(digest)
         self._uploads[digest] += 1
+        reading = partial(self._read_update, site, order, answer)
         try:
-            update = await asyncio.to_thread(self._read_update, site, order, answer)
+            small = answer.update.size <= _SMALL
+            update = reading() if small else await asyncio.to_thread(reading)
         except (FedmlError, OSError) as error:
             self._let_go(digest)
             gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
@@ -197,8 +200,10 @@ class Host:
         self._changed(self.run.id)
 
     async def _decide(self, event: Event) -> list[Command]:
-        """Let the run take an event in; an update is megabytes to add, so not on the loop."""
-        commands = await asyncio.to_thread(self.run.handle, event, time.time())
+        """Let the run take an event in; an update may be megabytes to add, so not on the loop."""
+        handle = partial(self.run.handle, event, time.time())
+        small = isinstance(event, UpdateArrived) and event.update.delta.layout.bytes <= _SMALL
+        commands = handle() if small else await asyncio.to_thread(handle)
         failpoints.reach("event.taken")
         return commands
 

@@ -99,8 +99,11 @@ class BlobStore:
         """Store `pieces` as one blob."""
         return self.put_pieces(pieces)
 
-    def put_pieces(self, pieces: Iterable[Piece]) -> Blob:
-        """Store as one blob what comes one after the other, for instance `params.pieces`."""
+    def put_pieces(self, pieces: Iterable[Piece], digest: str = "") -> Blob:
+        """Store as one blob what comes one after the other, for instance `params.pieces`.
+
+        `digest` is theirs, if the caller has found it already.
+        """
         draft = self.folder / f".{secrets.token_hex(8)}.draft"
         total, size = self._begin(), 0
         try:
@@ -109,12 +112,14 @@ class BlobStore:
                     size += len(piece)
                     if size > self.limit_bytes:
                         raise Refused(f"a blob of {size} bytes and more, limit {self.limit_bytes}")
-                    total.update(piece)
+                    if not digest:
+                        total.update(piece)
                     file.write(piece)
-                _settle(file, draft, self._place(total.hexdigest()), lasting=self._lasting)
+                digest = digest or total.hexdigest()
+                _settle(file, draft, self._place(digest), lasting=self._lasting)
         finally:
             draft.unlink(missing_ok=True)
-        return Blob(total.hexdigest(), size)
+        return Blob(digest, size)
 
     def put_file(self, path: Path) -> Blob:
         """Store a copy of the file at `path`."""
