@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedml import __version__
+from fedml import __version__, pages
 from fedml.coordinator.service import allow_files
 from fedml.errors import FedmlError, Unreachable
 from fedml.identity.certificates import Credentials
 from fedml.learning.recipe import identify
-from fedml.params import Params, encode
+from fedml.params import Layout, Params, encode
 from fedml.protocol.messages import (
     Accepted,
     Assignment,
@@ -50,7 +50,7 @@ class Puppet:
         self._noise, self._start, self._size = noise, start, size
         self._blobs = BlobStore.in_transit(folder / "blobs", 2**40)
         self._link = GrpcLink(Credentials.load(folder))
-        self._updates: dict[str, str] = {}
+        self._kept: dict[str, tuple[str, str]] = {}
 
     async def serve(self, rounds: int) -> None:
         """Answer `rounds` rounds, then hang up."""
@@ -73,13 +73,17 @@ class Puppet:
                     case Assignment() as order:
                         await self._answer(order)
                     case Forget(task):
-                        await asyncio.to_thread(self._blobs.delete, self._updates.pop(task))
+                        asyncio.get_running_loop().run_in_executor(None, self._forget, task)
                     case _:
                         pass
         finally:
             if beats is not None:
                 beats.cancel()
             await self._link.close()
+
+    def _forget(self, task: str) -> None:
+        for digest in self._kept.pop(task):
+            self._blobs.delete(digest)
 
     async def _beat(self, seconds: float) -> None:
         while True:
@@ -89,18 +93,19 @@ class Puppet:
     async def _answer(self, order: Assignment) -> None:
         await self._link.send(Accepted(order.task))
         await self._link.download(order.model, self._blobs)
-        await asyncio.to_thread(self._blobs.delete, order.model.digest)  # a real site would train
         start = self._start + _STEP * order.round
-        delta = Params({"w": self._noise[start : start + self._size]})
+        noise = self._noise[start : start + self._size]
+        delta = Params.over(Layout.of({"w": noise}), {noise.dtype: noise})  # and no copy of it
         update = await asyncio.to_thread(self._blobs.put_bytes, *encode({"delta": delta}))
         await self._link.upload(update, self._blobs, order.task)
         await self._link.send(Trained(order.task, update, 1.0))
-        self._updates[order.task] = update.digest
+        self._kept[order.task] = (order.model.digest, update.digest)  # as a site does
 
 
 async def serve(folder: Path, size: int, rounds: int, names: Sequence[str]) -> None:
     """Let all of `names` answer `rounds` rounds with updates of `size` floats."""
     allow_files()
+    pages.keep_freed(2**24, arenas=2)  # as a daemon
     torch.set_num_threads(1)  # all of us, and the coordinator, share this machine
     stride = _STEP * (rounds + 1)
     generator = np.random.default_rng(zlib.crc32(names[0].encode()))
