@@ -37,7 +37,8 @@ from fedml.transport.link import Operations
 from fedml.transport.rpc import OperationsClient
 
 T = TypeVar("T")
-_GROUPS = 2  # processes that hold many sites
+_GROUPS = 2  # processes that hold a crowd of sites
+_PROCESSES = 4  # that hold the sites of a round, each one of its own if there are no more
 _MODEL = "bytes"
 _RUN = RunId(f"{_MODEL}-1")
 
@@ -80,11 +81,12 @@ def play(size: int, rounds: int, say: Say, *, count: int = 4) -> Account:
         say("  coordinator ready")
         before = hub.memory("VmRSS")
         hub.forget_peak()
-        for site in sites:
-            hub.enrol([site])
-            hub.start(site, size, total, [site])
+        hub.enrol(sites)
+        processes = sites[:_PROCESSES]
+        for first, process in enumerate(processes):
+            hub.start(process, size, total, sites[first::_PROCESSES])
         hub.ask(lambda desk: desk.submit(_plan(total + 1, count).to_json()))
-        hub.crew.await_ends(sites, 60 + total * (1 + count * size / 40e6))
+        hub.crew.await_ends(processes, 60 + total * (1 + count * size / 40e6))
         peak = hub.memory("VmHWM")
         detail = hub.ask(lambda desk: desk.show_run(_RUN))
         return Account(detail.receipts[1:total], before, peak)

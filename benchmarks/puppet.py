@@ -50,7 +50,7 @@ class Puppet:
         self._noise, self._start, self._size = noise, start, size
         self._blobs = BlobStore.in_transit(folder / "blobs", 2**40)
         self._link = GrpcLink(Credentials.load(folder))
-        self._kept: dict[str, tuple[str, str]] = {}
+        self._updates: dict[str, str] = {}
 
     async def serve(self, rounds: int) -> None:
         """Answer `rounds` rounds, then hang up."""
@@ -73,7 +73,7 @@ class Puppet:
                     case Assignment() as order:
                         await self._answer(order)
                     case Forget(task):
-                        asyncio.get_running_loop().run_in_executor(None, self._forget, task)
+                        self._delete(self._updates.pop(task))
                     case _:
                         pass
         finally:
@@ -81,9 +81,9 @@ class Puppet:
                 beats.cancel()
             await self._link.close()
 
-    def _forget(self, task: str) -> None:
-        for digest in self._kept.pop(task):
-            self._blobs.delete(digest)
+    def _delete(self, digest: str) -> None:
+        """Let a thread do it, and wait for nothing."""
+        asyncio.get_running_loop().run_in_executor(None, self._blobs.delete, digest)
 
     async def _beat(self, seconds: float) -> None:
         while True:
@@ -93,13 +93,14 @@ class Puppet:
     async def _answer(self, order: Assignment) -> None:
         await self._link.send(Accepted(order.task))
         await self._link.download(order.model, self._blobs)
+        self._delete(order.model.digest)  # a real site would train
         start = self._start + _STEP * order.round
         noise = self._noise[start : start + self._size]
         delta = Params.over(Layout.of({"w": noise}), {noise.dtype: noise})  # and no copy of it
         update = await asyncio.to_thread(self._blobs.put_bytes, *encode({"delta": delta}))
         await self._link.upload(update, self._blobs, order.task)
         await self._link.send(Trained(order.task, update, 1.0))
-        self._kept[order.task] = (order.model.digest, update.digest)  # as a site does
+        self._updates[order.task] = update.digest
 
 
 async def serve(folder: Path, size: int, rounds: int, names: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ def large(quick: bool, say: Say) -> Reading:
 @benchmark("transport/500MB", "s")
 def huge(quick: bool, say: Say) -> Reading:
     """Measure the median round of a 500 MB model and four sites."""
-    return _round(500 * _MB, 1 if quick else 5, say)
+    return _round(500 * _MB, 1 if quick else 3, say)
 
 
 @benchmark("transport/memory", "MB")
@@ -38,7 +38,7 @@ def memory(quick: bool, say: Say) -> Reading:
 @benchmark("transport/memory32", "MB")
 def memory_of_many(quick: bool, say: Say) -> Reading:
     """Measure the same with 32 sites."""
-    return _raised(32, 1 if quick else 3, say)
+    return _raised(32, 1 if quick else 2, say)
 
 
 def _raised(sites: int, rounds: int, say: Say) -> Reading:

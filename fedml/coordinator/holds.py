@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
 from fedml.params import Params, pieces
 from fedml.protocol.messages import Blob
@@ -22,7 +23,8 @@ class Holds:
         """Store what `parts` encode to as one blob, and hold it."""
         known = parts[""].digest() if parts.keys() == {""} and "digest" in parts[""].known else ""
         while True:
-            blob = await asyncio.to_thread(self.store.put_pieces, pieces(parts), known)
+            put = partial(self.store.put_pieces, pieces(parts), known, to_last=True)
+            blob = await asyncio.to_thread(put)
             self.hold(blob.digest)
             if self.store.has(blob.digest):  # else another let go of it just before we held it
                 return blob
