@@ -9,7 +9,9 @@ that nothing can be saved by noticing equal bytes. All end when round ROUNDS + 1
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +53,7 @@ class Puppet:
         self._blobs = BlobStore.in_transit(folder / "blobs", 2**40)
         self._link = GrpcLink(Credentials.load(folder))
         self._updates: dict[str, str] = {}
+        self.began = 0.0  # what this process had used of a processor at the first order
 
     async def serve(self, rounds: int) -> None:
         """Answer `rounds` rounds, then hang up."""
@@ -71,6 +74,7 @@ class Puppet:
                     case Assignment() as order if order.round > rounds:
                         break
                     case Assignment() as order:
+                        self.began = self.began or time.process_time()
                         await self._answer(order)
                     case Forget(task):
                         self._delete(self._updates.pop(task))
@@ -112,13 +116,16 @@ async def serve(folder: Path, size: int, rounds: int, names: Sequence[str]) -> N
     generator = np.random.default_rng(zlib.crc32(names[0].encode()))
     noise = generator.standard_normal(size + stride * len(names), dtype=np.float32)
     values = torch.from_numpy(noise * np.float32(0.01))
+    puppets = [
+        Puppet(folder / name, values, place * stride, size) for place, name in enumerate(names)
+    ]
     try:
         async with asyncio.TaskGroup() as group:
-            for place, name in enumerate(names):
-                puppet = Puppet(folder / name, values, place * stride, size)
+            for puppet in puppets:
                 group.create_task(puppet.serve(rounds))
     except* FedmlError as errors:
         sys.exit(f"{len(errors.exceptions)} of {len(names)}: {errors.exceptions[0]}")
+    print(json.dumps({"cpu": time.process_time() - min(one.began for one in puppets)}))
 
 
 if __name__ == "__main__":

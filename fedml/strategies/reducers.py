@@ -300,10 +300,15 @@ class _Sum:
                 mean = torch.empty(len(sums), dtype=dtype)
             else:
                 mean = torch.frombuffer(memory, dtype=dtype, count=len(sums))
-            scratch = torch.empty(min(_TILE, len(sums)), dtype=torch.float64)
+            tile = min(_TILE, len(sums))
+            steps, scratch = (
+                torch.empty(tile, dtype=torch.int64),
+                torch.empty(tile, dtype=torch.float64),
+            )
             for start in range(0, len(sums), _TILE):
-                piece = sums[start : start + _TILE].sub_(lifts)
-                values = scratch[: len(piece)].copy_(piece).div_(GRID * weight)
+                piece = sums[start : start + _TILE]
+                exact = torch.sub(piece, lifts, out=steps[: len(piece)])
+                values = scratch[: len(piece)].copy_(exact).div_(GRID * weight)
                 mean[start : start + _TILE] = values  # no further than what was read
             if memory is not None:
                 end = -(-mean.nbytes // PAGESIZE) * PAGESIZE
