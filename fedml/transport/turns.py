@@ -16,7 +16,7 @@ from fedml.transport.flow import PATIENCE, soon
 
 T = TypeVar("T")
 
-SLOW = 0.05  # seconds for one chunk after which a peer counts as slow: below 160 Mbit/s
+SLOW = 0.2  # seconds for one chunk after which a peer counts as slow: below 42 Mbit/s
 BEAT = PATIENCE / 4  # seconds after which one who waits for a turn is told to go on waiting
 
 
