@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedml.errors import TaskFailed
 
@@ -43,9 +45,19 @@ class Crew:
             )
         return self._members[name].pid
 
+    def cpu(self, name: str) -> float:
+        """Return the seconds of processor that a process has used, all its threads together."""
+        stat = Path(f"/proc/{self._members[name].pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def log(self, name: str) -> Path:
         """Return the file that holds what the process has printed."""
         return self._folder / f"{name}.log"
+
+    def last_word(self, name: str) -> Any:  # noqa: ANN401 - JSON is what it is
+        """Return the JSON value on the last line that a process printed."""
+        return json.loads(self.log(name).read_text().splitlines()[-1])
 
     def await_line(self, name: str, read: Callable[[str], T | None], patience: float = 60.0) -> T:
         """Return what `read` makes of the first line it knows among those `name` prints."""

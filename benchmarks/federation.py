@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -37,7 +36,8 @@ from fedml.transport.link import Operations
 from fedml.transport.rpc import OperationsClient
 
 T = TypeVar("T")
-_GROUPS = 2  # processes that hold many sites
+_GROUPS = 2  # processes that hold a crowd of sites
+_PROCESSES = 4  # that hold the sites of a round, each one of its own if there are no more
 _MODEL = "bytes"
 _RUN = RunId(f"{_MODEL}-1")
 
@@ -49,6 +49,8 @@ class Account:
     receipts: tuple[Receipt, ...]
     before: int  # resident, with all loaded and nothing to do
     peak: int  # the most that was resident from then on
+    cpu: float  # seconds of processor that a round takes, the sites' too
+    cpu_here: float  # of these, the coordinator's
 
     @property
     def periods(self) -> list[float]:
@@ -80,14 +82,18 @@ def play(size: int, rounds: int, say: Say, *, count: int = 4) -> Account:
         say("  coordinator ready")
         before = hub.memory("VmRSS")
         hub.forget_peak()
-        for site in sites:
-            hub.enrol([site])
-            hub.start(site, size, total, [site])
+        hub.enrol(sites)
+        processes = sites[:_PROCESSES]
+        for first, process in enumerate(processes):
+            hub.start(process, size, total, sites[first::_PROCESSES])
+        used = hub.cpu()
         hub.ask(lambda desk: desk.submit(_plan(total + 1, count).to_json()))
-        hub.crew.await_ends(sites, 60 + total * (1 + count * size / 40e6))
-        peak = hub.memory("VmHWM")
+        hub.crew.await_ends(processes, 60 + total * (1 + count * size / 40e6))
+        peak, here = hub.memory("VmHWM"), hub.cpu() - used
+        there = sum(hub.crew.last_word(process)["cpu"] for process in processes)
         detail = hub.ask(lambda desk: desk.show_run(_RUN))
-        return Account(detail.receipts[1:total], before, peak)
+        receipts, cpu = detail.receipts[1:total], (here + there) / total
+        return Account(receipts, before, peak, cpu, here / total)
 
 
 def crowd(count: int, size: int, seconds: float, say: Say) -> Crowd:
@@ -169,8 +175,7 @@ class _Hub:
 
     def cpu(self) -> float:
         """Return the seconds of processor that the coordinator has used, all threads together."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return self.crew.cpu("coordinator")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -30,8 +31,16 @@ _OPTIONS = [("grpc.max_receive_message_length", 2**22), ("grpc.max_send_message_
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
-def rounds(size: int, count: int) -> list[float]:
-    """Return the seconds of `count` rounds of `size` bytes, after one of warming up."""
+@dataclass(frozen=True)
+class Rounds:
+    """How long each round took, and the seconds of processor that one takes, all together."""
+
+    periods: list[float]
+    cpu: float
+
+
+def rounds(size: int, count: int) -> Rounds:
+    """Play `count` rounds of `size` bytes, after one of warming up."""
     with tempfile.TemporaryDirectory(prefix="fedml-wire-") as place, Crew(Path(place)) as crew:
         folder = Path(place)
         authority = Authority.create(folder / "ca", time.time())
@@ -39,6 +48,7 @@ def rounds(size: int, count: int) -> list[float]:
         Credentials("", authority.certificate, certificate, key).save(folder / "server")
         crew.start("server", "benchmarks.wire", "serve", folder / "server", size)
         address = f"localhost:{crew.await_line('server', lambda line: line.strip() or None)}"
+        used = crew.cpu("server")
         names = [f"client-{number}" for number in range(CLIENTS)]
         for name in names:
             own, csr = new_key_and_csr(name)
@@ -46,8 +56,10 @@ def rounds(size: int, count: int) -> list[float]:
             Credentials(address, authority.certificate, leaf, own).save(folder / name)
             crew.start(name, "benchmarks.wire", "call", folder / name, size, count + 2)
         crew.await_ends(names, 60 + count * (1 + size / 10e6))
-        starts: list[float] = json.loads(crew.log(names[0]).read_text())
-    return [b - a for a, b in itertools.pairwise(starts[1:])]
+        told = [crew.last_word(name) for name in names]
+        cpu = crew.cpu("server") - used + sum(one["cpu"] for one in told)
+    periods = [b - a for a, b in itertools.pairwise(told[0]["starts"][1:])]
+    return Rounds(periods, cpu / (count + 2))
 
 
 def _chunks(size: int) -> list[bytes]:
@@ -92,7 +104,7 @@ async def _call(folder: Path, size: int, count: int) -> None:
         for chunk in update:
             yield chunk
 
-    starts = []
+    starts, used = list[float](), time.process_time()
     async with grpc.aio.secure_channel(credentials.address, keys, options=_OPTIONS) as channel:
         download = channel.unary_stream("/wire/Download", bytes, bytes)
         upload = channel.stream_unary("/wire/Upload", bytes, bytes)
@@ -103,7 +115,7 @@ async def _call(folder: Path, size: int, count: int) -> None:
                 came += len(chunk)
             assert came == size, f"{came} bytes of {size}"
             await upload(parts())
-    print(json.dumps(starts))
+    print(json.dumps({"starts": starts, "cpu": time.process_time() - used}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the next `Log` cuts off and reports.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -21,6 +22,7 @@ from typing import Any
 from fedml import failpoints
 from fedml.errors import ConfigError, Corrupt, FedmlError, NoRoom
 
+_BEGIN = 2  # SYNC_FILE_RANGE_WRITE
 Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meaning
 
 
@@ -85,6 +87,17 @@ def link(source: Path, path: Path) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise failure(f"cannot write {path}", error) from error
+
+
+def hasten(descriptor: int, start: int, end: int) -> None:
+    """Let the disk begin with a file's bytes from `start` to `end`, and wait for nothing.
+
+    An fsync later has that much less to wait for. Where the kernel cannot, nothing is done.
+    """
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if begin is not None:
+        offset, size = ctypes.c_int64(start), ctypes.c_int64(end - start)
+        begin(descriptor, offset, size, _BEGIN)
 
 
 def make_folder(folder: Path) -> None:

@@ -25,6 +25,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from fedml import pages
 from fedml.errors import ConfigError, MalformedMessage, MalformedUpdate
 
 _DTYPES = {
@@ -43,7 +44,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(_CODES)}
 MAX_HEADER = 16 * 2**20  # bytes; a header names tensors, it is never this long
 _WINDOW = 2**20  # bytes of a mapped file that are in memory at a time
-_BROAD = 2**23  # bytes from which on hashing is worth more than one thread
+_BROAD = 2**23  # bytes from which on hashing is worth more than one thread, memory large pages
 
 
 @dataclass(frozen=True)
@@ -417,11 +418,18 @@ def _each(fn: Callable[..., Tensor], dtype: torch.dtype, *operands: Params) -> T
     for start in range(0, len(buffers[0]), step):
         piece = fn(*(buffer[start : start + step] for buffer in buffers))
         if start == 0:
-            whole = torch.empty(len(buffers[0]), dtype=piece.dtype)
+            whole = _room(len(buffers[0]), piece.dtype)
         whole[start : start + step] = piece
         for params in mapped:
             params.let_go()
     return whole if len(buffers[0]) else fn(*buffers)
+
+
+def _room(numbers: int, dtype: torch.dtype) -> Tensor:
+    size = numbers * dtype.itemsize
+    if size < _BROAD:
+        return torch.empty(numbers, dtype=dtype)
+    return torch.frombuffer(pages.large(size), dtype=dtype)
 
 
 def _view(data: memoryview, dtype: torch.dtype) -> Tensor:

@@ -176,3 +176,13 @@ def test_a_second_name_is_on_the_disk_and_outlives_the_first(tmp_path: Path) -> 
     assert path.read_bytes() == b"second"
     with pytest.raises(ConfigError, match="No such file"):
         durable.link(source, path)
+
+
+def test_what_the_disk_began_with_is_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, 3000, 1000):
+            file.write(bytes([start // 1000]) * 1000)
+            durable.hasten(file.fileno(), start, start + 1000)
+    assert path.read_bytes() == b"".join(bytes([number]) * 1000 for number in range(3))
+    durable.hasten(-1, 0, 1000)  # what cannot be begun with is left to the fsync

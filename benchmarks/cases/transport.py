@@ -26,7 +26,7 @@ def large(quick: bool, say: Say) -> Reading:
 @benchmark("transport/500MB", "s")
 def huge(quick: bool, say: Say) -> Reading:
     """Measure the median round of a 500 MB model and four sites."""
-    return _round(500 * _MB, 1 if quick else 5, say)
+    return _round(500 * _MB, 1 if quick else 3, say)
 
 
 @benchmark("transport/memory", "MB")
@@ -38,7 +38,7 @@ def memory(quick: bool, say: Say) -> Reading:
 @benchmark("transport/memory32", "MB")
 def memory_of_many(quick: bool, say: Say) -> Reading:
     """Measure the same with 32 sites."""
-    return _raised(32, 1 if quick else 3, say)
+    return _raised(32, 1 if quick else 2, say)
 
 
 def _raised(sites: int, rounds: int, say: Say) -> Reading:
@@ -54,7 +54,7 @@ def sites(quick: bool, say: Say) -> Reading:
     The limit is four connections' time for the same bytes over bare gRPC.
     """
     count = 50 if quick else 1000
-    wire_round = statistics.median(wire.rounds(1 * _MB, 3 if quick else 20))
+    wire_round = statistics.median(wire.rounds(1 * _MB, 3 if quick else 20).periods)
     limit = wire_round * count / wire.CLIENTS
     crowd = federation.crowd(count, 1 * _MB, 6 if quick else 60, say)
     receipt = crowd.receipt
@@ -70,11 +70,19 @@ def sites(quick: bool, say: Say) -> Reading:
 
 def _round(size: int, rounds: int, say: Say) -> Reading:
     """Return the median time of a round, and of the same bytes over bare gRPC."""
-    limits = wire.rounds(size, rounds)
-    say(f"  bare gRPC: {_spread(limits)}")
-    periods = federation.play(size, rounds, say).periods
-    say(f"  rounds:    {_spread(periods)}")
-    return Reading(statistics.median(periods), statistics.median(limits))
+    bare = wire.rounds(size, rounds)
+    say(f"  bare gRPC: {_spread(bare.periods)}")
+    account = federation.play(size, rounds, say)
+    say(f"  rounds:    {_spread(account.periods)}")
+    extra = {
+        "least": min(account.periods),
+        "least of the limit": min(bare.periods),
+        "CPU seconds": account.cpu,
+        "the coordinator's": account.cpu_here,
+        "CPU seconds of the limit": bare.cpu,
+        "MB above the idle coordinator": (account.peak - account.before) / _MB,
+    }
+    return Reading(statistics.median(account.periods), statistics.median(bare.periods), extra)
 
 
 def _spread(seconds: Sequence[float]) -> str:

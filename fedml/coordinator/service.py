@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from fedml import durable, health
+from fedml import durable, health, pages
 from fedml.coordinator.archive import Archive
 from fedml.coordinator.desks import Enrolment, Federation, Operations
 from fedml.coordinator.folder import Folder
@@ -25,6 +25,7 @@ from fedml.transport.server import ServerTls, serve
 _FILES = 65_536  # as many as we ask for
 _FILES_A_SITE = 3  # its connection, its update as it comes, the same as it is read
 _FEW_FILES = 1000 * _FILES_A_SITE + 500
+_KEPT, _HEAPS = 2**24, 2  # freed bytes that each heap keeps for the chunks to come; heaps
 _RENEWAL = 3600.0  # seconds between looks at the release metadata's expiry
 _log = structlog.get_logger()
 
@@ -45,6 +46,7 @@ class Service:
         """
         path, settings = self._path, read_settings(self._path)  # before the lock: it makes folders
         allow_files()
+        pages.keep_freed(_KEPT, arenas=_HEAPS)
         torch.set_num_threads(1)  # on a busy machine its threads wait for each other, 8 ms a time
         with durable.lock(path, "a coordinator"):
             folder = Folder.open(path)

@@ -40,7 +40,7 @@ _DOCUMENTS = frozenset({"plan", "manifest"})
 def encode(message: object) -> bytes:
     """Return a dataclass as bytes; one of a union is encoded as itself, without the union."""
     if isinstance(message, requests.Chunk):
-        return _frame(b"", message.data)
+        return message.frame if isinstance(message, Framed) else _frame(b"", message.data)
     return _serialize(_put_message(message, type(message).__name__))
 
 
@@ -94,6 +94,19 @@ def decode_part(data: bytes) -> requests.UploadPart:
 
 _DATA = b"\x0a"  # field 1 of Chunk, some bytes
 _PART = b"\x12"  # field 2 of UploadPart, a Chunk
+
+
+@dataclass(frozen=True)
+class Framed(requests.Chunk):
+    """A chunk that is written out once, however often it is sent; `data` is a view of `frame`."""
+
+    frame: bytes
+
+
+def framed(data: bytes | memoryview) -> Framed:
+    """Return a chunk as `encode` would write it, with a copy of its own of `data`."""
+    frame = _frame(b"", data)
+    return Framed(memoryview(frame)[len(frame) - len(data) :], frame)
 
 
 def _frame(part: bytes, data: bytes | memoryview) -> bytes:

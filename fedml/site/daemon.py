@@ -16,7 +16,7 @@ from typing import Protocol
 
 import structlog
 
-from fedml import __version__, durable, telemetry
+from fedml import __version__, durable, pages, telemetry
 from fedml.errors import FedmlError, NoRoom, Unreachable, Untrusted
 from fedml.identity.clocks import difference
 from fedml.protocol.messages import (
@@ -41,6 +41,7 @@ from fedml.transport.link import SILENCE, Link
 
 _PIECE = 2**20  # bytes of a data file hashed at a time
 _SILENT_BEATS = 3  # heartbeats without a sign of life after which the coordinator is called anew
+_KEPT, _HEAPS = 2**24, 2  # freed bytes that each heap keeps for the chunks to come; heaps
 _log = structlog.get_logger()
 
 
@@ -80,6 +81,7 @@ class Daemon:
 
         Raises `ConfigError` if another daemon has the folder, `Corrupt` if a ledger is damaged.
         """
+        pages.keep_freed(_KEPT, arenas=_HEAPS)
         with (
             durable.lock(self._folder, "a site daemon"),
             open_ledgers(self._folder, self._policy) as ledgers,

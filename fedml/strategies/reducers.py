@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+from mmap import MADV_DONTNEED, PAGESIZE, mmap
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedml import pages
 from fedml.errors import MalformedUpdate
 from fedml.params import Layout, Params
 from fedml.protocol.tasks import Stack, Update
@@ -167,11 +168,6 @@ def _is_near(values: Tensor) -> bool:
     return values.device.type == "cpu"
 
 
-def _memory(numbers: int) -> mmap:
-    """Return zeroed memory for that many int64, of which a part can be given back."""
-    return mmap(-1, numbers * 8, MAP_PRIVATE | MAP_ANONYMOUS)
-
-
 class _Sum:
     """A fixed-point sum of weighted `Params`, with the running maximum of their integers."""
 
@@ -181,7 +177,7 @@ class _Sum:
         self._memory: dict[torch.dtype, mmap] = {}  # of long sums
         for dtype, size in layout.sizes.items():
             if dtype.is_floating_point and size >= _MANY:
-                self._memory[dtype] = _memory(size)
+                self._memory[dtype] = pages.large(size * 8)
                 self._sums[dtype] = torch.frombuffer(self._memory[dtype], dtype=torch.int64)
             elif dtype.is_floating_point:
                 self._sums[dtype] = torch.zeros(size, dtype=torch.int64)
@@ -304,10 +300,15 @@ class _Sum:
                 mean = torch.empty(len(sums), dtype=dtype)
             else:
                 mean = torch.frombuffer(memory, dtype=dtype, count=len(sums))
-            scratch = torch.empty(min(_TILE, len(sums)), dtype=torch.float64)
+            tile = min(_TILE, len(sums))
+            steps, scratch = (
+                torch.empty(tile, dtype=torch.int64),
+                torch.empty(tile, dtype=torch.float64),
+            )
             for start in range(0, len(sums), _TILE):
-                piece = sums[start : start + _TILE].sub_(lifts)
-                values = scratch[: len(piece)].copy_(piece).div_(GRID * weight)
+                piece = sums[start : start + _TILE]
+                exact = torch.sub(piece, lifts, out=steps[: len(piece)])
+                values = scratch[: len(piece)].copy_(exact).div_(GRID * weight)
                 mean[start : start + _TILE] = values  # no further than what was read
             if memory is not None:
                 end = -(-mean.nbytes // PAGESIZE) * PAGESIZE

@@ -21,12 +21,13 @@ from weakref import WeakValueDictionary
 from blake3 import blake3
 
 from fedml import failpoints
-from fedml.durable import failure, sync_folder
+from fedml.durable import failure, hasten, sync_folder
 from fedml.errors import Refused, Unreachable, Untrusted
 from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.messages import Blob, check_digest, check_name
 
 Piece = bytes | memoryview
+_MUCH = 2**23  # bytes that are worth asking the disk to begin with
 
 
 class _Hash(Protocol):
@@ -99,22 +100,33 @@ class BlobStore:
         """Store `pieces` as one blob."""
         return self.put_pieces(pieces)
 
-    def put_pieces(self, pieces: Iterable[Piece]) -> Blob:
-        """Store as one blob what comes one after the other, for instance `params.pieces`."""
+    def put_pieces(
+        self, pieces: Iterable[Piece], digest: str = "", *, to_last: bool = False
+    ) -> Blob:
+        """Store as one blob what comes one after the other, for instance `params.pieces`.
+
+        `digest` is theirs, if the caller has found it already. What is `to_last` will have a
+        second name that does, so the disk may begin with it.
+        """
         draft = self.folder / f".{secrets.token_hex(8)}.draft"
-        total, size = self._begin(), 0
+        total, size, begun = self._begin(), 0, 0
         try:
             with _disk(draft), draft.open("xb") as file:
                 for piece in pieces:
                     size += len(piece)
                     if size > self.limit_bytes:
                         raise Refused(f"a blob of {size} bytes and more, limit {self.limit_bytes}")
-                    total.update(piece)
+                    if not digest:
+                        total.update(piece)
                     file.write(piece)
-                _settle(file, draft, self._place(total.hexdigest()), lasting=self._lasting)
+                    if to_last and size - begun >= _MUCH:
+                        hasten(file.fileno(), begun, size)
+                        begun = size
+                digest = digest or total.hexdigest()
+                _settle(file, draft, self._place(digest), lasting=self._lasting)
         finally:
             draft.unlink(missing_ok=True)
-        return Blob(total.hexdigest(), size)
+        return Blob(digest, size)
 
     def put_file(self, path: Path) -> Blob:
         """Store a copy of the file at `path`."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import suppress
-from typing import TypeVar
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO, TypeVar
 
 from fedml import failpoints
 from fedml.errors import FedmlError, Unreachable
+from fedml.protocol import codec
 from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.requests import Chunk
 from fedml.telemetry import BYTES
@@ -18,38 +20,96 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 PATIENCE = 60.0  # seconds of silence within a transfer before it is given up
-SLOW = 0.5  # seconds for one chunk after which a peer counts as slow
+SLOW = 0.2  # seconds for one chunk after which a peer counts as slow
 GROWTH = 4  # how much larger a chunk may be than the one before
 _FIRST = 64 * 2**10  # bytes of the first chunk, on a line of which nothing is known
 _TARDY = GROWTH * SLOW  # seconds for one chunk after which the next is smaller
+_SHARED = 8  # chunks that were read and are kept for others
 _AHEAD = 2 * MAX_CHUNK  # bytes that may have come and not be written yet
 
 
-async def pour(store: BlobStore, digest: str, offset: int) -> AsyncGenerator[Chunk]:
-    """Yield a blob's bytes from `offset` on, reading ahead by one chunk.
+class Recent:
+    """The chunks read last: whoever sends a blob that another just sent need not read it again.
+
+    What is kept goes when the last of those who send lets go.
+    """
+
+    def __init__(self, many: int = _SHARED) -> None:
+        self._many, self._users = many, 0
+        self._chunks: dict[tuple[str, int, int], Chunk] = {}
+
+    @contextmanager
+    def used(self) -> Iterator[Recent]:
+        """Keep chunks until the block is left, if nobody else uses them then."""
+        self._users += 1
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._chunks.clear()
+
+    def get(self, digest: str, offset: int, size: int) -> Chunk | None:
+        """Return the chunk of at most `size` bytes of a blob from `offset` on, if it is here."""
+        return self._chunks.get((digest, offset, size))
+
+    def keep(self, digest: str, offset: int, size: int, chunk: Chunk) -> None:
+        """Keep a chunk until so many others came."""
+        self._chunks[digest, offset, size] = chunk
+        if len(self._chunks) > self._many:
+            del self._chunks[next(iter(self._chunks))]
+
+
+async def pour(
+    store: BlobStore, digest: str, offset: int, recent: Recent | None = None
+) -> AsyncGenerator[Chunk]:
+    """Yield a blob's bytes from `offset` on; with `recent`, chunks that are there are not read.
 
     Chunks are as large as the line is quick: what else is said on it waits behind a chunk.
     Raises `Refused` if the blob is not there.
     """
-    file, loop, size = store.open(digest), asyncio.get_running_loop(), _FIRST
-    file.seek(offset)
-    reading = _thread(file.read, size)
-    try:
-        while data := await reading:
-            if ahead := size == MAX_CHUNK:
-                reading = _thread(file.read, size)
-            BYTES.labels("out").inc(len(data))
+    loop, size = asyncio.get_running_loop(), _FIRST
+    with store.open(digest) as file:
+        while True:
+            chunk = recent.get(digest, offset, size) if recent else None
+            if chunk is None:
+                now = _read_now(file, offset, size)
+                data = await _read(file, offset, size) if now is None else now
+                if not data:
+                    return
+                chunk = codec.framed(data) if recent else Chunk(data)
+                if recent:
+                    recent.keep(digest, offset, size, chunk)
+            BYTES.labels("out").inc(len(chunk.data))
             failpoints.reach("chunk.poured")
             began = loop.time()
-            yield Chunk(data)
-            size = next_size(len(data), loop.time() - began)
-            if not ahead:
-                reading = _thread(file.read, size)
+            yield chunk
+            offset += len(chunk.data)
+            size = next_size(size, loop.time() - began)
+
+
+def _read_now(file: BinaryIO, offset: int, size: int) -> memoryview | None:
+    """Return a chunk that takes no wait for the disk, None if it might take one.
+
+    What was written a moment ago is in memory, and copying it is quicker than asking a thread.
+    """
+    flag = getattr(os, "RWF_NOWAIT", None)
+    if flag is None:
+        return None
+    data = bytearray(size)
+    try:
+        came = os.preadv(file.fileno(), [data], offset, flag)
+    except OSError:  # it is not there, or the disk's format does not know the question
+        return None
+    return memoryview(data)[:came]
+
+
+async def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    reading = _thread(os.pread, file.fileno(), size, offset)
+    try:
+        return await asyncio.shield(reading)
     finally:
-        try:
-            await asyncio.wait([reading])
-        finally:
-            file.close()
+        await asyncio.wait([reading])  # before the file is closed
 
 
 def next_size(size: int, seconds: float) -> int:

@@ -7,6 +7,7 @@ in-process link both stand in front of it, so tests without a network meet the s
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -33,11 +34,11 @@ from fedml.protocol.requests import (
     UploadStart,
 )
 from fedml.transport.desks import FederationDesk
-from fedml.transport.flow import catch, pour, soon
+from fedml.transport.flow import Recent, catch, pour, soon
 from fedml.transport.turns import Turns
 
 BACKLOG = 1000  # commands that may wait for a site; more, and it is too slow to be there
-MOVING = 8  # transfers each way that move at a time, see `Turns`
+MOVING = max(2, min(8, os.cpu_count() or 2))  # transfers each way that move at a time: `Turns`
 # Not the end of the site, which has renewed it long ago; else its next handshake fails.
 _EXPIRED = "this connection's certificate expired; connect again with the renewed one"
 PARTING = 5.0  # seconds that a last command gets to leave
@@ -51,6 +52,7 @@ class Reception:
         self._desk, self._access = desk, access
         self._streams: dict[str, _Stream] = {}
         self._downloads, self._uploads = Turns(MOVING), Turns(MOVING)
+        self._recent = Recent()
 
     async def connect(self, who: Identity, events: AsyncIterator[SiteEvent], write: Write) -> None:
         """Serve one stream to its end; raises why it ended unless the site hung up."""
@@ -95,13 +97,15 @@ class Reception:
             async with aclosing(turn.waits()) as waits:
                 async for _ in waits:
                     yield Chunk(b"")
-            async with aclosing(pour(store, request.digest, request.offset)) as chunks:
-                async for chunk in chunks:
-                    with turn.lent():
-                        yield chunk
-                    if not turn.mine:
-                        async for _ in turn.waits():
-                            yield Chunk(b"")
+            with self._recent.used() as recent:
+                poured = pour(store, request.digest, request.offset, recent)
+                async with aclosing(poured) as chunks:
+                    async for chunk in chunks:
+                        with turn.lent():
+                            yield chunk
+                        if not turn.mine:
+                            async for _ in turn.waits():
+                                yield Chunk(b"")
 
     async def upload(
         self, who: Identity, parts: AsyncIterator[UploadPart]

@@ -229,7 +229,7 @@ class GrpcLink:
 
     async def upload(self, blob: Blob, source: BlobStore, task: TaskId) -> None:
         """See `Link`."""
-        await asyncio.to_thread(source.path, blob.digest)  # says so if it is not there
+        source.path(blob.digest)  # says so if it is not there
         await self._open().hand_in(UploadStart(blob, task), source)
 
     async def fetch(self, name: str, limit: int) -> bytes:

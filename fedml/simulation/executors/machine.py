@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from pathlib import Path
 
+from fedml import pages
+
 _CGROUP = Path("/sys/fs/cgroup")
-# parameters of mallopt(3): free memory stays with the process, and tensors come from the heap,
-# for a step allocates what the step before it freed
-_MALLOPT = {-1: 2**30, -2: 2**26, -3: 2**25}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+_KEPT, _PAD = 2**30, 2**26  # a step allocates what the step before it freed
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:
@@ -41,8 +40,5 @@ def _old_quota(folder: Path) -> float:
 
 
 def tune_allocator() -> None:
-    """Let this process keep the memory it frees; where malloc is not glibc's, do nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in _MALLOPT.items():
-            mallopt(parameter, value)
+    """Let this process keep the memory it frees, and take tensors from it."""
+    pages.keep_freed(_KEPT, pad=_PAD)
