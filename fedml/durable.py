@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from fedml.errors import ConfigError, Corrupt, FedmlError, NoRoom
 
 _BEGIN = 2  # SYNC_FILE_RANGE_WRITE
 Record = Mapping[str, Any]  # one JSON object; whoever writes it gives it meaning
+_GLANCES, _GLANCE = 20, 0.01  # tries for a lock, and seconds between them; see `holder`
 
 
 def replace(path: Path, *pieces: bytes | memoryview, mode: int = 0o644) -> None:
@@ -141,18 +143,53 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     make_folder(folder)
     descriptor = _open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            raise ConfigError(
-                f"{folder} is in use by {holder or 'another process'}; stop that one first"
-            ) from error
+        if not _take(descriptor):
+            raise ConfigError(f"{folder} is in use by {_named(descriptor)}; stop that one first")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{owner} (process {os.getpid()})".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def holder(folder: Path) -> str:
+    """Return who holds `folder` by `lock`, "" if nobody does; changes nothing.
+
+    It looks by sharing the lock for an instant, which `lock` waits out. Raises `ConfigError` if
+    we may not look.
+    """
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigError(
+            f"{folder / '.lock'}: {error.strerror}; ask as the user that runs the program"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _named(descriptor)
+    else:
+        return ""
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    for _ in range(_GLANCES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_GLANCE)
+        else:
+            return True
+    return False
+
+
+def _named(descriptor: int) -> str:
+    name = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+    return name or "another process"
 
 
 class Log:
@@ -215,10 +252,17 @@ def read_log(path: Path) -> list[Record]:
 
     Raises `ConfigError` if there is no such file, `Corrupt` on damage before the last line.
     """
+    return look(path)[0]
+
+
+def look(path: Path) -> tuple[list[Record], int]:
+    """Return what `read_log` does, and how many bytes of a torn record follow."""
     try:
-        return _replay(path, path.read_bytes())[0]
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; is the folder right?") from error
+    records, whole = _replay(path, data)
+    return records, len(data) - whole
 
 
 def _replay(path: Path, data: bytes) -> tuple[list[Record], int]:

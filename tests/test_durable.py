@@ -1,8 +1,10 @@
 """What is written survives a crash at any point, and damage is told from a torn tail."""
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,23 @@ def test_what_the_disk_began_with_is_what_was_written(tmp_path: Path) -> None:
             durable.hasten(file.fileno(), start, start + 1000)
     assert path.read_bytes() == b"".join(bytes([number]) * 1000 for number in range(3))
     durable.hasten(-1, 0, 1000)  # what cannot be begun with is left to the fsync
+
+
+def test_a_holder_is_named_and_looking_disturbs_nobody(tmp_path: Path) -> None:
+    assert durable.holder(tmp_path) == ""
+    with durable.lock(tmp_path, "a test"):
+        before = (tmp_path / ".lock").stat()
+        assert durable.holder(tmp_path) == f"a test (process {os.getpid()})"
+        assert (tmp_path / ".lock").stat() == before
+    assert durable.holder(tmp_path) == ""
+
+
+def test_a_lock_waits_out_one_who_only_looks(tmp_path: Path) -> None:
+    with durable.lock(tmp_path, "first"):
+        pass
+    looking = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    turned = threading.Timer(0.05, os.close, [looking])
+    turned.start()
+    with durable.lock(tmp_path, "second"):
+        turned.join()

@@ -22,6 +22,7 @@ from fedml.releases.trust import Trust
 from fedml.serving.engine import Engine
 from fedml.serving.faces import Server
 from fedml.site.daemon import Daemon
+from fedml.site.departure import check_member
 from fedml.site.policy import read_policy
 from fedml.site.settings import read_settings
 from fedml.transport.chunks import BlobStore
@@ -108,10 +109,11 @@ class Site:
     async def run(self) -> None:
         """Serve until cancelled.
 
-        Raises `ConfigError` for anything wrong in the folder or a port that is taken, and
-        `PermissionDenied` if the coordinator shuts the site out.
+        Raises `ConfigError` for anything wrong in the folder, a port that is taken or a site that
+        has left, and `PermissionDenied` if the coordinator shuts the site out.
         """
         folder = self._folder
+        check_member(folder)
         settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
         self._name = settings.name
         bind_contextvars(site=self._name)

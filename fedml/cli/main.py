@@ -10,8 +10,9 @@ import typer
 import typer.core
 
 from fedml import __version__
-from fedml.cli import coordinator, model, run, site
+from fedml.cli import coordinator, model, operator, run, site
 from fedml.cli.console import guarded
+from fedml.cli.profile import JsonOption, home
 
 # plain help: rich takes its time to load, and typer then writes "\\[default: ...]"
 typer.core.HAS_RICH = False
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(site.app, name="site")
+app.add_typer(operator.app, name="operator")
 app.add_typer(run.app, name="run")
 app.add_typer(model.app, name="model")
 
@@ -115,6 +117,28 @@ def serve(
     from fedml.cli.site import serve_only
 
     serve_only(folder, rest_port, grpc_port)
+
+
+@app.command()
+def doctor(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            envvar="FEDML_PROFILE",
+            help="A site's or a coordinator's folder, or an operator's profile.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check certificates, clock, disk, versions, ports and data, and say what to do.
+
+    Changes nothing; status 1 if anything fails. Without a folder it looks at your profile.
+
+    Example: fedml doctor /var/lib/fedml
+    """
+    from fedml.cli.doctor import report
+
+    report(folder or home(), as_json=as_json)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from fedml.cli.profile import JsonOption
 
 if TYPE_CHECKING:
     from fedml.identity.certificates import Identity
-    from fedml.site.policy import Policy
+    from fedml.site.settings import Settings
 
 app = typer.Typer(
     help="Join, train under your own policy, serve.\n\nExample: fedml site join TOKEN --dir ./bern",
@@ -27,10 +27,16 @@ def join(
     folder: Annotated[Path, typer.Option("--dir", help="Where the site's files go.")] = Path(
         "site"
     ),
-    rest_port: Annotated[int, typer.Option(help="REST port of the endpoint.")] = 8400,
-    grpc_port: Annotated[int, typer.Option(help="gRPC port of the endpoint.")] = 8401,
+    rest_port: Annotated[
+        int | None, typer.Option(help="REST port of the endpoint; 8400 unless it had another.")
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="gRPC port of the endpoint; 8401 unless it had another.")
+    ] = None,
 ) -> None:
     """Join a federation: make a key, get a certificate, write a policy that allows nothing yet.
+
+    A folder that was a site's before keeps its policy, ledger and settings.
 
     Example: fedml site join fedml1.eyJ… --dir /var/lib/fedml
     """
@@ -38,8 +44,8 @@ def join(
     from fedml import settings as files
     from fedml.cli.endpoint import ROOT, first_root
     from fedml.identity.certificates import Credentials
+    from fedml.site.departure import come_back
     from fedml.site.policy import TEMPLATE
-    from fedml.site.settings import Settings
     from fedml.transport.rpc import join as enrol
 
     async def go() -> Identity:
@@ -49,11 +55,29 @@ def join(
 
     name = asyncio.run(go()).name
     address = Credentials.load(folder / "identity").address
-    settings = Settings(name=name, coordinator=address, rest_port=rest_port, grpc_port=grpc_port)
-    files.write(settings, folder / "site.toml")
+    files.write(_settled(folder, name, address, rest_port, grpc_port), folder / "site.toml")
     if not (folder / "policy.toml").exists():
         durable.replace(folder / "policy.toml", TEMPLATE.encode())
+    come_back(folder)
     typer.echo(f"{name} has joined {address}; now say in {folder / 'policy.toml'} what it allows")
+
+
+def _settled(
+    folder: Path, name: str, address: str, rest_port: int | None, grpc_port: int | None
+) -> Settings:
+    """Return the settings of a site that joins; what is not said stays as it was."""
+    from dataclasses import replace
+
+    from fedml.site.settings import Settings, read_settings
+
+    before = Settings(name, address)
+    if (folder / "site.toml").exists():
+        before = replace(read_settings(folder), name=name, coordinator=address)
+    return replace(
+        before,
+        rest_port=before.rest_port if rest_port is None else rest_port,
+        grpc_port=before.grpc_port if grpc_port is None else grpc_port,
+    )
 
 
 def _broken_off(folder: Path, token: str) -> Identity | None:
@@ -84,6 +108,53 @@ def run(folder: Dir) -> None:
     from fedml.cli.program import serve_forever
 
     serve_forever(Site(folder))
+
+
+@app.command()
+def leave(
+    folder: Dir,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Leave the federation: the coordinator refuses this site's certificates from now on.
+
+    Stop the daemon first. The folder stays, and with it the ledger of what your rows have spent.
+
+    Example: fedml site leave /var/lib/fedml
+    """
+    from fedml import durable
+    from fedml.site.settings import read_settings
+
+    settings = read_settings(folder)
+    question = f"{settings.name} leaves {settings.coordinator}, and needs a new token to come back"
+    if not yes and not typer.confirm(f"{question}. Leave?"):
+        raise typer.Exit(1)
+    with durable.lock(folder, "fedml site leave"):
+        asyncio.run(_depart(folder, settings))
+    typer.echo(
+        f"{settings.name} has left {settings.coordinator}. Keep {folder / 'ledger'}: it is what "
+        "your rows have spent, wherever they train next"
+    )
+
+
+async def _depart(folder: Path, settings: Settings) -> None:
+    import time
+
+    from fedml.errors import Unreachable, Untrusted
+    from fedml.identity.certificates import Credentials
+    from fedml.site.departure import leave as go
+    from fedml.transport.rpc import GrpcLink
+
+    link = GrpcLink(Credentials.load(folder / "identity"))
+    try:
+        await go(folder, settings, link, time.time())
+    except (Unreachable, Untrusted) as error:
+        raise Unreachable(
+            f"{error}. {folder} is marked and runs no more, but the coordinator does not know: "
+            f"leave again once it answers, or have its operator run 'fedml coordinator revoke "
+            f"{settings.name}'"
+        ) from error
+    finally:
+        await link.close()
 
 
 @app.command()
@@ -132,39 +203,19 @@ def check(folder: Dir) -> None:
 
     Example: fedml site check /var/lib/fedml
     """
-    from fedml.learning.recipe import installed
+    from fedml.doctor.site import check_files, check_recipes
     from fedml.site.policy import read_policy
     from fedml.site.settings import read_settings
 
     settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
-    here = {recipe.name: recipe.digest for recipe in installed(policy.recipe_files)}
-    problems = [*_recipe_problems(policy, here), *_data_problems(policy)]
+    findings = [*check_recipes(policy), *check_files(policy)]
+    problems = [finding for finding in findings if finding.state == "fail"]
     for problem in problems:
-        typer.secho(f"problem: {problem}", fg="red", err=True)
+        text = f"problem: {problem.what}: {problem.found}; {problem.advice}"
+        typer.secho(text, fg="red", err=True)
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{settings.name}: {len(policy.datasets)} datasets, {len(policy.recipes)} recipes")
-
-
-def _recipe_problems(policy: Policy, here: dict[str, str]) -> list[str]:
-    problems = []
-    for name, recipe in policy.recipes.items():
-        if name not in here:
-            problems.append(f"recipes.{name} is not installed; there are {', '.join(here)}")
-        elif here[name] != recipe.digest:
-            problems.append(
-                f"recipes.{name}.digest is {recipe.digest[:12]}…, installed is {here[name]}"
-            )
-    return problems
-
-
-def _data_problems(policy: Policy) -> list[str]:
-    return [
-        f"datasets.{name}: {path} does not exist"
-        for name, dataset in policy.datasets.items()
-        for path in (dataset.train, dataset.held_out)
-        if path is not None and not path.exists()
-    ]
 
 
 @app.command()

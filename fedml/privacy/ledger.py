@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,9 @@ State = Literal["reserved", "charged", "void"]
 _PARTS: tuple[Part, ...] = ("train", "held-out")
 _STATES: tuple[State, ...] = ("reserved", "charged", "void")
 _START = "0" * 64  # what the first record names as the one before it
+_WAY_OUT = (  # an older copy has forgotten what was spent since
+    "put no backup in its place; docs/operations.md says what to do about a lost ledger"
+)
 _SLACK = 1e-9  # of epsilon: sums of floats may pass a limit by rounding
 
 
@@ -74,13 +77,12 @@ class Ledger:
             raise ConfigError(f"{name}: limit {limit_epsilon}, delta {delta}: 0 or more, in (0, 1)")
         self.path, self.name, self.limit, self.delta = path, name, limit_epsilon, delta
         self._clock, self._mutex, self._open = clock, threading.RLock(), ExitStack()
-        guard = path.with_name(f"{path.name}.guard")
-        self._head = guard / "head.json"
-        self._open.enter_context(durable.lock(guard, f"ledger of {name}"))
+        self._head = _head_of(path)
+        self._open.enter_context(durable.lock(self._head.parent, f"ledger of {name}"))
         try:
             self._log = durable.Log(path)
             self._open.callback(self._log.close)
-            self._check_head()
+            _check_head(path, _read_head(path), self._log.records)
             self._entries = {entry.task: entry for entry in _replay(path, self._log.records)}
             self._start()
         except BaseException:
@@ -190,34 +192,45 @@ class Ledger:
         head = {"records": len(self._log.records), "hash": self._log.records[-1]["hash"]}
         durable.replace(self._head, durable.dump_json(head), mode=0o600)
 
-    def _check_head(self) -> None:
-        """Compare with the file that names the last record; a crash leaves it one behind."""
-        records = self._log.records
-        if not self._head.exists():
-            if len(records) > 1:
-                raise Corrupt(f"{self.path}: {self._head} is gone; restore both from a backup")
-            return
-        head = durable.read_json(self._head)
-        count = head.get("records", 0)
-        if count > len(records):
-            raise Corrupt(
-                f"{self.path}: {len(records)} records, there were {count}; restore it from a backup"
-            )
-        if count < 1 or records[count - 1].get("hash") != head.get("hash"):
-            raise Corrupt(f"{self.path}: record {count} was replaced; restore it from a backup")
-
 
 def read(path: Path) -> tuple[Entry, ...]:
     """Return a ledger's tasks, oldest first, while another process may hold it; changes nothing.
 
-    Raises `Corrupt` if the chain of records is broken.
+    Raises `Corrupt` if the chain of records is broken, or its end is not the one that was noted.
     """
-    return tuple(_replay(path, durable.read_log(path)))
+    head = _read_head(path)  # before the records: they may go on meanwhile, and never go back
+    records = durable.read_log(path)
+    if head is None and len(records) > 1:  # it was being made
+        head, records = _read_head(path), durable.read_log(path)
+    _check_head(path, head, records)
+    return tuple(_replay(path, records))
 
 
 def spent(entries: Iterable[Entry], delta: float) -> float:
     """Return the epsilon, at `delta`, of those `entries` that were charged."""
     return _epsilon((entry for entry in entries if entry.state == "charged"), delta)
+
+
+def _head_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.guard") / "head.json"
+
+
+def _read_head(path: Path) -> durable.Record | None:
+    head = _head_of(path)
+    return dict(durable.read_json(head)) if head.exists() else None
+
+
+def _check_head(path: Path, head: durable.Record | None, records: Sequence[durable.Record]) -> None:
+    """Compare with the file that names the last record; a crash leaves it one behind."""
+    if head is None:
+        if len(records) > 1:
+            raise Corrupt(f"{path}: {_head_of(path)} is gone; {_WAY_OUT}")
+        return
+    count = head.get("records", 0)
+    if count > len(records):
+        raise Corrupt(f"{path}: {len(records)} records, there were {count}; {_WAY_OUT}")
+    if count < 1 or records[count - 1].get("hash") != head.get("hash"):
+        raise Corrupt(f"{path}: record {count} was replaced; {_WAY_OUT}")
 
 
 def _epsilon(entries: Iterable[Entry], delta: float) -> float:
@@ -234,11 +247,11 @@ def _replay(path: Path, records: Iterable[durable.Record]) -> list[Entry]:
     for number, record in enumerate(records, 1):
         body = {name: value for name, value in record.items() if name != "hash"}
         if record.get("prev") != previous or record.get("hash") != _hash(body):
-            raise Corrupt(f"{path}: record {number} breaks the chain; restore it from a backup")
+            raise Corrupt(f"{path}: record {number} breaks the chain; {_WAY_OUT}")
         previous = record["hash"]
         if number == 1:
             if record.get("kind") != "ledger" or record.get("version") != 1:
-                raise Corrupt(f"{path} is no ledger of version 1; restore it from a backup")
+                raise Corrupt(f"{path} is no ledger of version 1; {_WAY_OUT}")
             continue
         entry = _parse(path, record)
         _check_step(path, entries.get(entry.task), entry)
@@ -254,7 +267,7 @@ def _parse(path: Path, record: durable.Record) -> Entry:
         task, run = TaskId(record["task"]), RunId(record["run"])
         return Entry(task, run, part, event, state, float(record["time"]))
     except (KeyError, ValueError, TypeError, Corrupt) as error:
-        raise Corrupt(f"{path}: {error}; restore it from a backup") from error
+        raise Corrupt(f"{path}: {error}; {_WAY_OUT}") from error
 
 
 def _check_step(path: Path, before: Entry | None, after: Entry) -> None:
@@ -265,9 +278,7 @@ def _check_step(path: Path, before: Entry | None, after: Entry) -> None:
         after.run,
     )
     if not same or after.state not in allowed.get(before.state if before else None, []):
-        raise Corrupt(
-            f"{path}: task {after.task} became {after.state} out of turn; restore it from a backup"
-        )
+        raise Corrupt(f"{path}: task {after.task} became {after.state} out of turn; {_WAY_OUT}")
 
 
 def _hash(body: durable.Record) -> str:
