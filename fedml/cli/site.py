@@ -126,9 +126,9 @@ def leave(
 
     settings = read_settings(folder)
     question = f"{settings.name} leaves {settings.coordinator}, and needs a new token to come back"
-    if not yes and not typer.confirm(f"{question}. Leave?"):
-        raise typer.Exit(1)
     with durable.lock(folder, "fedml site leave"):
+        if not yes and not typer.confirm(f"{question}. Leave?"):
+            raise typer.Exit(1)
         asyncio.run(_depart(folder, settings))
     typer.echo(
         f"{settings.name} has left {settings.coordinator}. Keep {folder / 'ledger'}: it is what "

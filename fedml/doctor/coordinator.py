@@ -8,7 +8,7 @@ from pathlib import Path
 from fedml import durable
 from fedml.coordinator.settings import Settings, read_settings
 from fedml.doctor import books, machine, papers
-from fedml.doctor.finding import Finding, attempt
+from fedml.doctor.finding import Finding, attempt, is_sound
 from fedml.doctor.line import line
 from fedml.errors import ConfigError, FedmlError
 from fedml.identity.certificates import Credentials
@@ -45,10 +45,11 @@ async def examine_profile(folder: Path, clock: Callable[[], float]) -> list[Find
         own = Credentials.load(folder)
     except (FedmlError, OSError) as error:
         return [Finding.of("certificate", error)]
+    looked = papers.credentials(own, clock(), renewal=_RENEWAL)
     return [
-        *papers.credentials(own, clock(), renewal=_RENEWAL),
+        *looked,
         *papers.private(folder / "identity.json"),
-        *await line(own, clock),
+        *await line(own, clock, sound=is_sound(looked)),
     ]
 
 
@@ -59,8 +60,12 @@ def _secrets(folder: Path) -> list[Path]:
 
 
 def _ports(settings: Settings, who: str) -> list[Finding]:
-    ports = {"sites and operators": settings.port, "newcomers": settings.enrolment_port}
-    found = [machine.port(name, settings.bind, port, who) for name, port in ports.items()]
+    ports = {
+        "sites and operators": (settings.bind, settings.port),
+        "newcomers": (settings.bind, settings.enrolment_port),
+        "health": (settings.health_bind, settings.health_port),
+    }
+    found = [machine.port(name, host, port, who) for name, (host, port) in ports.items()]
     if settings.bind in _LOOPBACK and settings.host not in _LOOPBACK:
         text = f"bind = {settings.bind!r}: other machines do not reach {settings.host} here"
         advice = 'write bind = "0.0.0.0" in coordinator.toml, unless a proxy passes TLS on'

@@ -43,6 +43,11 @@ def attempt(what: str, look: Look) -> list[Finding]:
         return [Finding.of(what, error)]
 
 
+def is_sound(findings: Iterable[Finding]) -> bool:
+    """Whether none of `findings` is a failure."""
+    return all(finding.state != "fail" for finding in findings)
+
+
 def days(seconds: float) -> str:
     """Return a time to come as people say it."""
     return f"{seconds / DAY:.0f} days" if seconds >= 2 * DAY else f"{seconds / 3600:.0f} hours"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from fedml import __version__
-from fedml.doctor.finding import Finding
+from fedml.doctor.finding import Finding, is_sound
 from fedml.errors import ConfigError, FedmlError
 from fedml.identity.certificates import SKEW, Credentials
 from fedml.protocol.requests import Pong
@@ -23,10 +23,15 @@ _FIREWALL = "is the coordinator running, and does your firewall let this machine
 _SET_CLOCK = "set this machine's clock (timedatectl set-ntp true), or the coordinator's"
 
 
-async def line(papers: Credentials, clock: Callable[[], float]) -> list[Finding]:
-    """Look at the way to the coordinator, step by step, until one fails."""
+async def line(
+    papers: Credentials, clock: Callable[[], float], *, sound: bool = True
+) -> list[Finding]:
+    """Look at the way to the coordinator, step by step, until one fails.
+
+    The last step, to ask it something, takes papers that are `sound`.
+    """
     findings = [await asyncio.to_thread(_dial, papers, clock)]
-    if findings[-1].state != "fail":
+    if sound and is_sound(findings):
         findings += await _ask(papers, clock)
     if not any(finding.what == "clock" for finding in findings):
         findings.append(Finding("warn", "clock", "not compared: the coordinator did not answer"))
@@ -36,13 +41,21 @@ async def line(papers: Credentials, clock: Callable[[], float]) -> list[Finding]
 def _dial(papers: Credentials, clock: Callable[[], float]) -> Finding:
     host, _, port = papers.address.rpartition(":")
     host = host.strip("[]")
+    if not (host and port.isdecimal() and int(port) < 65536):
+        found = f"identity.json names {papers.address!r:.80}, which is no host:port"
+        return Finding("fail", "coordinator", found, "restore it from a backup, or join again")
     try:
         socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        found = f"{host} does not resolve: {error.strerror}"
+    except (OSError, UnicodeError) as error:
+        found = f"{host} does not resolve: {getattr(error, 'strerror', error)}"
         return Finding("fail", "coordinator", found, "mend DNS or /etc/hosts, or join anew")
     try:
-        _shake(host, int(port), papers.ca)
+        context = _context(papers.ca)
+    except (ValueError, TypeError, ssl.SSLError):
+        found = "identity.json has no certificate of an authority"
+        return Finding("fail", "coordinator", found, "restore it from a backup, or join again")
+    try:
+        _shake(host, int(port), context)
     except ssl.SSLCertVerificationError as error:
         return _mistrust(error, papers, host, int(port), clock())
     except ssl.SSLError as error:
@@ -55,16 +68,18 @@ def _dial(papers: Credentials, clock: Callable[[], float]) -> Finding:
     return Finding("ok", "coordinator", found)
 
 
-def _shake(host: str, port: int, ca: bytes, *, timed: bool = True) -> dict[str, object]:
-    """Shake hands as a newcomer does, and return the server's certificate.
-
-    Without `timed` a certificate may be out of its time.
-    """
+def _context(ca: bytes, *, timed: bool = True) -> ssl.SSLContext:
+    """Return terms that trust `ca` alone; without `timed`, certificates out of their time too."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=ca.decode())
     context.set_alpn_protocols(["h2"])
     if not timed:
         context.verify_flags |= ssl.VerifyFlags(_UNTIMED)
+    return context
+
+
+def _shake(host: str, port: int, context: ssl.SSLContext) -> dict[str, object]:
+    """Shake hands as a newcomer does, and return the server's certificate."""
     with (
         socket.create_connection((host, port), PATIENCE) as plain,
         context.wrap_socket(plain, server_hostname=host) as tls,
@@ -85,7 +100,7 @@ def _mistrust(
         advice = "another federation's coordinator, or a proxy that opens TLS: ask its operator"
         return Finding("fail", "coordinator", found, advice)
     try:
-        shown = _shake(host, port, papers.ca, timed=False)
+        shown = _shake(host, port, _context(papers.ca, timed=False))
     except OSError as again:
         return Finding.of("coordinator", again)
     key = "notBefore" if error.verify_code == _NOT_YET else "notAfter"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedml import durable
 from fedml.doctor import books, machine, papers
-from fedml.doctor.finding import Finding, attempt
+from fedml.doctor.finding import Finding, attempt, is_sound
 from fedml.doctor.line import line
 from fedml.errors import Corrupt, FedmlError
 from fedml.identity.certificates import Credentials
@@ -58,10 +58,11 @@ async def _identity(folder: Path, clock: Callable[[], float]) -> list[Finding]:
         own = Credentials.load(folder / "identity")
     except (FedmlError, OSError) as error:
         return [Finding.of("certificate", error)]
+    looked = papers.credentials(own, clock(), renewal=_RENEWAL)
     return [
-        *papers.credentials(own, clock(), renewal=_RENEWAL),
+        *looked,
         *papers.private(folder / "identity" / "identity.json", *secrets),
-        *await line(own, clock),
+        *await line(own, clock, sound=is_sound(looked)),
     ]
 
 

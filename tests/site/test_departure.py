@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fedml import durable
 from fedml.cli.endpoint import Site
+from fedml.cli.main import app
 from fedml.errors import ConfigError, Corrupt, PermissionDenied, Unreachable
 from fedml.site.departure import check_member, come_back, departure, leave
 from fedml.site.settings import read_settings
@@ -84,6 +88,27 @@ async def test_who_was_revoked_before_may_leave_all_the_same(site: Path, place: 
     mark = departure(site)
     assert mark is not None
     assert mark.told
+
+
+def test_the_command_asks_and_says_what_to_do_while_the_coordinator_is_away(
+    tmp_path: Path,
+) -> None:
+    papers = replace(World.build(tmp_path / "hub").credentials(), address="127.0.0.1:1")
+    site = admit(tmp_path / "mercy", papers)
+    asked = CliRunner().invoke(app, ["site", "leave", str(site)], input="n\n")
+    assert asked.exit_code == 1
+    assert "mercy leaves 127.0.0.1:1, and needs a new token to come back" in asked.output
+    assert departure(site) is None
+    with durable.lock(site, "a site daemon"):
+        busy = CliRunner().invoke(app, ["site", "leave", str(site), "--yes"])
+    assert "is in use by a site daemon" in str(busy.exception)
+    assert departure(site) is None
+    away = CliRunner().invoke(app, ["site", "leave", str(site), "--yes"])
+    assert isinstance(away.exception, Unreachable)
+    assert "have its operator run 'fedml coordinator revoke mercy'" in str(away.exception)
+    mark = departure(site)
+    assert mark is not None
+    assert not mark.told
 
 
 def test_a_mark_that_does_not_read(tmp_path: Path) -> None:
