@@ -76,10 +76,10 @@ def _ports(settings: Settings, who: str) -> list[Finding]:
 def _need(folder: Path) -> float:
     """Return the bytes of a round: the model, the next one, and an update of each site asked."""
     records = durable.read_log(folder / "journal.jsonl") if _journal(folder) else []
-    asked = [len(_entry(r).get("opened", {}).get("asked", ())) for r in records]
-    return float(
-        machine.largest([folder / "states", folder / "releases"]) * (2 + max(asked, default=0))
-    )
+    opened = [_entry(record).get("opened") for record in records]
+    asked = [len(round_["asked"]) for round_ in opened if isinstance(round_, Mapping)]
+    model = machine.largest([folder / "states", folder / "releases"])
+    return float(model * (2 + max(asked, default=0)))
 
 
 def _journal(folder: Path) -> bool:

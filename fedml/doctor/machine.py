@@ -132,8 +132,9 @@ def _wanted(extra: str) -> Iterator[Requirement]:
         need = Requirement(text)
         if need.marker is None or need.marker.evaluate({"extra": extra}):
             yield need
-    if version := metadata.metadata(PACKAGE).get("Requires-Python"):
-        yield Requirement(f"Python{version}")
+    known = metadata.metadata(PACKAGE)
+    if "Requires-Python" in known:
+        yield Requirement(f"Python{known['Requires-Python']}")
 
 
 def _has(need: Requirement) -> bool:

@@ -13,9 +13,11 @@ import pytest
 from fedml import durable
 from fedml.cli.demo.federation import free_ports
 from fedml.coordinator.folder import create
-from fedml.coordinator.service import run
+from fedml.coordinator.service import Service
 from fedml.coordinator.settings import Settings
 from fedml.identity.audit import AuditLog
+from fedml.identity.certificates import Credentials
+from fedml.transport.rpc import OperationsClient
 from tests.doctor.ward import bad, found, print_of
 
 
@@ -28,17 +30,19 @@ def hub(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def running(hub: Path) -> AsyncIterator[None]:
-    ready = asyncio.Event()
-    program = asyncio.create_task(run(hub, lambda _: ready.set()))
-    waiting = asyncio.create_task(ready.wait())
+    program = asyncio.create_task(Service(hub).run())
+    client = OperationsClient(Credentials.load(hub / "operator"))
+    ready = asyncio.create_task(client.reach(60.0))
     try:
-        await asyncio.wait([program, waiting], return_when=asyncio.FIRST_COMPLETED)
-        assert ready.is_set(), program
+        await asyncio.wait([program, ready], return_when=asyncio.FIRST_COMPLETED)
+        assert not program.done(), program
+        await ready
         yield
     finally:
-        waiting.cancel()
+        await client.close()
+        ready.cancel()
         program.cancel()
-        await asyncio.wait([program])
+        await asyncio.wait([program, ready])
 
 
 async def test_a_coordinator_that_rests_is_well_and_untouched(hub: Path) -> None:

@@ -17,12 +17,18 @@ from fedml.errors import FedmlError
 from tests.doctor.ward import admit, allow
 from tests.transport.world import GrpcPlace, World
 
+
+def into_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "gone": lambda path: path.unlink(),
+    "gone": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"\xff\x00{"),
     "another JSON": lambda path: path.write_bytes(b"[1]\n"),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a folder": into_a_folder,
 }
 
 

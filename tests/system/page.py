@@ -29,7 +29,7 @@ def check_fedml(words: list[str]) -> None:
     """Raise `click.UsageError` unless these are the arguments of a `fedml` command."""
     from fedml.cli.main import app
 
-    command: click.Command = typer.main.get_command(app)  # type: ignore[assignment]
+    command: click.Command = typer.main.get_command(app)
     path, rest = ["fedml"], list(words)
     while isinstance(command, click.Group):
         found = command.get_command(click.Context(command), rest[0])
