@@ -109,8 +109,8 @@ def test_every_command_of_the_page_does_what_it_says(tmp_path: Path) -> None:
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     logs = done.stderr + "".join((source / f"{n}.log").read_text() for n in ("coordinator", "site"))
     assert "Traceback" not in logs
-    installed = list((tmp_path / "opt").glob("*/lib/python3*/site-packages/fedml/__init__.py"))
-    assert len(installed) == 3
+    installed = (tmp_path / "opt").glob("*/lib/python3*/site-packages/fedml/__init__.py")
+    assert len({path.resolve() for path in installed}) == 3  # one of them is the current one
     said = done.stdout
     assert said.count("bern has joined localhost:") == 2
     prints = re.findall(r"authority +SHA-256 ([0-9a-f]{64}), expires in", said)
@@ -125,7 +125,8 @@ def test_every_command_of_the_page_does_what_it_says(tmp_path: Path) -> None:
     assert "operator eve: good until " in said
     with tarfile.open(source / "site-backup.tgz") as backup:
         kept = {name.split("/")[1] for name in backup.getnames() if "/" in name}
-    assert kept == {"identity", "policy.toml", "secret", "site.toml", "trust"}
+    assert kept >= {"identity", "policy.toml", "secret", "site.toml", "trust"}
+    assert kept.isdisjoint({"ledger", "tasks", "slots", "blobs"})
     assert (source / "site-backup.tgz").stat().st_mode & 0o77 == 0
     settings = tomllib.loads((tmp_path / "site/site.toml").read_text())
     assert settings["rest_port"] == rest_port
