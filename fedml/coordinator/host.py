@@ -57,7 +57,6 @@ from fedml.rounds.selection import Roll
 from fedml.strategies import ServerState
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
-_SMALL = 2**20  # bytes of an update that is added sooner than a thread is asked to
 _LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
 _log = structlog.get_logger()
 Register = Callable[[Run, Candidate], Awaitable[int]]
@@ -138,10 +137,8 @@ class Host:
         task, digest = answer.task, answer.update.digest
         self._holds.hold(digest)
         self._uploads[digest] += 1
-        reading = partial(self._read_update, site, order, answer)
         try:
-            small = answer.update.size <= _SMALL
-            update = reading() if small else await asyncio.to_thread(reading)
+            update = await asyncio.to_thread(self._read_update, site, order, answer)
         except (FedmlError, OSError) as error:
             self._let_go(digest)
             gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
@@ -217,7 +214,7 @@ class Host:
         self._changed(self.run.id)
 
     async def _decide(self, event: Event) -> list[Command]:
-        """Let the run take an event in; an update may be megabytes to add, so not on the loop."""
+        """Let the run take an event in; an update is megabytes to add, so not on the loop."""
         now = time.time()
         if isinstance(event, SitesChanged) or (isinstance(event, Tick) and not self.run.asked):
             # on the loop: nobody else takes a seat between our look and the opening of a round
@@ -225,8 +222,6 @@ class Host:
             if isinstance(event, Tick):
                 commands += self.run.handle(event, now)
             commands = self._seated(commands)
-        elif isinstance(event, UpdateArrived) and event.update.delta.layout.bytes <= _SMALL:
-            commands = self.run.handle(event, now)
         else:
             commands = await asyncio.to_thread(self.run.handle, event, now)
         failpoints.reach("event.taken")
