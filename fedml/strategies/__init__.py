@@ -1,6 +1,7 @@
 """Federated algorithms: one file each, server half and site half side by side."""
 
 from fedml.strategies.base import (
+    NUMBER,
     Aggregate,
     LocalRule,
     Plain,
@@ -10,6 +11,7 @@ from fedml.strategies.base import (
     Statistic,
     Strategy,
     add_stack,
+    number,
 )
 from fedml.strategies.catalogue import (
     RULES,
@@ -17,6 +19,8 @@ from fedml.strategies.catalogue import (
     build,
     describe,
     measures,
+    needs_means,
+    numbers,
     reports,
     strategies,
 )
@@ -28,6 +32,7 @@ from fedml.strategies.newton import Newton
 from fedml.strategies.reducers import WeightedMean
 
 __all__ = [
+    "NUMBER",
     "RULES",
     "STATISTICS",
     "Aggregate",
@@ -51,6 +56,9 @@ __all__ = [
     "build",
     "describe",
     "measures",
+    "needs_means",
+    "number",
+    "numbers",
     "reports",
     "strategies",
 ]

@@ -68,10 +68,25 @@ def reports(brief: Brief) -> frozenset[str]:
     raise ConfigError(f"rule {brief.rule!r} is not installed; there are {_list(table)}")
 
 
+def numbers(brief: Brief) -> frozenset[str]:
+    """Return the names of those slots of an answer to `brief` that are one number each."""
+    found: frozenset[str] = getattr(RULES.get(brief.rule), "numbers", frozenset())
+    return found
+
+
 def measures(strategy: Strategy) -> bool:
-    """Return whether its sites report a `Statistic`: exact numbers, which no noise hides."""
-    probe = Params({"w": torch.zeros(1)})
-    return strategy.brief(strategy.start(probe)).rule in STATISTICS
+    """Return whether its sites report exact numbers made of rows, which no noise hides."""
+    rule = _brief(strategy).rule
+    return rule in STATISTICS or bool(getattr(RULES.get(rule), "reads_loss", False))
+
+
+def needs_means(strategy: Strategy) -> bool:
+    """Return whether its sites report more than a delta, which only means leave in step."""
+    return bool(reports(_brief(strategy)))
+
+
+def _brief(strategy: Strategy) -> Brief:
+    return strategy.brief(strategy.start(Params({"w": torch.zeros(1)})))
 
 
 def describe(strategy: Strategy) -> dict[str, object]:
