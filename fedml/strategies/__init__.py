@@ -30,8 +30,10 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Newton
 from fedml.strategies.reducers import WeightedMean
+from fedml.strategies.scaffold import Scaffold
 
 __all__ = [
+    "Scaffold",
     "NUMBER",
     "RULES",
     "STATISTICS",

@@ -25,8 +25,13 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.reducers import WeightedMean
+from fedml.strategies.scaffold import Control, Scaffold
 
-RULES: Mapping[str, LocalRule] = {"plain": Plain(), "prox": Prox()}
+RULES: Mapping[str, LocalRule] = {
+    "plain": Plain(),
+    "prox": Prox(),
+    "scaffold": Control(),
+}
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
 _OURS: Mapping[str, type[Strategy]] = {
@@ -36,6 +41,7 @@ _OURS: Mapping[str, type[Strategy]] = {
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
+    "scaffold": Scaffold,
     "newton": Newton,
 }
 
