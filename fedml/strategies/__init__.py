@@ -26,6 +26,7 @@ from fedml.strategies.catalogue import (
 )
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
+from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Newton
@@ -33,6 +34,7 @@ from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Scaffold
 
 __all__ = [
+    "FedNova",
     "Scaffold",
     "NUMBER",
     "RULES",

@@ -21,6 +21,7 @@ from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import LocalRule, Plain, Reducer, Statistic, Strategy
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
+from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Curvature, Newton
@@ -31,6 +32,7 @@ RULES: Mapping[str, LocalRule] = {
     "plain": Plain(),
     "prox": Prox(),
     "scaffold": Control(),
+    "fednova": Normalised(),
 }
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
@@ -42,6 +44,7 @@ _OURS: Mapping[str, type[Strategy]] = {
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
     "scaffold": Scaffold,
+    "fednova": FedNova,
     "newton": Newton,
 }
 
