@@ -21,6 +21,7 @@ from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import LocalRule, Plain, Reducer, Statistic, Strategy
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
+from fedml.strategies.feddyn import Dynamic, FedDyn
 from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
@@ -33,6 +34,7 @@ RULES: Mapping[str, LocalRule] = {
     "prox": Prox(),
     "scaffold": Control(),
     "fednova": Normalised(),
+    "feddyn": Dynamic(),
 }
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
@@ -45,6 +47,7 @@ _OURS: Mapping[str, type[Strategy]] = {
     "fedyogi": FedYogi,
     "scaffold": Scaffold,
     "fednova": FedNova,
+    "feddyn": FedDyn,
     "newton": Newton,
 }
 
