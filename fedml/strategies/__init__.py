@@ -27,6 +27,7 @@ from fedml.strategies.catalogue import (
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.feddyn import FedDyn
+from fedml.strategies.fedexp import FedExP
 from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
@@ -35,6 +36,7 @@ from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Scaffold
 
 __all__ = [
+    "FedExP",
     "FedDyn",
     "FedNova",
     "Scaffold",

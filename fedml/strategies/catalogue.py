@@ -22,6 +22,7 @@ from fedml.strategies.base import LocalRule, Plain, Reducer, Statistic, Strategy
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.feddyn import Dynamic, FedDyn
+from fedml.strategies.fedexp import FedExP, Squared
 from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
@@ -35,6 +36,7 @@ RULES: Mapping[str, LocalRule] = {
     "scaffold": Control(),
     "fednova": Normalised(),
     "feddyn": Dynamic(),
+    "fedexp": Squared(),
 }
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
@@ -48,6 +50,7 @@ _OURS: Mapping[str, type[Strategy]] = {
     "scaffold": Scaffold,
     "fednova": FedNova,
     "feddyn": FedDyn,
+    "fedexp": FedExP,
     "newton": Newton,
 }
 
