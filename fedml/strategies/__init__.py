@@ -32,14 +32,11 @@ from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Newton
+from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Scaffold
 
 __all__ = [
-    "FedExP",
-    "FedDyn",
-    "FedNova",
-    "Scaffold",
     "NUMBER",
     "RULES",
     "STATISTICS",
@@ -48,14 +45,19 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedDyn",
+    "FedExP",
+    "FedNova",
     "FedProx",
     "FedYogi",
     "LocalRule",
     "Newton",
     "Plain",
     "Prox",
+    "QFedAvg",
     "Reducer",
     "Reduction",
+    "Scaffold",
     "ServerState",
     "Statistic",
     "Strategy",

@@ -27,6 +27,7 @@ from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Curvature, Newton
+from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Control, Scaffold
 
@@ -37,6 +38,7 @@ RULES: Mapping[str, LocalRule] = {
     "fednova": Normalised(),
     "feddyn": Dynamic(),
     "fedexp": Squared(),
+    "qfedavg": Fair(),
 }
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
@@ -51,6 +53,7 @@ _OURS: Mapping[str, type[Strategy]] = {
     "fednova": FedNova,
     "feddyn": FedDyn,
     "fedexp": FedExP,
+    "qfedavg": QFedAvg,
     "newton": Newton,
 }
 
