@@ -29,6 +29,8 @@ from fedml.strategies import STATISTICS
 if TYPE_CHECKING:
     from fedml.learning.private import PrivateGradient
 
+_AT_ONCE = 4096  # rows whose loss is looked at together
+
 
 def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice]:
     """Yield the row indices of each step of plain training, the same for the same seed.
@@ -102,6 +104,9 @@ class Trainer:
         if task.brief.rule in STATISTICS:
             return self._measure(task, rows), memory
         rule = find_rule(task.brief.rule)
+        reads_loss = getattr(rule, "reads_loss", False)
+        if reads_loss:
+            self._check_exact(task)
         device = torch.device(self.device)
         memory = {name: slot.to(device) for name, slot in memory.items()}
         brief = on_device(task.brief, device)
@@ -109,21 +114,16 @@ class Trainer:
             model = self._fresh().to(device).train()
             x, y = rows.x.to(device), rows.y.to(device)
             descent = Descent(model, brief, memory, self.training, self.copy)
+            path = {"loss": self._loss(model, Rows(x, y))} if reads_loss else {}
             if self.privacy.mode == "record":
                 delta, weight, metrics = self._privately(descent, Rows(x, y), public_rows)
             else:
                 delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
-        path = {"lr": self.training.lr, "steps": float(descent.steps)}
-        slots, kept = rule.finish(brief, memory, delta, path)
-        update = Update(
-            task.id,
-            task.round,
-            task.site,
-            delta.to("cpu"),
-            weight,
-            {name: slot.to("cpu") for name, slot in slots.items()},
-            metrics,
-        )
+        path |= path_of(self.training, descent.steps)
+        told, kept = rule.finish(brief, memory, delta, path)
+        slots = {name: slot.to("cpu") for name, slot in told.items()}
+        sent = slots.pop("delta", delta.to("cpu"))
+        update = Update(task.id, task.round, task.site, sent, weight, slots, metrics)
         return update, {name: slot.to("cpu") for name, slot in kept.items()}
 
     def _build(self) -> nn.Module:
@@ -175,11 +175,7 @@ class Trainer:
 
     def _measure(self, task: Task, rows: Rows) -> Update:
         """Return what a statistic reports of all rows at once, in evaluation mode."""
-        if self.privacy.mode != "none":
-            raise Refused(
-                f"rule {task.brief.rule} reports exact numbers made of rows, which "
-                f"{self.privacy.mode} privacy forbids; use privacy=none, or strategy=fedavg"
-            )
+        self._check_exact(task)
         if len(rows) == 0:
             raise ConfigError("there are no rows to measure; check the site's data file")
         device = torch.device(self.device)
@@ -204,6 +200,23 @@ class Trainer:
             {name: slot.to("cpu") for name, slot in slots.items()},
             metrics,
         )
+
+    def _check_exact(self, task: Task) -> None:
+        if self.privacy.mode != "none":
+            raise Refused(
+                f"rule {task.brief.rule} reports exact numbers made of rows, which "
+                f"{self.privacy.mode} privacy forbids; use privacy=none, or strategy=fedavg"
+            )
+
+    def _loss(self, model: nn.Module, rows: Rows) -> float:
+        """Return the mean loss over all rows where `model` stands, in evaluation mode."""
+        total = 0.0
+        model.eval()
+        with torch.no_grad():
+            for x, y in zip(rows.x.split(_AT_ONCE), rows.y.split(_AT_ONCE), strict=True):
+                total += float(self.recipe.loss(self._forward(model, x), y)) * len(x)
+        model.train()
+        return total / max(len(rows), 1)
 
     def _plainly(
         self, descent: Descent, rows: Rows, seed: int
@@ -257,6 +270,11 @@ def _private_gradient() -> type[PrivateGradient]:
     from fedml.learning.private import PrivateGradient
 
     return PrivateGradient
+
+
+def path_of(training: Training, steps: int) -> dict[str, float]:
+    """Return what a rule is told at its finish of the `steps` taken."""
+    return {"lr": training.lr, "momentum": training.momentum, "steps": float(steps)}
 
 
 def diverged(step: int, steps: int) -> TaskFailed:

@@ -9,10 +9,11 @@ from typing import Protocol
 from fedml.errors import MalformedMessage, MalformedUpdate
 from fedml.protocol.messages import Scores
 from fedml.protocol.tasks import Brief, Report, Stack, Update
-from fedml.strategies import Aggregate, Reducer, add_stack
+from fedml.strategies import NUMBER, Aggregate, Reducer, add_stack, number, numbers
 
 _MOST_NAMES, _LONGEST_NAME = 64, 64  # of metrics and scores; receipts keep them for good
 _HUGE = 1e300  # a sum of totals below this cannot overflow
+_ANY_NUMBER = number(0.0)
 
 
 class Answers(Protocol):
@@ -58,13 +59,17 @@ class Updates:
         return refused
 
     def _is_sound(self, stack: Stack, brief: Brief) -> bool:
+        single = numbers(brief)
+        layouts = {name: NUMBER if name in single else brief.params.layout for name in stack.slots}
         parts = (stack.delta, *stack.slots.values())
         return (
             stack.slots.keys() == self._reports
             and len(stack.metrics) <= _MOST_NAMES
             and all(len(n) <= _LONGEST_NAME and n.isprintable() for n in stack.metrics)
             and all(0 < weight < math.inf for weight in stack.weights)
-            and all(p.layout == brief.params.layout and p.is_finite() for p in parts)
+            and stack.delta.layout == brief.params.layout
+            and all(slot.layout == layouts[name] for name, slot in stack.slots.items())
+            and all(part.is_finite() for part in parts)
         )
 
     def _check(self, answer: Update, brief: Brief) -> None:
@@ -74,8 +79,9 @@ class Updates:
         _check_names(answer.metrics)
         if not 0 < answer.weight < math.inf:
             raise MalformedUpdate(f"weight {answer.weight}: must be finite and above 0")
-        for part in (answer.delta, *answer.slots.values()):
-            brief.params.check_like(part)
+        single = numbers(brief)
+        for name, part in (("", answer.delta), *answer.slots.items()):
+            (_ANY_NUMBER if name in single else brief.params).check_like(part)
             if not part.is_finite():
                 raise MalformedUpdate(f"its norm is {part.norm()}: training diverged")
 

@@ -18,7 +18,7 @@ from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
 from fedml.records import Reader, from_record, to_record
-from fedml.strategies import Strategy, build, describe, measures
+from fedml.strategies import Strategy, build, describe, measures, needs_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class Plan:
     def check(self) -> None:
         """Raise `Contradiction` with every reason why this plan cannot run."""
         reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
-        reasons += _scoring(self)
+        reasons += [*_strategy(self), *_scoring(self)]
         if reasons:
             raise Contradiction(reasons)
 
@@ -177,6 +177,28 @@ def _cohort(cohort: Cohort) -> Iterator[str]:
         yield f"cohort.size {size} is above the {len(sites)} sites listed: lower it or add sites"
     if twice := sorted(site for site, n in Counter(sites).items() if n > 1):
         yield f"cohort.sites lists {', '.join(twice)} more than once: list each site once"
+
+
+def _strategy(plan: Plan) -> Iterator[str]:
+    strategy, cohort = plan.strategy, plan.cohort
+    name, reducer = type(strategy).__name__, strategy.reducer
+    if not reducer.linear and needs_means(strategy):
+        yield (
+            f"strategy {name} with reducer {type(reducer).__name__}: its sites report slots that "
+            "only a mean leaves in step with the deltas; use reducer=weighted-mean, or "
+            "strategy=fedavg"
+        )
+    sites = getattr(strategy, "sites", None)
+    if sites is None:
+        return
+    if sites == 0 and cohort.size and cohort.size != len(cohort.sites):
+        yield (
+            f"strategy {name} with cohort.size {cohort.size} and strategy.sites 0: it must know "
+            "of how many sites these are a part, set strategy.sites to the number of them all"
+        )
+    least = max(cohort.size, len(cohort.sites), cohort.quorum)
+    if 0 < sites < least:
+        yield f"strategy.sites {sites} is below the {least} that the cohort names: raise it"
 
 
 def _privacy(plan: Plan) -> Iterator[str]:

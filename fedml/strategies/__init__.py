@@ -1,6 +1,7 @@
 """Federated algorithms: one file each, server half and site half side by side."""
 
 from fedml.strategies.base import (
+    NUMBER,
     Aggregate,
     LocalRule,
     Plain,
@@ -10,6 +11,7 @@ from fedml.strategies.base import (
     Statistic,
     Strategy,
     add_stack,
+    number,
 )
 from fedml.strategies.catalogue import (
     RULES,
@@ -17,17 +19,25 @@ from fedml.strategies.catalogue import (
     build,
     describe,
     measures,
+    needs_means,
+    numbers,
     reports,
     strategies,
 )
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
+from fedml.strategies.feddyn import FedDyn
+from fedml.strategies.fedexp import FedExP
+from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Newton
+from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
+from fedml.strategies.scaffold import Scaffold
 
 __all__ = [
+    "NUMBER",
     "RULES",
     "STATISTICS",
     "Aggregate",
@@ -35,14 +45,19 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedDyn",
+    "FedExP",
+    "FedNova",
     "FedProx",
     "FedYogi",
     "LocalRule",
     "Newton",
     "Plain",
     "Prox",
+    "QFedAvg",
     "Reducer",
     "Reduction",
+    "Scaffold",
     "ServerState",
     "Statistic",
     "Strategy",
@@ -51,6 +66,9 @@ __all__ = [
     "build",
     "describe",
     "measures",
+    "needs_means",
+    "number",
+    "numbers",
     "reports",
     "strategies",
 ]

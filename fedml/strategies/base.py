@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from fedml.errors import ConfigError, MalformedUpdate
-from fedml.params import Params
+from fedml.params import Layout, Params
 from fedml.protocol.messages import Scores
 from fedml.protocol.tasks import Brief, Slots, Stack, Update
+
+NUMBER = Layout((("value", torch.float64, ()),))  # of a slot that is one number
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Aggregate:
     weight: float
     count: int
     metrics: Scores = field(default_factory=dict)
+
+    def number(self, slot: str) -> float:
+        """Return the mean of what sites reported in a slot that is one number."""
+        return float(self.slots[slot]["value"])
 
 
 class Reduction(Protocol):
@@ -106,8 +113,12 @@ class Strategy(Protocol):
 class LocalRule(Protocol):
     """Site half of an algorithm: bends local gradients and reports what the server half needs.
 
-    A rule whose `gradient` treats each element by itself may say so with a class attribute
-    `elementwise = True`; many sites then run at once, with `Stacked` in the place of `Params`.
+    Class attributes may say more of it:
+      elementwise = True   `gradient` treats each element by itself; many sites then run at once,
+                           with `Stacked` in the place of `Params`
+      numbers = {"tau"}    of what it reports, the slots that are one number each, see `number`
+      reads_loss = True    `path` has `loss` too, the mean over all of the site's rows at the global
+                           model; that is exact, so record privacy refuses the rule
     """
 
     @property
@@ -120,7 +131,10 @@ class LocalRule(Protocol):
     def finish(
         self, brief: Brief, memory: Slots, delta: Params, path: Mapping[str, float]
     ) -> tuple[Slots, Slots]:
-        """Return (slots to report, memory to keep); `path` has `lr` and `steps` taken."""
+        """Return (slots to report, memory to keep); `path` has `lr`, `momentum`, `steps` taken.
+
+        What is reported as `delta` travels in the place of the delta, and is no slot.
+        """
 
 
 class Statistic(Protocol):
@@ -151,6 +165,31 @@ class Plain:
     ) -> tuple[Slots, Slots]:
         """Report and keep nothing."""
         return {}, {}
+
+
+def number(value: float) -> Params:
+    """Return a slot that is one number; sites' numbers are averaged by weight as deltas are."""
+    return Params({"value": torch.tensor(value, dtype=torch.float64)})
+
+
+def path_weight(path: Mapping[str, float]) -> float:
+    """Return by how many plain gradients times `lr` a path of SGD with momentum has moved.
+
+    Without momentum that is `steps`. It is the norm |a|_1 of Wang et al. 2020, section 4.1.
+    """
+    steps, keep = path["steps"], path.get("momentum", 0.0)
+    return float((steps - keep * (1 - keep**steps) / (1 - keep)) / (1 - keep))
+
+
+def share(count: int, sites: int) -> float:
+    """Return which part of all `sites` has answered; 0 sites stands for those that have."""
+    return min(1.0, count / sites) if sites else 1.0
+
+
+def check_sites(what: str, sites: int) -> None:
+    """Raise `ConfigError` unless `sites` can be how many sites there are, or 0."""
+    if sites < 0:
+        raise ConfigError(f"{what} {sites}: give the number of all sites, or 0 if all are asked")
 
 
 def check_setting(

@@ -21,12 +21,25 @@ from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import LocalRule, Plain, Reducer, Statistic, Strategy
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
+from fedml.strategies.feddyn import Dynamic, FedDyn
+from fedml.strategies.fedexp import FedExP, Squared
+from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Curvature, Newton
+from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
+from fedml.strategies.scaffold import Control, Scaffold
 
-RULES: Mapping[str, LocalRule] = {"plain": Plain(), "prox": Prox()}
+RULES: Mapping[str, LocalRule] = {
+    "plain": Plain(),
+    "prox": Prox(),
+    "scaffold": Control(),
+    "fednova": Normalised(),
+    "feddyn": Dynamic(),
+    "fedexp": Squared(),
+    "qfedavg": Fair(),
+}
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
 _OURS: Mapping[str, type[Strategy]] = {
@@ -36,6 +49,11 @@ _OURS: Mapping[str, type[Strategy]] = {
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
+    "scaffold": Scaffold,
+    "fednova": FedNova,
+    "feddyn": FedDyn,
+    "fedexp": FedExP,
+    "qfedavg": QFedAvg,
     "newton": Newton,
 }
 
@@ -68,10 +86,25 @@ def reports(brief: Brief) -> frozenset[str]:
     raise ConfigError(f"rule {brief.rule!r} is not installed; there are {_list(table)}")
 
 
+def numbers(brief: Brief) -> frozenset[str]:
+    """Return the names of those slots of an answer to `brief` that are one number each."""
+    found: frozenset[str] = getattr(RULES.get(brief.rule), "numbers", frozenset())
+    return found
+
+
 def measures(strategy: Strategy) -> bool:
-    """Return whether its sites report a `Statistic`: exact numbers, which no noise hides."""
-    probe = Params({"w": torch.zeros(1)})
-    return strategy.brief(strategy.start(probe)).rule in STATISTICS
+    """Return whether its sites report exact numbers made of rows, which no noise hides."""
+    rule = _brief(strategy).rule
+    return rule in STATISTICS or bool(getattr(RULES.get(rule), "reads_loss", False))
+
+
+def needs_means(strategy: Strategy) -> bool:
+    """Return whether its sites report more than a delta, which only means leave in step."""
+    return bool(reports(_brief(strategy)))
+
+
+def _brief(strategy: Strategy) -> Brief:
+    return strategy.brief(strategy.start(Params({"w": torch.zeros(1)})))
 
 
 def describe(strategy: Strategy) -> dict[str, object]:

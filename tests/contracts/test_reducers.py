@@ -1,4 +1,4 @@
-"""Promises that every reducer keeps, and every rule."""
+"""Promises that every reducer keeps."""
 
 import itertools
 import math
@@ -10,8 +10,8 @@ import torch
 from fedml.errors import MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import SiteId, TaskId
-from fedml.protocol.tasks import Brief, Slots, Update
-from fedml.strategies import RULES, Aggregate, LocalRule, Reducer, WeightedMean
+from fedml.protocol.tasks import Update
+from fedml.strategies import Aggregate, Reducer, WeightedMean
 
 REDUCERS: list[Reducer] = [WeightedMean()]
 
@@ -87,22 +87,6 @@ def test_a_linear_reducer_needs_only_the_sum(reducer: Reducer) -> None:
     total = reduced(reducer, [one, two])
     mean = (one.delta["w"].double() + 3 * two.delta["w"].double()) / 4
     torch.testing.assert_close(total.delta["w"].double(), mean, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", sorted(RULES))
-def test_a_rule_reports_what_it_says_and_keeps_the_layout(name: str) -> None:
-    rule: LocalRule = RULES[name]
-    brief = Brief(params(0), rule=name, settings={"mu": 0.5})
-    memory: Slots = {}
-    grads, here = params(1), params(2)
-    before = [p.digest() for p in (brief.params, grads, here)]
-    bent = rule.gradient(brief, memory, here, grads)
-    bent.check_like(grads)
-    assert bent.digest() == rule.gradient(brief, memory, here, grads).digest()
-    reported, _ = rule.finish(brief, memory, here - brief.params, {"lr": 0.1, "steps": 5.0})
-    assert reported.keys() == rule.reports
-    assert [p.digest() for p in (brief.params, grads, here)] == before
-    assert memory == {}
 
 
 def test_metrics_that_are_no_numbers_are_left_out() -> None:

@@ -116,7 +116,7 @@ class Half:
     def finish(
         self, brief: Brief, memory: Slots, delta: Params, path: Mapping[str, float]
     ) -> tuple[Slots, Slots]:
-        assert path == {"lr": 0.1, "steps": 20.0}
+        assert path == {"lr": 0.1, "momentum": 0.0, "steps": 20.0}
         return {"seen": delta}, {"last": delta, **memory}
 
 

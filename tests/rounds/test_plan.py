@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, SiteId, Training
 from fedml.rounds import Cohort, Evaluation, Gate, Plan
-from fedml.strategies import FedProx
+from fedml.strategies import FedAvg, FedProx, Scaffold, Strategy, WeightedMean, catalogue
 from tests.rounds.worlds import plan
 
 RECORD = Privacy("record", epsilon=3.0, delta=1e-5, rounds=3, evaluation_epsilon=0.5)
@@ -69,6 +70,55 @@ def test_each_contradiction_has_a_sentence_with_the_way_out(
     [found] = reasons(**changes)
     assert reason in found
     assert "\n" not in found
+
+
+def drawn(size: int, *sites: str) -> Cohort:
+    return Cohort(quorum=1, deadline=60, size=size, sites=tuple(map(SiteId, sites)))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cohort", "reason"),
+    [
+        (Scaffold(), drawn(2), "Scaffold with cohort.size 2 and strategy.sites 0: it must know"),
+        (Scaffold(), drawn(2, "a", "b", "c"), "set strategy.sites to the number of them all"),
+        (Scaffold(sites=2), drawn(0, "a", "b", "c"), "sites 2 is below the 3 that the cohort"),
+    ],
+)
+def test_an_algorithm_that_counts_on_all_sites_must_know_how_many(
+    strategy: Strategy, cohort: Cohort, reason: str
+) -> None:
+    [found] = reasons(strategy=strategy, cohort=cohort)
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("sites", "cohort"), [(0, drawn(0)), (0, drawn(2, "a", "b")), (9, drawn(2)), (3, drawn(0))]
+)
+def test_an_algorithm_that_knows_how_many_sites_there_are_stands(
+    sites: int, cohort: Cohort
+) -> None:
+    plan(strategy=Scaffold(sites=sites), cohort=cohort)
+
+
+@dataclass(frozen=True)
+class Bent(WeightedMean):
+    """A reducer that is no mean."""
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("strategy", [Scaffold(reducer=Bent())])
+def test_slots_that_only_a_mean_leaves_in_step_refuse_other_reducers(
+    strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalogue.REDUCERS, "bent", Bent)
+    [found] = reasons(strategy=strategy)
+    name = type(strategy).__name__
+    assert f"strategy {name} with reducer Bent: its sites report slots" in found
+    assert "use reducer=weighted-mean, or strategy=fedavg" in found
+    plan(strategy=FedAvg(reducer=Bent()))
 
 
 def test_all_contradictions_come_at_once() -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fedml.errors import ConfigError, QuorumLost
 from fedml.params import Params
 from fedml.protocol.messages import SiteId, TaskId
-from fedml.protocol.tasks import Brief, Report, Update
-from fedml.rounds import Opening, ReportArrived, Round, SiteLost, UpdateArrived
+from fedml.protocol.tasks import Brief, Report, Stack, Update
+from fedml.rounds import Opening, ReportArrived, Round, SiteLost, StackArrived, UpdateArrived
 from fedml.rounds.round import (
     CancelTask,
     Close,
@@ -25,7 +25,8 @@ from fedml.rounds.round import (
     SendTask,
     WakeAt,
 )
-from fedml.strategies import Aggregate, WeightedMean
+from fedml.stacked import Stacked
+from fedml.strategies import Aggregate, WeightedMean, number
 from tests.rounds.worlds import MODEL, RUN, SITES
 
 BERN, KYOTO, QUITO = SITES
@@ -147,6 +148,44 @@ def test_an_unsound_update_counts_as_missing_with_its_reason(
     assert isinstance(close.total, Aggregate)
     assert close.total.count == 2
     assert reason in close.account.missing["bern"]
+
+
+def arriving(slots: list[Params], *, stacked: bool) -> list[Event]:
+    """Updates of all sites with these in the slot `weight`, in one stack or each by itself."""
+    told = [altered(s, slots={"weight": one}) for s, one in zip(SITES, slots, strict=True)]
+    if not stacked:
+        return [UpdateArrived(one) for one in told]
+    stack = Stack(
+        1, SITES, tuple(one.task for one in told), Stacked([one.delta for one in told]),
+        tuple(one.weight for one in told), {"weight": Stacked(slots)},
+    )  # fmt: skip
+    return [StackArrived(stack)]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_sites_report_single_numbers_where_their_rule_says_so(stacked: bool) -> None:
+    round_ = Round(OPENING, WeightedMean(), frozenset({"weight"}))
+    round_.open(Brief(MODEL, "fednova"))
+    numbers = [number(value) for value in (1.0, 2.0, 6.0)]
+    close = closed(feed(round_, *arriving(numbers, stacked=stacked)))
+    assert isinstance(close.total, Aggregate)
+    assert close.total.number("weight") == pytest.approx(3.0)
+
+
+def test_a_model_in_the_place_of_a_number_costs_its_own_site_alone() -> None:
+    round_ = Round(OPENING, WeightedMean(), frozenset({"weight"}))
+    round_.open(Brief(MODEL, "fednova"))
+    close = closed(feed(round_, *arriving([MODEL, number(1.0), number(2.0)], stacked=False)))
+    assert close.account.missing == {"bern": "answer refused: names differ: ['value', 'w']"}
+
+
+@pytest.mark.parametrize("rule", ["plain", "fednova"])
+def test_a_stack_of_models_in_the_place_of_numbers_is_refused_and_the_reverse(rule: str) -> None:
+    round_ = Round(OPENING, WeightedMean(), frozenset({"weight"}))
+    round_.open(Brief(MODEL, rule))
+    wrong = number(1.0) if rule == "plain" else MODEL
+    account = failed(feed(round_, *arriving([wrong] * 3, stacked=True))).account
+    assert set(account.missing.values()) == {"answer refused: names differ: ['value', 'w']"}
 
 
 def test_a_report_is_no_answer_to_training() -> None:

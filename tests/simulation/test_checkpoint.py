@@ -22,13 +22,14 @@ from fedml.simulation.executors.base import Answer, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.processes import Processes
 from fedml.simulation.executors.vectorised import Vectorised
-from fedml.strategies import FedAdam, FedAvgM, FedProx, ServerState, Strategy
+from fedml.strategies import FedAdam, FedAvgM, FedProx, Scaffold, ServerState, Strategy
 from tests.simulation.worlds import Late, chronicle, plan, start
 
 STRATEGIES: Mapping[str, Strategy] = {
     "fedavgm": FedAvgM(beta=0.9),
     "fedadam": FedAdam(server_lr=0.1),
     "fedprox": FedProx(mu=0.1),
+    "scaffold": Scaffold(),
 }
 EXECUTORS: Mapping[str, MakeExecutor] = {
     "inline": Inline,

@@ -22,7 +22,7 @@ from fedml.learning.gradients import Precision
 from fedml.learning.private_cohort import Release, train_privately
 from fedml.learning.recipe import Recipe, Rows
 from fedml.learning.rowstack import RowStack
-from fedml.learning.trainer import diverged, on_device, seeded
+from fedml.learning.trainer import diverged, on_device, path_of, seeded
 from fedml.privacy.accounting import Event, evaluation_event, training_event
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Brief, Stack, Task
@@ -237,9 +237,10 @@ class Vectorised:
         delta = trained.delta.take(sound) if lost else trained.delta
         slots = {}
         if brief.rule != "plain":
-            paths = [{"lr": self.plan.training.lr, "steps": float(trained.steps[r])} for r in sound]
+            paths = [path_of(self.plan.training, trained.steps[row]) for row in sound]
             kept = {name: slot.take(sound) for name, slot in memory.items()}
             slots = self._finish(ours, brief, kept, delta, paths)
+            delta = slots.pop("delta", delta)
         epsilons = []
         if told.events:
             spend, share = self.memory.spend, self.plan.privacy.delta

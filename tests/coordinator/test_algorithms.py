@@ -1,0 +1,124 @@
+"""Every algorithm runs on a coordinator that crashes, to the bytes of its simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedml.errors import Contradiction
+from fedml.learning.trainer import Trainer
+from fedml.params import decode
+from fedml.protocol.messages import Assignment, Privacy, Trained, Training
+from fedml.protocol.tasks import Brief, Slots, Task
+from fedml.releases.registry import MemoryRegistry
+from fedml.rounds import Cohort, Plan
+from fedml.strategies import measures, strategies
+from tests.coordinator.world import Hub, Site, first_params, packed, plan
+from tests.simulation.worlds import engine, holdings, recipe
+
+NAMES = sorted(strategies())
+RECORD = Privacy("record", epsilon=5.0, delta=1e-5, rounds=4)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Learner(Site):
+    """A site that trains on its rows, and remembers what its rule asks it to."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder, name)
+        self.memory: Slots = {}
+
+    async def learn(self, order: Assignment) -> Trained:
+        await self.link.download(order.model, self.store)
+        parts = decode(self.store.path(order.model.digest).read_bytes())
+        brief = Brief(parts.pop(""), order.rule, order.settings, parts)
+        task = Task(order.task, order.run, order.round, self.name, "train", brief)
+        rows = holdings()[self.name].train
+        trainer = Trainer(recipe(), order.training, order.privacy)
+        with one_thread():
+            update, self.memory = trainer.train(
+                task, rows, self.memory, seed=order.seed, public_rows=len(rows)
+            )
+        self.weight, self.metrics = update.weight, update.metrics
+        return await self.answer(order, packed({"delta": update.delta, **update.slots}))
+
+    def trained(self, order: Assignment, data: bytes | None = None) -> Trained:
+        told = super().trained(order, data)
+        return Trained(told.task, told.update, self.weight, self.metrics, told.epsilon)
+
+
+def plan_of(name: str, **changes: object) -> Plan:
+    return plan(
+        strategy=strategies()[name](),
+        training=Training(lr=0.5, steps=3, batch_size=32),
+        cohort=Cohort(quorum=4, deadline=60.0),
+        rounds=4,  # the last one stays open: a run that ends presses a version, which takes long
+        **changes,
+    )
+
+
+async def play(a_hub_path: Path, registry: MemoryRegistry, a_plan: Plan) -> list[str]:
+    """Return each round's model, of a run whose coordinator is restarted within round 2."""
+    hub = Hub(a_hub_path / "hub", registry)
+    sites = [Learner(a_hub_path, name) for name in holdings()]
+    for site in sites:
+        await site.connect(hub)
+    run = await hub.submit(a_plan)
+    for site in sites:
+        await site.learn(await site.order())
+    await hub.receipt(run)
+    orders = [await site.order() for site in sites]
+    await hub.close()
+
+    hub = Hub(a_hub_path / "hub", registry)
+    try:
+        for site, order in zip(sites, orders, strict=True):
+            await site.connect(hub, order.task)
+            assert await site.order() == order
+        for site, order in zip(sites[::-1], orders[::-1], strict=True):
+            await site.learn(order)
+        for site in sites:
+            await site.learn(await site.order())
+        receipts = [await hub.receipt(run, number) for number in (1, 2, 3)]
+    finally:
+        await hub.close()
+    for receipt in receipts:
+        assert not receipt.missing
+        assert {counted.site for counted in receipt.counted} == set(holdings())
+    return [receipt.model for receipt in receipts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_it_comes_to_the_bytes_of_its_simulation(name: str, tmp_path: Path) -> None:
+    a_plan = plan_of(name)
+    models = await play(tmp_path, MemoryRegistry(tmp_path / "registry"), a_plan)
+    assert len({first_params().digest(), *models}) == 4  # it moves in every round
+    with one_thread():
+        candidate = engine(a_plan).play().candidate
+    assert candidate is not None
+    assert models == [receipt.model for receipt in candidate.receipts[:3]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_record_privacy_takes_it_or_the_plan_refuses_it(name: str, tmp_path: Path) -> None:
+    if measures(strategies()[name]()):
+        with pytest.raises(Contradiction, match="with record privacy: its sites report exact"):
+            plan_of(name, privacy=RECORD)
+        return
+    models = await play(
+        tmp_path, MemoryRegistry(tmp_path / "registry"), plan_of(name, privacy=RECORD)
+    )
+    assert len({first_params().digest(), *models}) == 4
