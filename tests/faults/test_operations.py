@@ -91,10 +91,11 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_committed_round(
 def test_runs_that_wait_are_listed_with_their_place(fleet: Fleet) -> None:
     runs = [fleet.submit(plan(seed=4)) for _ in range(2)]
     task = ("task=breast_cancer", "cohort.quorum=2", "cohort.deadline=9")
-    ahead = time.strftime("%Y-%m-%dT%H:%M", time.localtime(time.time() + 3600))
+    then = time.time() + 3600
+    ahead = time.strftime("%Y-%m-%dT%H:%M", time.localtime(then))
     said = fedml(fleet, "run", "submit", "--at", ahead, *task).stdout
     later = said.split()[1].rstrip(",")
-    hour = time.strftime("%Y-%m-%d %H:%M:00 UTC", time.gmtime(time.time() + 3600))
+    hour = time.strftime("%Y-%m-%d %H:%M:00 UTC", time.gmtime(then))
     assert said == f"submitted {later}, scheduled: starts {hour}\n"
     listed = {row["id"]: row for row in rows(fedml(fleet, "run", "list", "--json"))}
     assert (listed[later]["state"], listed[later]["round"]) == ("scheduled", 0)
