@@ -268,7 +268,7 @@ def test_a_rule_that_is_not_installed_is_refused_before_anything_runs() -> None:
     a_plan = plan()
     object.__setattr__(a_plan, "strategy", Odd())
     with pytest.raises(
-        ConfigError, match="rule 'odd' is not installed; there are .*newton, plain, prox"
+        ConfigError, match=r"rule 'odd' is not installed; there are .*newton, plain, prox"
     ):
         Run.begin(RUN, a_plan, MODEL)
 
