@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,23 @@ from fedml.privacy.accounting import evaluation_event
 from fedml.privacy.mechanisms import noisy_totals
 from fedml.privacy.noise import SecureNoise
 from fedml.protocol.messages import Privacy
-from fedml.protocol.tasks import Report, Task
+from fedml.protocol.tasks import Report, Slots, Task
+from fedml.strategies import own_model
 
 _CHUNK = 4096  # rows at once
 
 
 def evaluate(
-    recipe: Recipe, task: Task, rows: Rows, privacy: Privacy, device: str = "cpu"
+    recipe: Recipe,
+    task: Task,
+    rows: Rows,
+    privacy: Privacy,
+    device: str = "cpu",
+    memory: Slots = MappingProxyType({}),
 ) -> Report:
     """Return each score's total over `rows` and their count, for the task's parameters.
+
+    Where a rule leaves a part of the model with its site, that part is taken from `memory`.
 
     With privacy mode "record" the report is one `evaluation_event`: totals and count share
     its epsilon, see `noisy_totals`, and may be fractional or negative. Raises `Refused` if
@@ -33,7 +42,7 @@ def evaluate(
     private = privacy.mode == "record"
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
-    bind(model, task.brief.params.to(device).clone())
+    bind(model, own_model(task.brief, memory).to(device).clone())
     try:
         scores = _scores(recipe, model, rows, device, alone=private)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
@@ -24,7 +24,7 @@ from fedml.params import Params
 from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
-from fedml.strategies import STATISTICS
+from fedml.strategies import STATISTICS, own_model
 
 if TYPE_CHECKING:
     from fedml.learning.private import PrivateGradient
@@ -113,6 +113,7 @@ class Trainer:
         with seeded(seed, device), _failures_named(task):
             model = self._fresh().to(device).train()
             x, y = rows.x.to(device), rows.y.to(device)
+            brief = replace(brief, params=own_model(brief, memory))
             descent = Descent(model, brief, memory, self.training, self.copy)
             path = {"loss": self._loss(model, Rows(x, y))} if reads_loss else {}
             if self.privacy.mode == "record":

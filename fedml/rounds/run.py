@@ -31,7 +31,7 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.plan import Plan
 from fedml.rounds.selection import Muster, Pool, Roll
-from fedml.strategies import Aggregate, ServerState, reports
+from fedml.strategies import Aggregate, ServerState, is_personal, reports
 
 Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
 _NONE: Barred = {}
@@ -296,9 +296,8 @@ class Run:
 
     def _play(self, opened: Opened) -> list[Command]:
         opening = opened.opening
-        if opening.kind == "train":
-            brief = self.plan.strategy.brief(self.state)
-        else:
+        brief = self.plan.strategy.brief(self.state)
+        if opening.kind == "evaluate" and not is_personal(brief):
             brief = Brief(self.state.params)
         reducer = self.plan.strategy.reducer
         self._round, self._opened = rounds.Round(opening, reducer, reports(brief)), opened

@@ -29,7 +29,7 @@ from fedml.lifeline import die_with_parent
 from fedml.params import decode, encode
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, SiteId
-from fedml.protocol.tasks import Brief, Task
+from fedml.protocol.tasks import Brief, Slots, Task
 
 
 def main() -> None:
@@ -97,11 +97,13 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
         brief,
     )
     _check_device(str(job["device"]))
+    slots = Path(job["slots"])
+    memory = decode(slots.read_bytes()) if slots.exists() else {}
     if assignment.kind == "train":
-        _train(job, assignment, task, recipe)
+        _train(job, assignment, task, recipe, memory)
     else:
         rows = recipe.read(Path(job["rows"]))
-        report = evaluate(recipe, task, rows, assignment.privacy, device=str(job["device"]))
+        report = evaluate(recipe, task, rows, assignment.privacy, str(job["device"]), memory)
         outcome = {"totals": dict(report.totals), "count": report.count}
         durable.replace(folder / "outcome.json", durable.dump_json(outcome))
 
@@ -111,10 +113,11 @@ def _check_device(device: str) -> None:
         raise ConfigError(f"policy device = {device!r}, but this machine has no usable GPU")
 
 
-def _train(job: Mapping[str, Any], assignment: Assignment, task: Task, recipe: Recipe) -> None:
-    folder, slots = Path(job["folder"]), Path(job["slots"])
+def _train(
+    job: Mapping[str, Any], assignment: Assignment, task: Task, recipe: Recipe, memory: Slots
+) -> None:
+    folder = Path(job["folder"])
     trainer = Trainer(recipe, assignment.training, assignment.privacy, device=str(job["device"]))
-    memory = decode(slots.read_bytes()) if slots.exists() else {}
     update, kept = trainer.train(
         task,
         recipe.read(Path(job["rows"])),

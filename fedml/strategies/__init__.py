@@ -4,6 +4,7 @@ from fedml.strategies.base import (
     NUMBER,
     Aggregate,
     LocalRule,
+    Personal,
     Plain,
     Reducer,
     Reduction,
@@ -18,18 +19,22 @@ from fedml.strategies.catalogue import (
     STATISTICS,
     build,
     describe,
+    is_personal,
     measures,
     needs_means,
     numbers,
+    own_model,
     reports,
     strategies,
 )
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
+from fedml.strategies.fedbn import FedBN
 from fedml.strategies.feddyn import FedDyn
 from fedml.strategies.fedexp import FedExP
 from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
+from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Newton
 from fedml.strategies.qfedavg import QFedAvg
@@ -45,13 +50,16 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBN",
     "FedDyn",
     "FedExP",
     "FedNova",
+    "FedPer",
     "FedProx",
     "FedYogi",
     "LocalRule",
     "Newton",
+    "Personal",
     "Plain",
     "Prox",
     "QFedAvg",
@@ -65,10 +73,12 @@ __all__ = [
     "add_stack",
     "build",
     "describe",
+    "is_personal",
     "measures",
     "needs_means",
     "number",
     "numbers",
+    "own_model",
     "reports",
     "strategies",
 ]

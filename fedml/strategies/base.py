@@ -137,6 +137,17 @@ class LocalRule(Protocol):
         """
 
 
+@runtime_checkable
+class Personal(LocalRule, Protocol):
+    """A rule that leaves a part of the model with its site.
+
+    Sites start from what `begin` returns and are scored with it; `finish` gets it as the brief's.
+    """
+
+    def begin(self, brief: Brief, memory: Slots) -> Params:
+        """Return the site's own model: the brief's, with what this site remembers in its place."""
+
+
 class Statistic(Protocol):
     """Site half of an algorithm whose sites measure at the global model and take no step.
 

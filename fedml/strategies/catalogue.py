@@ -16,15 +16,17 @@ import torch
 
 from fedml.errors import ConfigError
 from fedml.params import Params
-from fedml.protocol.tasks import Brief
+from fedml.protocol.tasks import Brief, Slots
 from fedml.records import Reader, from_record, to_record
-from fedml.strategies.base import LocalRule, Plain, Reducer, Statistic, Strategy
+from fedml.strategies.base import LocalRule, Personal, Plain, Reducer, Statistic, Strategy
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
+from fedml.strategies.fedbn import FedBN
 from fedml.strategies.feddyn import Dynamic, FedDyn
 from fedml.strategies.fedexp import FedExP, Squared
 from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
+from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.qfedavg import Fair, QFedAvg
@@ -39,6 +41,7 @@ RULES: Mapping[str, LocalRule] = {
     "feddyn": Dynamic(),
     "fedexp": Squared(),
     "qfedavg": Fair(),
+    "home": Home(),
 }
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
 REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
@@ -54,6 +57,8 @@ _OURS: Mapping[str, type[Strategy]] = {
     "feddyn": FedDyn,
     "fedexp": FedExP,
     "qfedavg": QFedAvg,
+    "fedper": FedPer,
+    "fedbn": FedBN,
     "newton": Newton,
 }
 
@@ -90,6 +95,17 @@ def numbers(brief: Brief) -> frozenset[str]:
     """Return the names of those slots of an answer to `brief` that are one number each."""
     found: frozenset[str] = getattr(RULES.get(brief.rule), "numbers", frozenset())
     return found
+
+
+def own_model(brief: Brief, memory: Slots) -> Params:
+    """Return the model that a site with this memory trains and is scored with."""
+    rule = RULES.get(brief.rule)
+    return rule.begin(brief, memory) if isinstance(rule, Personal) else brief.params
+
+
+def is_personal(brief: Brief) -> bool:
+    """Return whether sites train and score models of their own."""
+    return isinstance(RULES.get(brief.rule), Personal)
 
 
 def measures(strategy: Strategy) -> bool:

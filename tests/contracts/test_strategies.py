@@ -10,7 +10,16 @@ import torch
 from fedml.params import Params, decode, encode
 from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.tasks import Brief, Slots, Update
-from fedml.strategies import RULES, STATISTICS, ServerState, Strategy, build, describe, strategies
+from fedml.strategies import (
+    RULES,
+    STATISTICS,
+    ServerState,
+    Strategy,
+    build,
+    describe,
+    own_model,
+    strategies,
+)
 
 Memory = dict[int, Slots]  # what each site keeps
 
@@ -39,6 +48,8 @@ def update(brief: Brief, number: int, site: int, memory: Memory) -> Update:
         )
         return Update(*who, delta + step, 1.0 + site, slots)
     rule, own = RULES[brief.rule], memory.get(site, {})
+    brief = dataclasses.replace(brief, params=own_model(brief, own))
+    here = brief.params
     for _ in range(3):
         pull = Params({"w": here["w"] - TARGET, "seen": here["seen"] * 0, "flag": here["flag"]})
         here = here.zip(rule.gradient(brief, own, here, pull), lambda w, g: w - 0.2 * g)

@@ -67,10 +67,10 @@ async def foreman() -> AsyncIterator[Foreman]:
     await worker.stop()
 
 
-def prepared(folder: Path, what: str) -> tuple[Mapping[str, object], Path]:
+def prepared(folder: Path, what: str, **changes: object) -> tuple[Mapping[str, object], Path]:
     (folder / "recipe.py").write_text(RECIPE)
     files = {"odd": f"{folder / 'recipe.py'}:Odd"}
-    order = replace(TASK, recipe=identify("odd", files), privacy=Privacy())
+    order = replace(TASK, recipe=identify("odd", files), privacy=Privacy(), **changes)  # type: ignore[arg-type]
     durable.replace(folder / "assignment", codec.encode(order))
     model = Params({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
     (folder / "model").write_bytes(b"".join(encode({"": model})))
@@ -79,7 +79,7 @@ def prepared(folder: Path, what: str) -> tuple[Mapping[str, object], Path]:
         "folder": str(folder),
         "site": "bern",
         "model": str(folder / "model"),
-        "slots": str(folder / "no-slots"),
+        "slots": str(folder / "slots"),
         "private": False,
         "rows": str(folder / "rows"),
         "public_rows": 8,
@@ -96,6 +96,17 @@ async def test_a_task_leaves_its_update_on_the_disk(foreman: Foreman, tmp_path: 
     assert said["weight"] == 8.0
     update = decode((tmp_path / "update.safetensors").read_bytes())
     assert update["delta"].norm() > 0
+
+
+@pytest.mark.parametrize(("bias", "right"), [((5.0, -5.0), 5.0), ((-5.0, 5.0), 3.0)])
+async def test_a_site_s_own_parameters_are_scored_with_the_model(
+    foreman: Foreman, tmp_path: Path, bias: tuple[float, float], right: float
+) -> None:
+    own = Params({"weight": torch.zeros(2, 2), "bias": torch.tensor(bias)})
+    (tmp_path / "slots").write_bytes(b"".join(encode({"home": own})))
+    job, outcome = prepared(tmp_path, "fine", kind="evaluate", rule="home", settings={"bias": 1.0})
+    said = await foreman.run(job, outcome)
+    assert (said["totals"], said["count"]) == ({"accuracy": right}, 8.0)
 
 
 async def test_the_worker_outlives_every_bad_task(foreman: Foreman, tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_its_settings_have_the_defaults_that_it_says(strategy: Strategy) -> None
 
 
 def test_its_state_is_what_it_says(strategy: Strategy) -> None:
+    if hasattr(strategy, "home"):
+        strategy = build({**describe(strategy), "home": ["w"]})
     state = strategy.start(MODEL)
     brief = strategy.brief(state)
     at_server, at_site = row(strategy)[4].split(" · ")

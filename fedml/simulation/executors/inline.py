@@ -76,7 +76,8 @@ class Inline:
     def _score(self, task: Task) -> Report:
         privacy = self.plan.privacy
         rows = self.holdings[task.site].held_out
-        report = evaluate(self.recipe, task, rows, privacy, self.device)
+        memory = self.memory.slots.get(task.site, {})
+        report = evaluate(self.recipe, task, rows, privacy, self.device, memory)
         if privacy.mode == "none":
             return report
         event = evaluation_event(privacy)

@@ -38,7 +38,7 @@ from fedml.simulation.executors.base import (
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.machine import tune_allocator
 from fedml.stacked import Stacked
-from fedml.strategies import RULES
+from fedml.strategies import RULES, is_personal
 
 _CPU_BYTES = 2**30  # for one chunk, unless `bytes` says otherwise
 _GPU_SHARE = 0.6  # of what is free
@@ -125,6 +125,8 @@ class Vectorised:
             alike.setdefault((id(task.brief), task.kind, kept, cut), []).append(task)
         for some in alike.values():
             reason = self.why_not(some[0].brief) if some[0].kind == "train" else ""
+            if some[0].kind == "evaluate" and is_personal(some[0].brief):
+                reason = f"rule {some[0].brief.rule} scores each site's own model"
             if isinstance(some[0], CutTask):
                 reason = "some sites have time for a part of their steps alone"
             if reason:
