@@ -106,7 +106,7 @@ class Plan:
     def check(self) -> None:
         """Raise `Contradiction` with every reason why this plan cannot run."""
         reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
-        reasons += _scoring(self)
+        reasons += [*_reducer(self), *_scoring(self)]
         if reasons:
             raise Contradiction(reasons)
 
@@ -177,6 +177,16 @@ def _cohort(cohort: Cohort) -> Iterator[str]:
         yield f"cohort.size {size} is above the {len(sites)} sites listed: lower it or add sites"
     if twice := sorted(site for site, n in Counter(sites).items() if n > 1):
         yield f"cohort.sites lists {', '.join(twice)} more than once: list each site once"
+
+
+def _reducer(plan: Plan) -> Iterator[str]:
+    reducer, quorum = plan.strategy.reducer, plan.cohort.quorum
+    if 0 < quorum < reducer.least:
+        yield (
+            f"cohort.quorum {quorum} with reducer {type(reducer).__name__}, which needs "
+            f"{reducer.least} updates at its settings: raise the quorum, lower "
+            "strategy.reducer.f, or choose a reducer that needs fewer"
+        )
 
 
 def _privacy(plan: Plan) -> Iterator[str]:

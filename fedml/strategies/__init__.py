@@ -12,6 +12,7 @@ from fedml.strategies.base import (
     add_stack,
 )
 from fedml.strategies.catalogue import (
+    REDUCERS,
     RULES,
     STATISTICS,
     build,
@@ -28,6 +29,7 @@ from fedml.strategies.newton import Newton
 from fedml.strategies.reducers import WeightedMean
 
 __all__ = [
+    "REDUCERS",
     "RULES",
     "STATISTICS",
     "Aggregate",
