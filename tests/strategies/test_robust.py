@@ -343,6 +343,13 @@ def test_who_counts_for_little_is_named_with_the_reason() -> None:
     assert "its norm 1" in reduced(GeometricMedian(), updates(x)).damped["s02"]
 
 
+def test_of_three_the_one_in_the_middle_is_told_from_the_others() -> None:
+    x = np.array([[1.0, 1.0, 9.0], [2.0, 2.0, 9.0], [3.0, 3.0, 9.0]])  # the last says nothing
+    damped = reduced(Median(f=1), updates(x)).damped
+    assert damped.keys() == {"s00", "s02"}
+    assert damped["s00"].startswith("0% of an even share")
+
+
 def test_counters_are_a_site_s_own_and_never_the_furthest_one_s() -> None:
     some = []
     for k, (steps, flag) in enumerate([(3, True), (5, True), (2**62, False), (4, True)]):

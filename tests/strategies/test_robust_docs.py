@@ -14,7 +14,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "robust.md").read_text()
 LINES = {
     cells[0].strip("` ").replace("_", "-"): [cell.strip() for cell in cells]
     for line in PAGE.splitlines()
-    if line.startswith("| `") and len(cells := line.strip("| ").split(" |")) >= 5
+    if line.startswith("| `")
+    and "=`" not in line
+    and len(cells := line.strip("| ").split(" |")) >= 5
 }
 
 

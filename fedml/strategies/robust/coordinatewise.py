@@ -30,7 +30,7 @@ class Median(_ByElement):
         """Return medians; a row counts where it is in the middle n - 2f."""
         ranked, n = np.sort(rows, axis=0), len(rows)
         values = (ranked[(n - 1) // 2] + ranked[n // 2]) / 2
-        return values, within(rows, ranked[self.f], ranked[n - 1 - self.f])
+        return values, within(rows, ranked, ranked[self.f], ranked[n - 1 - self.f])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class TrimmedMean(_ByElement):
         """Return trimmed means; a row counts where it is not trimmed."""
         ranked, n = np.sort(rows, axis=0), len(rows)
         kept = ranked[self.f : n - self.f]
-        return kept.mean(axis=0), within(rows, kept[0], kept[-1])
+        return kept.mean(axis=0), within(rows, ranked, kept[0], kept[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +76,15 @@ def around_median(rows: Matrix, keep: int) -> tuple[Vector, Vector]:
     for rank, values in enumerate(ranked):  # not all less the dropped: those may be huge
         total += np.where((low[0] <= rank) & (rank < low[0] + keep), values, 0.0)
     least = np.take_along_axis(ranked, low, axis=0)[0]
-    return total / keep, within(rows, least, np.take_along_axis(ranked, low + keep - 1, axis=0)[0])
+    most = np.take_along_axis(ranked, low + keep - 1, axis=0)[0]
+    return total / keep, within(rows, ranked, least, most)
 
 
-def within(rows: Matrix, least: Vector, most: Vector) -> Vector:
+def within(rows: Matrix, ranked: Matrix, least: Vector, most: Vector) -> Vector:
     """Return in how many elements each row lies between `least` and `most`.
 
-    Elements in which these are the same say nothing about who differs, and are left out.
+    Elements in which all rows are the same say nothing about who differs, and are left out.
     """
-    inside = (rows >= least) & (rows <= most) & (least < most)
+    inside = (rows >= least) & (rows <= most) & (ranked[0] < ranked[-1])
     counts: Vector = inside.sum(axis=1, dtype=np.float64)
     return counts
