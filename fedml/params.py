@@ -248,6 +248,11 @@ class Params(Mapping[str, Tensor]):
             yield start, buffer[start : start + step]
             self.let_go()
 
+    @property
+    def is_mapped(self) -> bool:
+        """True if the values lie in a file that `read` mapped."""
+        return self._file is not None
+
     def let_go(self) -> None:
         """Give back the memory of what was looked at of a mapped file; a later look reads again."""
         if self._file is not None:

@@ -70,8 +70,8 @@ def _print(entry: Entry, shown: str) -> None:
     what = "round" if receipt.kind == "train" else "scores after round"
     who = f"{len(receipt.counted)} of {len(receipt.asked)} sites"
     print(f"{what} {receipt.round}: {who}" + (f", {shown}" if shown else ""))
-    missing = list(receipt.missing.items())
-    for site, reason in missing[:_NAMED]:
-        print(f"  without {site}: {reason}")
-    if len(missing) > _NAMED:
-        print(f"  without {len(missing) - _NAMED} more")
+    for word, named in (("without", receipt.missing), ("little of", receipt.damped)):
+        for site, reason in list(named.items())[:_NAMED]:
+            print(f"  {word} {site}: {reason}")
+        if len(named) > _NAMED:
+            print(f"  {word} {len(named) - _NAMED} more")

@@ -20,6 +20,8 @@ def lines(detail: RunDetail) -> Iterator[str]:
             yield f"  counted    {one.site:{width}}  weight {one.weight:g}{update}{spent}"
         for site, why in receipt.missing.items():
             yield f"  missing    {site:{width}}  {why}"
+        for site, why in receipt.damped.items():
+            yield f"  damped     {site:{width}}  {why}"
         for site, why in receipt.left_out.items():
             yield f"  not asked  {site:{width}}  {why}"
 

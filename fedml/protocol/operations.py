@@ -30,8 +30,9 @@ class Receipt:
 
     `left_out` are sites that were not asked, with the reason; `model` is the digest of the
     parameters after the round, "" if it failed; times are seconds since the epoch. An evaluation
-    leaves a receipt of its own, with `scores` and the digest of what was scored. A field that is
-    added later must be empty by default, or older seals do not fit (`identity.receipts`).
+    leaves a receipt of its own, with `scores` and the digest of what was scored. `damped` are
+    those of the counted that a robust reducer let count for little, with the reason. A field that
+    is added later must be empty by default, or older seals do not fit (`identity.receipts`).
     """
 
     run: RunId
@@ -47,6 +48,7 @@ class Receipt:
     opened: float = 0.0
     closed: float = 0.0
     kind: Literal["train", "evaluate"] = "train"
+    damped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class Plan:
     def check(self) -> None:
         """Raise `Contradiction` with every reason why this plan cannot run."""
         reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
-        reasons += [*_strategy(self), *_scoring(self)]
+        reasons += [*_strategy(self), *_reducer(self), *_scoring(self)]
         if reasons:
             raise Contradiction(reasons)
 
@@ -199,6 +199,16 @@ def _strategy(plan: Plan) -> Iterator[str]:
     least = max(cohort.size, len(cohort.sites), cohort.quorum)
     if 0 < sites < least:
         yield f"strategy.sites {sites} is below the {least} that the cohort names: raise it"
+
+
+def _reducer(plan: Plan) -> Iterator[str]:
+    reducer, quorum = plan.strategy.reducer, plan.cohort.quorum
+    if 0 < quorum < reducer.least:
+        yield (
+            f"cohort.quorum {quorum} with reducer {type(reducer).__name__}, which needs "
+            f"{reducer.least} updates at its settings: raise the quorum, lower "
+            "strategy.reducer.f, or choose a reducer that needs fewer"
+        )
 
 
 def _privacy(plan: Plan) -> Iterator[str]:

@@ -327,7 +327,7 @@ class Run:
             )
             self._ending = End("failed", detail)
             return self._settle(account, now, None)
-        return self._settle(account, now, state, metrics=total.metrics)
+        return self._settle(account, now, state, metrics=total.metrics, damped=total.damped)
 
     def _settle(
         self,
@@ -337,6 +337,7 @@ class Run:
         *,
         metrics: Scores | None = None,
         scores: Scores | None = None,
+        damped: Mapping[str, str] | None = None,
     ) -> Commit:
         """Write the receipt of the round that just ended; nothing goes on until it is durable."""
         assert self._opened is not None, "a round that was never opened"
@@ -348,6 +349,7 @@ class Run:
             asked=account.asked, counted=account.counted, missing=account.missing,
             left_out=opened.left_out, metrics=metrics or {}, scores=scores or {},
             model=outcome.params.digest() if outcome else "", opened=opened.at, closed=now,
+            damped=damped or {},
         )  # fmt: skip
         self._round, self._commit = None, Commit(receipt, state, account.final)
         return self._commit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -30,6 +30,14 @@ class Attack(Protocol):
 
     def bend(self, sent: Params, random: torch.Generator) -> Params:
         """Return what it sends in place of `sent`, its delta or one of its slots."""
+
+
+@runtime_checkable
+class Collusion(Protocol):
+    """What attackers do who know all: an `Attack` may offer this too, see `collusion.py`."""
+
+    def conspire(self, honest: Sequence[Params]) -> Params:
+        """Return what each attacker sends, given what the honest send, in the order of names."""
 
 
 class _Update:
@@ -206,6 +214,9 @@ class _Corrupted:
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
         """Yield what the executor answers, bent where a site attacks."""
+        if isinstance(self.attackers.attack, Collusion):
+            yield from self._conspire(self.attackers.attack, tasks)
+            return
         for answer in self.executor.run(tasks):
             if isinstance(answer, Stack):
                 yield from self._part(answer)
@@ -213,6 +224,29 @@ class _Corrupted:
                 yield self._bend(answer)
             else:
                 yield answer
+
+    def _conspire(self, attack: Collusion, tasks: Sequence[Task]) -> Iterator[Answer]:
+        """Yield the honest answers as they come, kept in memory, and then the attackers'."""
+        honest: dict[SiteId, Update] = {}
+        waiting: list[Update] = []
+        for answer in self.executor.run(tasks):
+            stack = answer if isinstance(answer, Stack) else None
+            singles = [stack.update(row) for row in range(len(stack))] if stack else [answer]
+            for one in singles:
+                if not isinstance(one, Update):
+                    yield one
+                elif one.site in self.who:
+                    waiting.append(_copied(one))
+                else:
+                    honest[one.site] = _copied(one)
+                    yield one
+        known = [honest[site] for site in sorted(honest)]
+        for update in waiting if known else ():
+            delta = attack.conspire([one.delta for one in known])
+            slots = {name: attack.conspire([one.slots[name] for one in known])
+                     for name in update.slots}  # fmt: skip
+            yield replace(update, delta=delta, slots=slots)
+        yield from () if known else waiting
 
     def _part(self, stack: Stack) -> Iterator[Answer]:
         """Yield a stack's honest rows as they are, and each attacker's update bent."""
@@ -229,3 +263,9 @@ class _Corrupted:
         bend = self.attackers.attack.bend
         slots = {name: bend(slot, random) for name, slot in sorted(update.slots.items())}
         return replace(update, delta=bend(update.delta, random), slots=slots)
+
+
+def _copied(update: Update) -> Update:
+    """Return an update in memory of its own: executors use theirs again."""
+    slots = {name: slot.clone() for name, slot in update.slots.items()}
+    return replace(update, delta=update.delta.clone(), slots=slots)

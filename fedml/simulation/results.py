@@ -55,8 +55,9 @@ class Entry:
 def rows(entry: Entry) -> Iterator[Row]:
     """Yield a row for each site that was asked, and then the round's own, whose `site` is None.
 
-    `outcome` is "counted", "missing" or "total". `metric.*` and `score.*` are what the site's
-    rows gave, on the total's row their weighted means. Sites that were not asked are a number
+    `outcome` is "counted", "missing" or "total"; who counted for little has a `reason` as the
+    missing have. `metric.*` and `score.*` are what the site's rows gave, on the total's row what
+    they come to together. Sites that were not asked are a number
     there, `left_out`. `seconds` passed on this machine, `virtual_seconds` in the simulated world.
     """
     receipt = entry.receipt
@@ -68,8 +69,10 @@ def rows(entry: Entry) -> Iterator[Row]:
         "virtual_seconds": receipt.closed - receipt.opened,
     }
     for one in receipt.counted:
-        told = {"weight": one.weight, "epsilon": one.epsilon}
+        told: Row = {"weight": one.weight, "epsilon": one.epsilon}
         own = _own(entry.seen.get(one.site))
+        if one.site in receipt.damped:
+            told["reason"] = receipt.damped[one.site]
         yield {**shared, "site": one.site, "outcome": "counted", **told, **own}
     for site, reason in receipt.missing.items():
         own = _own(entry.seen.get(SiteId(site)))

@@ -15,6 +15,7 @@ from fedml.strategies.base import (
     number,
 )
 from fedml.strategies.catalogue import (
+    REDUCERS,
     RULES,
     STATISTICS,
     build,
@@ -43,6 +44,7 @@ from fedml.strategies.scaffold import Scaffold
 
 __all__ = [
     "NUMBER",
+    "REDUCERS",
     "RULES",
     "STATISTICS",
     "Aggregate",

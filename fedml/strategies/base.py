@@ -34,13 +34,17 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A cohort's updates as one: the mean delta, slots and metrics, their weight and count."""
+    """A cohort's updates as one: the mean delta, slots and metrics, their weight and count.
+
+    `damped` are the sites whose updates a robust reducer let count for little, with the reason.
+    """
 
     delta: Params
     slots: Slots
     weight: float
     count: int
     metrics: Scores = field(default_factory=dict)
+    damped: Mapping[str, str] = field(default_factory=dict)
 
     def number(self, slot: str) -> float:
         """Return the mean of what sites reported in a slot that is one number."""
@@ -88,6 +92,10 @@ class Reducer(Protocol):
     @property
     def linear(self) -> bool:
         """True if the sum is all it needs, so secure aggregation may hide single updates."""
+
+    @property
+    def least(self) -> int:
+        """The fewest updates it can make an aggregate of; a plan's quorum is not below."""
 
     def start(self) -> Reduction:
         """Begin a round's reduction."""

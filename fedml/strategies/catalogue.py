@@ -31,6 +31,17 @@ from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
+from fedml.strategies.robust import (
+    Bulyan,
+    CentredClipping,
+    GeometricMedian,
+    Krum,
+    MeanAroundMedian,
+    Median,
+    MultiKrum,
+    Robust,
+    TrimmedMean,
+)
 from fedml.strategies.scaffold import Control, Scaffold
 
 RULES: Mapping[str, LocalRule] = {
@@ -44,7 +55,18 @@ RULES: Mapping[str, LocalRule] = {
     "home": Home(),
 }
 STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
-REDUCERS: Mapping[str, type[Reducer]] = {"weighted-mean": WeightedMean}
+REDUCERS: Mapping[str, type[Reducer]] = {
+    "weighted-mean": WeightedMean,
+    "robust": Robust,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+    "mean-around-median": MeanAroundMedian,
+    "krum": Krum,
+    "multi-krum": MultiKrum,
+    "bulyan": Bulyan,
+    "geometric-median": GeometricMedian,
+    "centred-clipping": CentredClipping,
+}
 _OURS: Mapping[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,

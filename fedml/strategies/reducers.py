@@ -52,6 +52,11 @@ class WeightedMean:
         """True: sums are all it needs."""
         return True
 
+    @property
+    def least(self) -> int:
+        """One."""
+        return 1
+
     def start(self) -> _RunningMean:
         """Begin with an empty sum."""
         return _RunningMean()
@@ -66,7 +71,7 @@ class _RunningMean:
 
     def add(self, update: Update) -> None:
         weight = update.weight
-        _check_weight(weight)
+        check_weight(weight)
         parts = {"": update.delta, **update.slots}
         sums = self._sums_for(parts)
         peaks = {name: sums[name].measure(part, weight) for name, part in parts.items()}
@@ -75,7 +80,7 @@ class _RunningMean:
         self._parts = sums
         self._weights.append(weight)
         for name, value in update.metrics.items():
-            if _is_sane(value, weight):
+            if is_sane(value, weight):
                 self._metrics.setdefault(name, []).append((value, weight))
 
     def add_stack(self, stack: Stack) -> Mapping[int, str]:
@@ -85,7 +90,7 @@ class _RunningMean:
         if not all(0 < weight <= _MOST for weight in stack.weights):
             for row, weight in enumerate(stack.weights):
                 try:
-                    _check_weight(weight)
+                    check_weight(weight)
                 except MalformedUpdate as error:
                     refused[row] = str(error)
         try:
@@ -104,7 +109,7 @@ class _RunningMean:
         self._weights += sound.weights
         for name, values in sound.metrics.items():
             pairs = self._metrics.setdefault(name, [])
-            pairs += [(v, w) for v, w in zip(values, sound.weights, strict=True) if _is_sane(v, w)]
+            pairs += [(v, w) for v, w in zip(values, sound.weights, strict=True) if is_sane(v, w)]
         self._metrics = {name: pairs for name, pairs in self._metrics.items() if pairs}
         return refused
 
@@ -136,12 +141,14 @@ class _RunningMean:
         return Aggregate(delta, means, weight, len(self._weights), metrics)
 
 
-def _check_weight(weight: float) -> None:
+def check_weight(weight: float) -> None:
+    """Raise `MalformedUpdate` unless `weight` is a number that a site may claim."""
     if not 0 < weight <= _MOST:
         raise MalformedUpdate(f"weight {weight}: must be above 0 and at most {_MOST:g}")
 
 
-def _is_sane(value: float, weight: float) -> bool:
+def is_sane(value: float, weight: float) -> bool:
+    """True if a metric's value, weighed, is a number that sums of such can hold."""
     return abs(value * weight) < _HUGE
 
 
@@ -234,7 +241,7 @@ class _Sum:
         for dtype, values in part.buffers.items():
             if not dtype.is_floating_point:
                 most = self._most.get(dtype)
-                self._most[dtype] = values if most is None else torch.maximum(most, values)
+                self._most[dtype] = values.clone() if most is None else torch.maximum(most, values)
 
     def _scaled(
         self, part: Params, dtype: torch.dtype, factor: float

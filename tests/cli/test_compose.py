@@ -11,7 +11,8 @@ from fedml.cli.compose import compose_plan, configs
 from fedml.cli.simulate import simulate
 from fedml.errors import ConfigError, Contradiction, FedmlError
 from fedml.rounds import Gate, Plan
-from fedml.strategies import FedAdam, FedProx, describe
+from fedml.strategies import REDUCERS, FedAdam, FedProx, build, describe
+from fedml.strategies.robust import Krum
 
 RUN = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=60"]
 GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in configs().glob("*/*.yaml"))
@@ -38,11 +39,30 @@ def test_every_configuration_builds(choice: str) -> None:
 
 
 def test_every_strategy_has_a_configuration_with_its_defaults() -> None:
-    from fedml.strategies import build, catalogue
+    from fedml.strategies import catalogue
 
     for name in catalogue._OURS:
         plan = compose_plan("simulate", [f"strategy={name}"])
         assert describe(plan.strategy) == describe(build({"name": name}))
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_every_reducer_has_a_configuration_with_its_defaults(name: str) -> None:
+    choice = [f"strategy/reducer={name.replace('-', '_')}", "cohort.quorum=7"]
+    for strategy in ("fedavg", "fedadam"):
+        plan = compose_plan("simulate", [f"strategy={strategy}", *choice])
+        wanted = build({"name": strategy, "reducer": {"name": name}})
+        assert plan.strategy == wanted
+
+
+def test_a_reducer_is_set_as_any_part_is() -> None:
+    words = ["strategy/reducer=krum", "strategy.reducer.f=2", "strategy.reducer.before=[arc,nnm]"]
+    plan = compose_plan("run", [*RUN, *words, "cohort.quorum=7"])
+    assert plan.strategy.reducer == Krum(f=2, before=("arc", "nnm"))
+    with pytest.raises(ConfigError, match="quorum 2 with reducer Krum, which needs 7 updates"):
+        compose_plan("run", [*RUN, *words])
+    with pytest.raises(ConfigError, match=r"reducer\.f 2\.5: must be a whole"):
+        compose_plan("simulate", ["strategy/reducer=krum", "strategy.reducer.f=2.5"])
 
 
 def test_a_run_s_plan_comes_from_overrides() -> None:

@@ -1,7 +1,7 @@
-"""Promises that every reducer keeps."""
+"""Promises that every reducer in the table keeps, and every rule."""
 
-import itertools
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,9 +11,9 @@ from fedml.errors import MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.tasks import Update
-from fedml.strategies import Aggregate, Reducer, WeightedMean
+from fedml.strategies import REDUCERS, Aggregate, Reducer, WeightedMean
 
-REDUCERS: list[Reducer] = [WeightedMean()]
+ALL: list[Reducer] = [kind() for kind in REDUCERS.values()]
 
 
 def params(seed: int) -> Params:
@@ -34,55 +34,70 @@ def reduced(reducer: Reducer, updates: list[Update]) -> Aggregate:
     return reduction.result()
 
 
-@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+@pytest.mark.parametrize("reducer", ALL, ids=repr)
 def test_any_order_of_arrival_gives_the_same_bits(reducer: Reducer) -> None:
-    updates = [update(seed) for seed in range(4)]
-    first = reduced(reducer, updates)
-    for order in itertools.permutations(updates):
-        again = reduced(reducer, list(order))
+    updates = [update(seed) for seed in range(max(4, reducer.least))]
+    first, order = reduced(reducer, updates), random.Random(1)
+    for _ in range(24):
+        again = reduced(reducer, order.sample(updates, len(updates)))
         assert again.delta.digest() == first.delta.digest()
-        assert (again.weight, again.count, again.metrics) == (
-            first.weight,
-            first.count,
-            first.metrics,
-        )
+        assert replace(again, delta=first.delta) == first
 
 
-@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
-def test_one_update_alone_is_its_own_aggregate(reducer: Reducer) -> None:
+@pytest.mark.parametrize("reducer", ALL, ids=repr)
+def test_equal_updates_as_few_as_may_be_are_their_own_aggregate(reducer: Reducer) -> None:
     alone = update(3)
-    total = reduced(reducer, [alone])
-    torch.testing.assert_close(total.delta["w"], alone.delta["w"], rtol=0, atol=2.0**-32)
-    assert (total.count, total.weight) == (1, alone.weight)
+    few = [replace(alone, site=SiteId(f"site-{k}")) for k in range(reducer.least)]
+    total = reduced(reducer, few)
+    torch.testing.assert_close(total.delta["w"], alone.delta["w"], rtol=1e-6, atol=1e-6)
+    assert (total.count, total.weight) == (len(few), alone.weight * len(few))
+    with pytest.raises(MalformedUpdate):
+        reduced(reducer, few[1:])
 
 
-@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+@pytest.mark.parametrize("reducer", ALL, ids=repr)
 def test_updates_are_left_as_they_were_and_reductions_do_not_meet(reducer: Reducer) -> None:
-    updates = [update(seed) for seed in range(3)]
+    updates = [update(seed) for seed in range(reducer.least + 2)]
     before = [each.delta.digest() for each in updates]
     both = reducer.start(), reducer.start()
     for each in updates:
         both[0].add(each)
-    both[1].add(updates[0])
-    assert both[1].result().count == 1
-    assert both[0].result().count == 3
+    for each in updates[2:]:
+        both[1].add(each)
+    assert both[1].result().count == reducer.least
+    assert both[0].result().count == reducer.least + 2
     assert [each.delta.digest() for each in updates] == before
 
 
-@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+@pytest.mark.parametrize("reducer", ALL, ids=repr)
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
 def test_a_refused_update_leaves_the_reduction_as_it_was(reducer: Reducer, weight: float) -> None:
-    reduction = reducer.start()
-    reduction.add(update(1))
+    reduction, sound = reducer.start(), [update(seed) for seed in range(reducer.least)]
+    for each in sound:
+        reduction.add(each)
     with pytest.raises(MalformedUpdate, match="weight"):
-        reduction.add(update(2, weight))
-    assert reduction.result().delta.digest() == reduced(reducer, [update(1)]).delta.digest()
+        reduction.add(update(99, weight))
+    assert reduction.result() == reduced(reducer, sound)
 
 
-@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+@pytest.mark.parametrize("reducer", ALL, ids=repr)
+def test_what_is_added_may_change_afterwards(reducer: Reducer) -> None:
+    """Simulations use memory again once an update was taken in."""
+    updates = [update(seed) for seed in range(reducer.least)]
+    wanted, reduction = reduced(reducer, updates), reducer.start()
+    for each in updates:
+        tensors = {name: tensor.clone() for name, tensor in each.delta.items()}
+        lent = Params(tensors)
+        reduction.add(replace(each, delta=lent))
+        for buffer in lent.buffers.values():
+            buffer.fill_(7)
+    assert reduction.result().delta == wanted.delta
+
+
+@pytest.mark.parametrize("reducer", ALL, ids=repr)
 def test_a_linear_reducer_needs_only_the_sum(reducer: Reducer) -> None:
     if not reducer.linear:
-        pytest.fail("a non-linear reducer needs a contract of its own here")
+        return  # held against its paper's formula in tests/strategies/test_robust.py
     one, two = update(1, 1.0), update(2, 3.0)
     total = reduced(reducer, [one, two])
     mean = (one.delta["w"].double() + 3 * two.delta["w"].double()) / 4

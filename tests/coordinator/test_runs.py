@@ -30,8 +30,15 @@ from fedml.releases.manifest import Manifest
 from fedml.releases.registry import UNTOLD, MemoryRegistry, Story
 from fedml.rounds import Cohort
 from fedml.rounds.selection import SiteStatus
+from fedml.strategies import FedAvg
+from fedml.strategies.robust import Median
 from tests.coordinator import world
 from tests.coordinator.world import GRACE, Hub, Site, delta, packed, plan
+
+ROBUST = {
+    "strategy": FedAvg(reducer=Median(f=1)),
+    "cohort": Cohort(quorum=3, deadline=60.0),
+}
 
 
 @pytest.fixture
@@ -64,6 +71,20 @@ async def test_a_round_counts_every_good_update(hub: Hub, sites: list[Site]) -> 
     assert state is not None
     assert state.params["1.bias"].tolist() == pytest.approx([mean, mean], abs=1e-6)
     assert receipt.model == state.params.digest()
+
+
+async def test_a_robust_round_takes_the_middle_and_its_receipt_names_who_was_clipped(
+    hub: Hub, sites: list[Site]
+) -> None:
+    run = await hub.submit(plan(**ROBUST))
+    await play(sites)
+    receipt = await hub.receipt(run)
+    state = hub.runs._journal.state(run)
+    assert state is not None
+    assert state.params["1.bias"].tolist() == pytest.approx([1e-3, 1e-3], abs=1e-9)
+    assert len(receipt.counted) == 3
+    assert "its norm" in receipt.damped["quito"]
+    assert [r.damped for r in hub.runs._journal.runs[run].receipts] == [receipt.damped]
 
 
 # --- bad inputs ---------------------------------------------------------------------------------
@@ -423,11 +444,14 @@ async def test_any_order_of_arrival_gives_the_same_model(hub: Hub, sites: list[S
     assert len(models) == 1
 
 
-async def test_a_restart_in_the_middle_of_a_round_ends_in_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, ROBUST], ids=["mean", "median"])
+async def test_a_restart_in_the_middle_of_a_round_ends_in_the_same_bytes(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
     registry = MemoryRegistry(tmp_path / "registry")
     calm = Hub(tmp_path / "calm", registry)
     sites = await world.three_sites(calm, tmp_path / "calm-sites")
-    run = await calm.submit(plan())
+    run = await calm.submit(plan(**changes))
     await play(sites)
     await play(sites)
     expected = [(await calm.receipt(run, number)).model for number in (1, 2)]
@@ -435,7 +459,7 @@ async def test_a_restart_in_the_middle_of_a_round_ends_in_the_same_bytes(tmp_pat
 
     before = Hub(tmp_path / "hub", registry)
     sites = await world.three_sites(before, tmp_path)
-    assert await before.submit(plan()) == run
+    assert await before.submit(plan(**changes)) == run
     await play(sites)
     orders = [await site.order() for site in sites]  # of round 2
     await sites[0].answer(orders[0])

@@ -10,7 +10,16 @@ import pytest
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, SiteId, Training
 from fedml.rounds import Cohort, Evaluation, Gate, Plan
-from fedml.strategies import FedAvg, FedProx, Scaffold, Strategy, WeightedMean, catalogue
+from fedml.strategies import (
+    FedAvg,
+    FedProx,
+    Reducer,
+    Scaffold,
+    Strategy,
+    WeightedMean,
+    catalogue,
+)
+from fedml.strategies.robust import Bulyan, Krum, Median, Robust
 from tests.rounds.worlds import plan
 
 RECORD = Privacy("record", epsilon=3.0, delta=1e-5, rounds=3, evaluation_epsilon=0.5)
@@ -119,6 +128,20 @@ def test_slots_that_only_a_mean_leaves_in_step_refuse_other_reducers(
     assert f"strategy {name} with reducer Bent: its sites report slots" in found
     assert "use reducer=weighted-mean, or strategy=fedavg" in found
     plan(strategy=FedAvg(reducer=Bent()))
+
+
+@pytest.mark.parametrize(
+    ("reducer", "least"),
+    [(Median(f=2), 5), (Robust(f=2), 5), (Krum(f=2), 7), (Bulyan(f=2), 11)],
+    ids=repr,
+)
+def test_a_quorum_below_what_a_robust_rule_needs_is_refused(reducer: Reducer, least: int) -> None:
+    strategy = FedAvg(reducer=reducer)
+    [found] = reasons(strategy=strategy, cohort=Cohort(quorum=least - 1, deadline=1))
+    kind = type(reducer).__name__
+    assert f"quorum {least - 1} with reducer {kind}, which needs {least} updates" in found
+    assert "raise the quorum, lower strategy.reducer.f, or choose" in found
+    plan(strategy=strategy, cohort=Cohort(quorum=least, deadline=1))
 
 
 def test_all_contradictions_come_at_once() -> None:

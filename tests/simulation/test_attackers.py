@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -23,9 +23,11 @@ from fedml.simulation.attackers import (
     NotANumber,
     SignFlip,
 )
+from fedml.simulation.collusion import InnerProduct, LittleIsEnough, Mimic
 from fedml.simulation.engine import Outcome
-from fedml.simulation.executors.base import Answer, Holding, Memory
+from fedml.simulation.executors.base import Answer, Holding, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
+from fedml.simulation.executors.vectorised import Vectorised
 from tests.contracts.test_executors import answers, tasks
 from tests.simulation.worlds import engine, holdings, plan, play, recipe, start
 
@@ -75,6 +77,39 @@ def test_only_attackers_updates_change() -> None:
     reports = answers(make, plan(), tasks("evaluate"))
     assert all(isinstance(one, Report) for one in reports.values())
     assert reports == answers(Inline, plan(), tasks("evaluate"))
+
+
+@pytest.mark.parametrize(
+    ("attack", "expected"),
+    [
+        (LittleIsEnough(1.5), lambda all_: all_.mean(0) - 1.5 * all_.std(0, correction=0)),
+        (InnerProduct(10.0), lambda all_: -10 * all_.mean(0)),
+        (Mimic(), lambda all_: all_[0]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("make", [Inline, Vectorised])
+def test_attackers_that_agree_know_what_the_honest_send(
+    attack: Attack, expected: Callable[[torch.Tensor], torch.Tensor], make: MakeExecutor
+) -> None:
+    """Two of four do; the other two are what the formula is of."""
+    who = (SiteId("site-0"), BAD)
+    honest = answers(make, plan(), tasks())
+    bent = answers(Attackers(attack, sites=who).take_over(make), plan(), tasks())
+    known = [honest[site] for site in sorted(honest) if site not in who]
+    wanted = expected(torch.stack([one.delta["1.weight"] for one in known]).double())  # type: ignore[union-attr]
+    assert bent.keys() == honest.keys()
+    for site, update in bent.items():
+        assert isinstance(update, Update)
+        if site in who:
+            torch.testing.assert_close(update.delta["1.weight"].double(), wanted, rtol=1e-6, atol=0)
+        else:
+            assert update == honest[site]
+
+
+def test_attackers_without_an_honest_site_have_nothing_to_agree_on() -> None:
+    everybody = Attackers(Mimic(), share=1.0).take_over(Inline)
+    assert answers(everybody, plan(), tasks()) == answers(Inline, plan(), tasks())
 
 
 class Slotted(Inline):

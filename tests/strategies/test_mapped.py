@@ -16,7 +16,8 @@ from fedml import params as params_module
 from fedml.params import Params, encode, pieces, read
 from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.tasks import Update
-from fedml.strategies import Aggregate, WeightedMean, reducers
+from fedml.strategies import REDUCERS, Aggregate, Reducer, WeightedMean, reducers
+from fedml.strategies.robust import cohort
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,8 +39,8 @@ def filed(path: Path, params: Params) -> Params:
     return read(path)[""]
 
 
-def total(deltas: list[Params]) -> Aggregate:
-    reduction = WeightedMean().start()
+def total(deltas: list[Params], reducer: Reducer | None = None) -> Aggregate:
+    reduction = (reducer or WeightedMean()).start()
     for number, delta in enumerate(deltas, 1):
         reduction.add(Update(TaskId("t"), 1, SiteId(f"s{number}"), delta, float(number)))
     assert reduction.result() is reduction.result()
@@ -100,24 +101,39 @@ def test_a_sum_of_files_has_the_bits_of_a_sum_in_memory(
         assert total(some).delta.digest() == wanted.delta.digest()
 
 
+@pytest.mark.parametrize("kind", REDUCERS.values(), ids=REDUCERS)
+def test_every_reducer_makes_the_same_of_files_even_if_they_are_deleted_meanwhile(
+    kind: type[Reducer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cohort, "_ELEMENTS", 4096)
+    deltas = [model(seed) for seed in range(kind().least + 1)]
+    files = [filed(tmp_path / f"{n}", delta) for n, delta in enumerate(deltas)]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    one, other = total(files, kind()), total(deltas, kind())
+    assert one.delta.digest() == other.delta.digest()
+    assert one.damped == other.damped
+
+
 _ROUND = """
 import json, sys, torch
 from pathlib import Path
 from fedml.params import Params, encode, pieces, read
 from fedml.protocol.tasks import Update
-from fedml.strategies import FedAvg
+from fedml.strategies import build
 
 folder, sites, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+strategy = build({"name": "fedavg", "reducer": {"name": sys.argv[4]}})
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
 
-state = FedAvg().start(read(folder / "model")[""])
+state = strategy.start(read(folder / "model")[""])
 warm = state.params.peak()
 Path("/proc/self/clear_refs").write_text("5")
 before = memory("VmRSS")
-reduction = FedAvg().reducer.start()
+reduction = strategy.reducer.start()
 for site in range(sites):
     delta = read(folder / "update")["delta"]
     assert delta.is_finite()
@@ -125,7 +141,7 @@ for site in range(sites):
     del delta
 total = reduction.result()
 del reduction
-state = FedAvg().advance(state, total)
+state = strategy.advance(state, total)
 del total
 assert state.params.is_finite()
 with (folder / "next").open("wb") as file:
@@ -135,20 +151,24 @@ print(json.dumps((memory("VmHWM") - before) / (4 * size)))
 """
 
 
-def models_of_memory(folder: Path, sites: int, size: int) -> float:
+def models_of_memory(folder: Path, sites: int, size: int, reducer: str) -> float:
     """Return by how many models a round of updates in files raises the memory of a process."""
-    command = [sys.executable, "-c", _ROUND, str(folder), str(sites), str(size)]
+    command = [sys.executable, "-c", _ROUND, str(folder), str(sites), str(size), reducer]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return float(json.loads(done.stdout))
 
 
-def test_a_round_takes_the_memory_of_its_sum_however_many_sites(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reducer", ["weighted-mean", "robust", "multi-krum", "median"])
+def test_a_round_takes_the_memory_of_its_sum_however_many_sites(
+    tmp_path: Path, reducer: str
+) -> None:
+    """Robust rules need the whole cohort, and leave it in its files."""
     size = 8_000_000
     values = Params({"w": torch.randn(size) * 0.01})
     for name, part in (("model", ""), ("update", "delta")):
         (tmp_path / name).write_bytes(b"".join(encode({part: values})))
-    few, many = (models_of_memory(tmp_path, sites, size) for sites in (2, 9))
+    few, many = (models_of_memory(tmp_path, n, size, reducer) for n in (5, 12))
     assert few < 2.5
     assert abs(many - few) < 0.25
