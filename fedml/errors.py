@@ -84,6 +84,10 @@ class Untrusted(FedmlError):
     """A signature, digest or shape check failed; the data was dropped."""
 
 
+class OtherVersion(Untrusted):
+    """The peer does not know what was asked, for it is older or speaks another major version."""
+
+
 class MalformedMessage(Untrusted):
     """Bytes that do not decode to a message within the protocol's limits."""
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from fedml import __version__
 from fedml.doctor.finding import Finding, is_sound
-from fedml.errors import ConfigError, FedmlError
+from fedml.errors import FedmlError, OtherVersion
 from fedml.identity.certificates import SKEW, Credentials
 from fedml.protocol.requests import Pong
 from fedml.transport.rpc import GrpcLink
@@ -122,7 +122,7 @@ async def _ask(papers: Credentials, clock: Callable[[], float]) -> list[Finding]
             after = clock()
     except TimeoutError:
         return [Finding("fail", "access", f"no answer within {PATIENCE:.0f} s", _FIREWALL)]
-    except ConfigError:  # it has no such call
+    except OtherVersion:  # it has no such call
         return [Finding("warn", "version", "the coordinator is older than this command")]
     except FedmlError as error:
         return [Finding.of("access", error)]

@@ -14,6 +14,7 @@ from fedml import __version__
 from fedml.errors import (
     ConfigError,
     FedmlError,
+    OtherVersion,
     PermissionDenied,
     Refused,
     Unreachable,
@@ -107,7 +108,7 @@ def error_of(address: str, error: grpc.RpcError) -> FedmlError:
             "check the address"
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return Untrusted(
+        return OtherVersion(
             f"coordinator at {address} does not know a call of {PROTOCOL}, as fedml {__version__} "
             "speaks it: install one major version on both ends, and the newer minor one there"
         )
