@@ -10,7 +10,7 @@ from fedml.strategies.robust.coordinatewise import TrimmedMean
 
 @dataclass(frozen=True, kw_only=True)
 class Robust:
-    """ARC, then nearest neighbour mixing, then the trimmed mean: the best of those we measured.
+    """ARC, then nearest neighbour mixing, then the trimmed mean.
 
     Settings are those of `TrimmedMean`, and checked there.
     """
