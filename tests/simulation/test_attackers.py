@@ -86,7 +86,7 @@ def test_only_attackers_updates_change() -> None:
         (InnerProduct(10.0), lambda all_: -10 * all_.mean(0)),
         (Mimic(), lambda all_: all_[0]),
     ],
-    ids=repr,
+    ids=["little is enough", "inner product", "mimic"],
 )
 @pytest.mark.parametrize("make", [Inline, Vectorised])
 def test_attackers_that_agree_know_what_the_honest_send(
