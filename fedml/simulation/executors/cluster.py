@@ -27,6 +27,7 @@ from fedml.simulation.executors.inline import Inline
 
 _TRIES = 2  # workers that may be lost with a task before its site is given up
 _AHEAD = 2  # tasks in a worker's hands, so that it never waits for the next
+_PROMPT = 20.0  # seconds in which an actor that has nothing to do answers
 _NONE = Params({})
 _IDLE: dict[str, list[Any]] = {}  # actors without an executor, by Ray's job
 Packed = npt.NDArray[np.uint8]  # a safetensors file; Ray maps arrays and copies nothing
@@ -185,8 +186,9 @@ def _engage(ray: Any, stage: Any) -> Any:  # noqa: ANN401
     while idle:
         actor = idle.pop()
         try:
-            ray.get(actor.serve.remote(stage))
-        except ray.exceptions.RayError:  # it went with its machine
+            ray.get(actor.serve.remote(stage), timeout=_PROMPT)
+        except ray.exceptions.RayError:  # it went with its machine, or never got one
+            ray.kill(actor)
             continue
         return actor
     actor = ray.remote(num_cpus=1, max_restarts=0)(_Worker).remote()

@@ -31,18 +31,21 @@ def test_a_node_that_goes_down_costs_a_retry_and_workers_serve_one_executor_afte
         found += answers
         expected = {one.site: one for one in singles(Inline(plan(), recipe(), holdings()), work)}
         assert {one.site: one for one in found if isinstance(one, Update)} == expected
-        (kept,) = {hand.actor for hand in executor._hands}
+        kept = {hand.actor for hand in executor._hands}  # maybe one that finds no machine, too
         del answers, executor
 
         other = Cluster(plan(), recipe(), holdings(), Memory())
         assert {one.site: one for one in singles(other, work)} == expected
-        assert {hand.actor for hand in other._hands} == {kept}  # no worker was started anew
-        ray.kill(kept)
+        again = {hand.actor for hand in other._hands}
+        assert again
+        assert again <= kept  # no worker was started anew
+        for actor in again:
+            ray.kill(actor)
         del other
 
         third = Cluster(plan(), recipe(), holdings(), Memory())
         assert {one.site: one for one in singles(third, work)} == expected
-        assert kept not in {hand.actor for hand in third._hands}
+        assert not again & {hand.actor for hand in third._hands}
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
