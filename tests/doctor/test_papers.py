@@ -17,15 +17,14 @@ from fedml.identity.certificates import Authority, Credentials, new_key_and_csr
 from tests.doctor.ward import bad, found
 from tests.transport.world import World
 
-NOW = time.time()
-
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World.build(tmp_path)
 
 
-def looked_at(own: Credentials, now: float = NOW) -> dict[str, Finding]:
+def looked_at(own: Credentials, later: float = 0.0) -> dict[str, Finding]:
+    now = time.time() + later
     return {f.what: f for f in papers.credentials(own, now, renewal="run the daemon")}
 
 
@@ -49,7 +48,7 @@ def test_a_certificate_that_grows_old(world: World, age: float, state: str) -> N
 
 
 def test_a_certificate_of_the_future_is_a_matter_of_the_clock(world: World) -> None:
-    finding = looked_at(world.credentials(), NOW - DAY)["certificate"]
+    finding = looked_at(world.credentials(), -DAY)["certificate"]
     assert (finding.state, finding.advice) == ("fail", "set the clock")
 
 
@@ -60,15 +59,15 @@ def test_a_key_that_does_not_fit(world: World) -> None:
 
 
 def test_a_certificate_of_another_authority(world: World, tmp_path: Path) -> None:
-    other = Authority.create(tmp_path / "other", NOW).certificate
+    other = Authority.create(tmp_path / "other", time.time()).certificate
     finding = looked_at(replace(world.credentials(), ca=other))["certificate"]
     assert finding.state == "fail"
     assert "another authority" in finding.found
 
 
 def test_an_authority_that_grows_old(world: World) -> None:
-    assert looked_at(world.credentials(), NOW + 3600 * DAY)["authority"].state == "warn"
-    assert looked_at(world.credentials(), NOW + 3700 * DAY)["authority"].state == "fail"
+    assert looked_at(world.credentials(), 3600 * DAY)["authority"].state == "warn"
+    assert looked_at(world.credentials(), 3700 * DAY)["authority"].state == "fail"
 
 
 def test_a_key_that_others_may_read(world: World, tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ async def test_a_coordinator_s_authority_with_another_key(tmp_path: Path) -> Non
     create(hub, Settings(port=0, enrolment_port=0))
     assert bad(await found(hub)) == {}
     path = hub / "ca" / "ca.json"
-    other = Authority.create(tmp_path / "other", NOW)
+    other = Authority.create(tmp_path / "other", time.time())
     pair = {**durable.read_json(path), "certificate": other.certificate.decode()}
     durable.replace(path, durable.dump_json(pair), mode=0o600)
     assert "does not fit its certificate" in bad(await found(hub))["authority"]
@@ -111,7 +110,9 @@ async def test_release_metadata_that_nobody_renews(tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     create(hub, Settings(port=0, enrolment_port=0))
     states = {
-        days: (await found(hub, lambda days=days: NOW + days * DAY))["release timestamp"].state  # type: ignore[misc]
+        days: (await found(hub, lambda days=days: time.time() + days * DAY))[
+            "release timestamp"
+        ].state  # type: ignore[misc]
         for days in (1, 6, 8)
     }
     assert states == {1: "ok", 6: "warn", 8: "fail"}
