@@ -109,10 +109,8 @@ async def test_a_coordinator_s_authority_with_another_key(tmp_path: Path) -> Non
 async def test_release_metadata_that_nobody_renews(tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     create(hub, Settings(port=0, enrolment_port=0))
-    states = {
-        days: (await found(hub, lambda days=days: time.time() + days * DAY))[
-            "release timestamp"
-        ].state  # type: ignore[misc]
-        for days in (1, 6, 8)
-    }
+    states = {}
+    for days in (1, 6, 8):
+        now = time.time() + days * DAY
+        states[days] = (await found(hub, lambda now=now: now))["release timestamp"].state  # type: ignore[misc]
     assert states == {1: "ok", 6: "warn", 8: "fail"}
