@@ -114,14 +114,15 @@ def test_a_reset_at_any_byte_of_a_transfer_costs_the_rest_and_no_more(
 ) -> None:
     """What went twice is less than a chunk and what was under way, never all from zero."""
     a_plan = plan(30, rounds=1)
-    before = relay.passed(way)
+    before, known = relay.passed(way), len(fleet.log(LINE))
     relay.reset_after(way, byte)
     run = fleet.submit(a_plan)
-    ends_well(fleet, run, a_plan)
+    tries = ends_well(fleet, run, a_plan).asked_again
     assert not relay.is_due(way)
     downloads = 2 if way == "down" else 1  # the round's model, and then the model to be scored
-    again = relay.passed(way) - before - downloads * SIZE
-    assert again < CHUNK + 300_000
+    again = relay.passed(way) - before - (downloads + tries) * SIZE
+    dials = fleet.log(LINE)[known:].count('"connected"')  # on a busy machine more than the one
+    assert again < max(1, dials) * (CHUNK + 300_000)
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
