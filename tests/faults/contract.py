@@ -35,7 +35,7 @@ def keep(fleet: Fleet, run: RunId) -> Kept:
 
 def uphold(fleet: Fleet, run: RunId, plan: Plan, kept: Sequence[Kept], tally: Tally) -> None:
     """Raise `AssertionError` unless the run, which has ended, and all that is left are right."""
-    detail = fleet.show(run)
+    detail = fleet.ended(run)
     receipts = detail.receipts
     _it_ended_as_planned(fleet, detail, plan)
     _no_committed_round_is_lost(detail, [each for each in kept if each.run == run])

@@ -295,6 +295,11 @@ class Fleet(Federation):
             return self.has_ended(run)
 
         assert self.until(look, PATIENCE), f"no end within {PATIENCE:g} s: {self.show(run).info}"
+        return self.ended(run)
+
+    def ended(self, run: RunId) -> RunDetail:
+        """Return a run whose end is on the disk, once the coordinator has seen it there too."""
+        self.until(lambda: self.show(run).info.state != "running", PATIENCE)
         return self.show(run)
 
     def ledger(self, site: str) -> tuple[Entry, ...]:
