@@ -276,6 +276,23 @@ async def test_a_schedule_survives_a_restart(hub: Hub, tmp_path: Path) -> None:
         await hub.close()
 
 
+async def test_what_was_under_way_comes_first_after_a_restart_whatever_the_clock_said(
+    hub: Hub, sites: list[Site], tmp_path: Path
+) -> None:
+    under_way = await hub.submit(plan())
+    await sites[0].order()
+    with pytest.MonkeyPatch.context() as clock:
+        clock.setattr(time, "time", lambda now=time.time: now() - 7200)
+        waiting = (await hub.runs.submit("admin", plan().to_json())).id  # hours before, by it
+        hub = await again(hub, tmp_path)
+        try:
+            sites = await world.three_sites(hub, tmp_path)
+            assert (await sites[0].order()).run == under_way
+            assert waiting not in hub.runs._playing
+        finally:
+            await hub.close()
+
+
 async def test_a_clock_that_was_set_back_holds_up_scheduled_runs_only(
     hub: Hub, sites: list[Site], tmp_path: Path
 ) -> None:

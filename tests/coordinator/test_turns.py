@@ -72,6 +72,16 @@ def test_what_the_first_in_line_cannot_use_goes_to_those_behind_it() -> None:
     assert second.asked == ("quito",)
 
 
+def test_who_is_not_first_in_line_keeps_nothing_that_is_too_little_for_it() -> None:
+    hall = Hall()
+    busy, first = run("busy", 1, "bern"), run("first", 2, "bern", "kyoto")
+    second, third = run("second", 2, "bern", "quito"), run("third", 1, "quito")
+    assert hall.look(busy)
+    assert not hall.look(first)
+    assert not hall.look(second)
+    assert hall.look(third)
+
+
 def test_others_hear_of_what_was_kept_for_a_run_that_waits_no_longer() -> None:
     hall = Hall()
     busy, first, second = (
