@@ -211,6 +211,37 @@ async def test_runs_take_turns_at_sites_that_work_for_one_run_at_a_time(
         await hub.close()
 
 
+async def test_a_round_that_was_open_at_a_restart_has_its_seats_before_others_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "hub", MemoryRegistry(tmp_path / "registry"))
+    sites = [Site(tmp_path, name) for name in world.SITES]
+    for site in sites:
+        site.hello = replace(site.hello, runs_at_once=1)
+        await site.connect(hub)
+    first, second = [await hub.submit(plan()) for _ in range(2)]
+    assert {(await site.order()).run for site in sites} == {first}
+    loaded, load = asyncio.Event(), Runs._load
+
+    async def slowly(runs: Runs, id: RunId) -> Run | None:
+        if id == first:
+            await loaded.wait()
+        return await load(runs, id)
+
+    monkeypatch.setattr(Runs, "_load", slowly)
+    hub = await again(hub, tmp_path)
+    try:
+        sites = [Site(tmp_path, name) for name in world.SITES]
+        for site in sites:
+            site.hello = replace(site.hello, runs_at_once=1)
+            await site.connect(hub)
+        await hub.until(second, lambda info: "other runs' turn" in info.detail)
+        loaded.set()
+        assert {(await site.order()).run for site in sites} == {first}
+    finally:
+        await hub.close()
+
+
 async def test_a_round_that_opens_as_patience_ends_takes_its_seats_like_any_other(
     tmp_path: Path,
 ) -> None:
