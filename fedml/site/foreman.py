@@ -88,6 +88,8 @@ class Foreman:
         if not talk.done():
             await _in_any_case(_wind_down(talk, born))
         if breach == "cancelled":
+            if talk.exception() is not None:  # the worker ended too, and shall not get the next
+                await _in_any_case(self.stop())
             raise asyncio.CancelledError
         try:
             return talk.result(), breach

@@ -1,7 +1,9 @@
 """The worker runs what the site allows, within its limits, and its end is never the daemon's."""
 
 import asyncio
+import gc
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -167,6 +169,25 @@ async def test_cancelling_twice_leaves_no_half_an_answer_for_the_next(
         await task
     assert await foreman.run(*prepared(quick, "work"))
     assert (quick / "update.safetensors").exists()
+
+
+async def test_a_worker_that_dies_as_its_task_is_cancelled_costs_the_next_task_nothing(
+    foreman: Foreman, tmp_path: Path
+) -> None:
+    complaints: list[Mapping[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    slow, quick = tmp_path / "slow", tmp_path / "quick"
+    slow.mkdir()
+    quick.mkdir()
+    task = asyncio.create_task(foreman.run(*prepared(slow, "sleep")))
+    await asyncio.sleep(0)  # let it begin
+    os.kill(foreman.process, signal.SIGKILL)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await foreman.run(*prepared(quick, "work"))
+    gc.collect()
+    assert not complaints
 
 
 async def test_the_worker_dies_with_the_daemon(tmp_path: Path) -> None:
