@@ -86,8 +86,9 @@ class Audit:
         if outcome.end.state != "done":
             raise TaskFailed(f"the audited run ended {outcome.end.state}: {outcome.end.detail}")
         seen = listening.heard / (_LR * self.privacy.clip)
-        values = seen[owners, np.arange(self.canaries)]  # each site answers for its own update
-        return Scores(values, included)
+        if self.privacy.mode == "record_distributed":
+            return Scores(seen.sum(axis=0), included)  # all that anyone but the sites may see
+        return Scores(seen[owners, np.arange(self.canaries)], included)
 
     def _deal(
         self,

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fedml.errors import ConfigError, TaskFailed
 from fedml.learning import private, private_cohort
-from fedml.learning.cohort import Trained
 from fedml.privacy.accounting import SampledGaussian
 from fedml.privacy.audit import (
     Scores,
@@ -95,7 +94,8 @@ def scale_noise(factor: Callable[[float], float]) -> Break:
 def stop_clipping(patch: pytest.MonkeyPatch) -> None:
     """Let the engine's two forms clip at 10^6 norms, with the noise that they had."""
     loose = 1e6
-    step, cohort = private.PrivateGradient.__init__, private_cohort.train_privately
+    step: Any = private.PrivateGradient.__init__
+    cohort: Any = private_cohort.train_privately
 
     def bare(event: SampledGaussian) -> SampledGaussian:
         return replace(event, noise=event.noise / loose)
@@ -103,7 +103,7 @@ def stop_clipping(patch: pytest.MonkeyPatch) -> None:
     def init(self: private.PrivateGradient, *args: Any, **kept: Any) -> None:
         step(self, *args, **{**kept, "event": bare(kept["event"]), "clip": kept["clip"] * loose})
 
-    def train(*args: Any) -> Trained:
+    def train(*args: Any) -> Any:
         *first, releases, clip = args
         return cohort(*first, [replace(r, event=bare(r.event)) for r in releases], clip * loose)
 
