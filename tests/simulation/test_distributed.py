@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedml.errors import ConfigError, Refused
+from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import Rows
 from fedml.learning.trainer import Trainer
 from fedml.params import Params
@@ -212,6 +213,18 @@ def test_a_site_reports_nothing_beside_its_sum() -> None:
 def test_a_site_refuses_steps_whose_noise_it_cannot_know(training: Training) -> None:
     with pytest.raises(ConfigError, match="set steps=1 and batch_size=0"):
         training_event(training, SHARED, 100)
+
+
+def test_scores_are_paid_for_as_in_mode_record() -> None:
+    task = Task(
+        TaskId("t"), RunId("r"), 1, SITES[0], "evaluate",
+        Brief(Params(BreastCancer().build().state_dict())),
+    )  # fmt: skip
+    rows = Rows(BreastCancer().example(30), torch.zeros(30, dtype=torch.long))
+    with pytest.raises(Refused, match="no scores leave this site"):
+        evaluate(BreastCancer(), task, rows, SHARED)
+    paid = replace(SHARED, evaluation_epsilon=0.5)
+    assert len({evaluate(BreastCancer(), task, rows, paid).count for _ in range(20)}) > 3
 
 
 def test_sharers_are_for_the_mode_that_shares() -> None:

@@ -1,0 +1,106 @@
+"""Who joins a step, in each engine as it runs; and samplers that would be no Poisson's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedml.learning.recipe import Rows
+from fedml.privacy.noise import SecureNoise
+from fedml.protocol.messages import Privacy, SiteId, Training
+from fedml.recipes.breast_cancer import BreastCancer
+from fedml.simulation.canaries import Planted
+from fedml.simulation.executors.base import Holding, MakeExecutor
+from fedml.simulation.executors.inline import Inline
+from fedml.simulation.executors.vectorised import Vectorised
+from tests.attacks.recording import released
+
+torch.set_num_threads(1)
+
+ROWS, RATE, ROUNDS, SITES = 40, 0.3, 100, 2
+ENGINES: list[MakeExecutor] = [Inline, Vectorised]
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the noise away, so that sums show who is in them."""
+
+    def normal(self: SecureNoise, size: int | Sequence[int], std: float) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64)
+
+    monkeypatch.setattr(SecureNoise, "normal", normal)
+
+
+def joined(make: MakeExecutor) -> Tensor:
+    """Return who joined [steps, rows]: each row is a canary that moves a weight of its own."""
+    recipe = Planted(BreastCancer(), ROWS)
+    rows = Rows(recipe.planted(torch.arange(ROWS)), torch.zeros(ROWS, dtype=torch.long))
+    holdings = {SiteId(f"s{n}"): Holding(rows, rows.take([])) for n in range(SITES)}
+    training = Training(lr=1.0, steps=1, batch_size=int(ROWS * RATE))
+    asked = Privacy("record", epsilon=3.0, delta=1e-5, clip=0.5, rounds=ROUNDS)
+    found = released(make, recipe, holdings, training, asked)
+    assert len(found) == SITES * ROUNDS
+    moved = torch.stack([update.delta["canaries.weight"][1:, 0] for update in found])
+    return (moved > 0).double()
+
+
+def faults(told: Tensor) -> list[str]:
+    """Return what is wrong with a sample that should be Poisson's, at six deviations."""
+    steps, rows = told.shape
+    found = []
+    spread = math.sqrt(RATE * (1 - RATE) / steps)
+    off = abs(float(told.mean()) - RATE) * math.sqrt(rows)
+    if max(off, float((told.mean(0) - RATE).abs().max())) > 6 * spread:
+        found.append("rate")
+    alike = torch.corrcoef(told.T) - torch.eye(rows, dtype=torch.float64)
+    if not float(alike.nan_to_num(1.0).abs().max()) < 6 / math.sqrt(steps):
+        found.append("rows together")
+    later = ((told[SITES:] - RATE) * (told[:-SITES] - RATE)).mean() / (RATE * (1 - RATE))
+    if abs(float(later)) > 6 / math.sqrt(steps * rows):
+        found.append("steps together")
+    ratio = float(told.sum(1).var()) / (rows * RATE * (1 - RATE))
+    if abs(ratio - 1) > 6 * math.sqrt(2 / steps):
+        found.append("size")
+    return found
+
+
+@pytest.mark.parametrize("make", ENGINES)
+def test_rows_join_each_engine_s_steps_at_the_public_rate_and_by_themselves(
+    make: MakeExecutor, silent: None
+) -> None:
+    assert not faults(joined(make))
+
+
+def shuffled(self: SecureNoise, size: int, probability: float) -> Tensor:
+    """Take a batch of fixed size, as a data loader does: what accounting does not hold for."""
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[torch.randperm(size)[: round(size * probability)]] = True
+    return chosen
+
+
+def eager(self: SecureNoise, size: int, probability: float) -> Tensor:
+    return torch.rand(size) < 1.3 * probability
+
+
+def in_blocks(self: SecureNoise, size: int, probability: float) -> Tensor:
+    return (torch.rand((size + 1) // 2) < probability).repeat_interleave(2)[:size]
+
+
+def frozen(self: SecureNoise, size: int, probability: float) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(size, generator=generator) < probability
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fault"),
+    [(shuffled, "size"), (eager, "rate"), (in_blocks, "rows together"), (frozen, "steps together")],
+)
+def test_a_sampler_that_is_not_poisson_s_is_seen(
+    sampler: object, fault: str, silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SecureNoise, "bernoulli", sampler)
+    assert fault in faults(joined(Vectorised))
