@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fedml.learning.recipe import Rows
-from fedml.privacy.noise import SecureNoise
 from fedml.protocol.messages import Privacy, SiteId, Training
 from fedml.protocol.tasks import Update
 from fedml.recipes.breast_cancer import BreastCancer
@@ -20,6 +19,7 @@ from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.processes import Processes
 from fedml.simulation.executors.vectorised import Vectorised
 from tests.attacks.recording import released
+from tests.attacks.sabotage import scale
 
 torch.set_num_threads(1)
 
@@ -118,12 +118,7 @@ def test_released_noise_has_the_deviation_that_its_event_says(
 
 
 def test_noise_that_is_too_small_by_a_hundredth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = SecureNoise.normal
-
-    def less(self: SecureNoise, size: int | Sequence[int], std: float) -> Tensor:
-        return whole(self, size, std) * 0.99
-
-    monkeypatch.setattr(SecureNoise, "normal", less)
+    scale(monkeypatch, noise=0.99)
     with pytest.raises(AssertionError):
         test_released_noise_has_the_deviation_that_its_event_says(Inline, 0)
 

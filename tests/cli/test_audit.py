@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
 from fedml.cli.main import app
 from fedml.errors import ConfigError, FedmlError
-from fedml.privacy.noise import SecureNoise
+from tests.attacks.sabotage import scale
 
 torch.set_num_threads(1)
 
@@ -32,10 +30,7 @@ def test_a_claim_that_stands_is_shown_seed_by_seed() -> None:
 
 
 def test_a_claim_that_is_refuted_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(self: SecureNoise, size: int | Sequence[int], std: float) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64)
-
-    monkeypatch.setattr(SecureNoise, "normal", silent)
+    scale(monkeypatch, noise=0.0)
     done = CliRunner().invoke(app, [*SMALL])
     assert done.exit_code == 1
     assert "error: the claim is refuted: an attacker proves epsilon" in done.output

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedml.errors import ConfigError, TaskFailed
-from fedml.learning import private, private_cohort
-from fedml.privacy.accounting import SampledGaussian
 from fedml.privacy.audit import (
     Scores,
     Verdict,
@@ -28,20 +24,19 @@ from fedml.privacy.audit import (
     gaussian_bound,
     judge,
 )
-from fedml.privacy.noise import SecureNoise
 from fedml.protocol.messages import Privacy
 from fedml.recipes.breast_cancer import BreastCancer
 from fedml.simulation.canaries import Audit
 from fedml.simulation.executors.base import MakeExecutor
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
+from tests.attacks.sabotage import scale
 
 torch.set_num_threads(1)
 
 CLAIM, DELTA = 3.0, 1e-5
 RECORD = Privacy("record", epsilon=CLAIM, delta=DELTA, clip=0.5, rounds=4)
 LEAST, MOST = 2.2, 3.9  # of an estimate by 2000 canaries
-Break = Callable[[pytest.MonkeyPatch], None]
 
 
 def play(seeds: int, privacy: Privacy = RECORD, make: MakeExecutor = Inline) -> Sequence[Scores]:
@@ -77,50 +72,16 @@ def test_the_vectorised_engine_keeps_the_claim() -> None:
     assert not judge(play(3, make=Vectorised), CLAIM, DELTA).broken
 
 
-def scale_noise(factor: Callable[[float], float]) -> Break:
-    """Return what makes every Gaussian noise of the engine `factor` times what was asked."""
-
-    def apply(patch: pytest.MonkeyPatch) -> None:
-        whole = SecureNoise.normal
-
-        def normal(self: SecureNoise, size: int | Sequence[int], std: float) -> Tensor:
-            return whole(self, size, std) * factor(std)
-
-        patch.setattr(SecureNoise, "normal", normal)
-
-    return apply
-
-
-def stop_clipping(patch: pytest.MonkeyPatch) -> None:
-    """Let the engine's two forms clip at 10^6 norms, with the noise that they had."""
-    loose = 1e6
-    step: Any = private.PrivateGradient.__init__
-    cohort: Any = private_cohort.train_privately
-
-    def bare(event: SampledGaussian) -> SampledGaussian:
-        return replace(event, noise=event.noise / loose)
-
-    def init(self: private.PrivateGradient, *args: Any, **kept: Any) -> None:
-        step(self, *args, **{**kept, "event": bare(kept["event"]), "clip": kept["clip"] * loose})
-
-    def train(*args: Any) -> Any:
-        *first, releases, clip = args
-        return cohort(*first, [replace(r, event=bare(r.event)) for r in releases], clip * loose)
-
-    patch.setattr(private.PrivateGradient, "__init__", init)
-    patch.setattr("fedml.simulation.executors.vectorised.train_privately", train)
-
-
-FAULTS: dict[str, Break] = {
-    "noise off": scale_noise(lambda std: 0.0),
-    "noise divided by the batch twice": scale_noise(lambda std: 1 / 240),
-    "clipping off": stop_clipping,
-    "half the noise": scale_noise(lambda std: 0.5),
+FAULTS: dict[str, dict[str, float]] = {
+    "noise off": {"noise": 0.0},
+    "noise divided by the batch twice": {"noise": 1 / 240},
+    "clipping off": {"clip": 1e6},
+    "half the noise": {"noise": 0.5},
 }
 
 
 def with_fault(fault: str, patch: pytest.MonkeyPatch, make: MakeExecutor) -> Verdict:
-    FAULTS[fault](patch)
+    scale(patch, **FAULTS[fault])
     return judge(play(2, make=make), CLAIM, DELTA)
 
 

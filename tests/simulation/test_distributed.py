@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from fedml.learning.trainer import Trainer
 from fedml.params import Params
 from fedml.privacy.accounting import SampledGaussian, epsilon, training_event
 from fedml.privacy.audit import judge
-from fedml.privacy.noise import SecureNoise
 from fedml.protocol.messages import Privacy, RecipeId, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Brief, Task, Update
 from fedml.recipes.breast_cancer import BreastCancer
@@ -28,6 +27,7 @@ from fedml.simulation.executors.base import Holding, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
 from fedml.strategies import FedAvg, WeightedMean
+from tests.attacks.sabotage import scale
 from tests.simulation.worlds import singles
 
 torch.set_num_threads(1)
@@ -131,11 +131,7 @@ def test_the_sum_is_that_of_all_sites_clipped_gradients(
     make: MakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without noise it is one site's with all the rows: the utility of central privacy."""
-
-    def silent(self: SecureNoise, size: int | Sequence[int], std: float) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64)
-
-    monkeypatch.setattr(SecureNoise, "normal", silent)
+    scale(monkeypatch, noise=0.0)
     reduction = WeightedMean().start()
     for update in updates(make, flat=False):
         reduction.add(update)
@@ -185,12 +181,7 @@ def _epsilon_of_a_share(privacy: Privacy) -> float:
 def test_a_share_of_noise_too_small_is_caught_by_the_audit_of_the_sum(
     make: MakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = SecureNoise.normal
-
-    def fifth(self: SecureNoise, size: int | Sequence[int], std: float) -> Tensor:
-        return whole(self, size, std / math.sqrt(5))  # as if variance and deviation were confused
-
-    monkeypatch.setattr(SecureNoise, "normal", fifth)
+    scale(monkeypatch, noise=1 / math.sqrt(5))  # as if variance and deviation were confused
     audit = Audit(BreastCancer(), replace(SHARED, rounds=4), steps=1, make=make)
     assert judge([audit.play(seed) for seed in range(2)], 3.0, 1e-5).broken
 
