@@ -56,6 +56,12 @@ def test_the_gaussian_bound_holds_and_comes_near_with_more_canaries() -> None:
     assert 2.4 < gaussian_bound(gaussian(MU, 0, 100_000), DELTA, 0.999) <= 3
 
 
+def test_the_gaussian_bound_is_not_taken_in_by_its_own_choice_of_threshold() -> None:
+    """Of scores that say nothing, the best of 99 thresholds looks good where it was chosen."""
+    found = [gaussian_bound(gaussian(0.0, seed, 400), DELTA, 0.5) for seed in range(60)]
+    assert sum(bound > 0 for bound in found) < 20  # 38, were it judged there
+
+
 def test_the_estimate_is_right_on_average() -> None:
     found = [estimate(gaussian(MU, seed), DELTA) for seed in range(100)]
     assert np.mean(found) == pytest.approx(3.0, abs=0.1)
