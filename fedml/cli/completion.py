@@ -15,7 +15,8 @@ _fedml_simulate_complete()
         if [ -n "$_fedml_simulate_old" ]; then
             "$_fedml_simulate_old" "$@"
         else
-            COMPREPLY=($(compgen -W "coordinator site run model simulate demo predict serve" -- \\
+            COMPREPLY=($(compgen -W "coordinator site run model privacy \\
+                simulate demo predict serve" -- \\
                 "${COMP_WORDS[$COMP_CWORD]}"))
             [ ${#COMPREPLY[@]} -eq 1 ] && COMPREPLY[0]="${COMPREPLY[0]} "
         fi

@@ -203,6 +203,12 @@ class _Job:
         return summary
 
 
+_TRUSTED = (
+    "privacy record_distributed: epsilon is that of the sum of all sites' updates, which this "
+    "simulation adds up as the party that all would trust"
+)
+
+
 def _going_on(plan: Plan, done: int) -> str:
     line = f"going on after round {done} of {plan.rounds}"
     if plan.privacy.mode == "none":
@@ -231,6 +237,8 @@ def _prepare(config: DictConfig, folder: Path, multirun: Path | None) -> _Job:
     holdings = population.deal(recipe, known)
     for note in holdings.notes if isinstance(holdings, Split) else ():
         print(note)
+    if plan.privacy.mode == "record_distributed":
+        print(_TRUSTED)
     _check_cohort(plan, holdings)
     make = attackers.take_over(make) if attackers else make
     digest = known.digest if known else of_holdings(holdings)

@@ -116,6 +116,7 @@ class Runs:
         if not 0 <= starts < _LATEST:
             raise ConfigError(f"starts {starts}: seconds since the epoch, or 0 for now")
         plan = Plan.from_json(text)
+        plan.check_served()
         here = identify(plan.recipe.name)
         if here != plan.recipe:
             raise ConfigError(

@@ -21,7 +21,7 @@ from fedml.learning.gradients import Precision
 from fedml.learning.on_cpu import tune
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
-from fedml.privacy.accounting import training_event
+from fedml.privacy.accounting import own_share, training_event
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
 from fedml.strategies import STATISTICS, own_model
@@ -59,7 +59,7 @@ def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice
 class Trainer:
     """Trains a recipe as `training` says, under `privacy`, on `device`.
 
-    With privacy mode "record", one call is one `training_event`: it must be charged before the
+    Under privacy, one call is one `training_event`: it must be charged before the
     update leaves, and called again it is another release. With precision "bf16" the model runs
     under autocast, and its parameters, their gradients and the loss stay float32. A model is
     built once and copied for each task, so no task sees what another left in it. `copy` gives
@@ -81,7 +81,7 @@ class Trainer:
                 f"precision {self.precision}: rows' gradients are clipped and noised in fp32; "
                 "set precision=fp32 or privacy=none"
             )
-        if self.privacy.mode == "record":
+        if self.privacy.mode != "none":
             _private_gradient()  # before anyone forks
 
     def train(
@@ -104,6 +104,7 @@ class Trainer:
         if task.brief.rule in STATISTICS:
             return self._measure(task, rows), memory
         rule = find_rule(task.brief.rule)
+        check_share(self.privacy, task.brief)
         reads_loss = getattr(rule, "reads_loss", False)
         if reads_loss:
             self._check_exact(task)
@@ -116,7 +117,7 @@ class Trainer:
             brief = replace(brief, params=own_model(brief, memory))
             descent = Descent(model, brief, memory, self.training, self.copy)
             path = {"loss": self._loss(model, Rows(x, y))} if reads_loss else {}
-            if self.privacy.mode == "record":
+            if self.privacy.mode != "none":
                 delta, weight, metrics = self._privately(descent, Rows(x, y), public_rows)
             else:
                 delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
@@ -249,7 +250,7 @@ class Trainer:
             self.recipe,
             descent,
             rows,
-            event=event,
+            event=own_share(event, self.privacy),
             clip=self.privacy.clip,
             public_rows=public_rows,
         )
@@ -271,6 +272,15 @@ def _private_gradient() -> type[PrivateGradient]:
     from fedml.learning.private import PrivateGradient
 
     return PrivateGradient
+
+
+def check_share(privacy: Privacy, brief: Brief) -> None:
+    """Raise `Refused` if a site with a share of the noise would report more than its sum."""
+    if privacy.mode == "record_distributed" and brief.rule != "plain":
+        raise Refused(
+            f"rule {brief.rule} in mode record_distributed: the noise is that of a sum of plain "
+            "gradients, with nothing beside it; use strategy=fedavg"
+        )
 
 
 def path_of(training: Training, steps: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedml.durable import Record
@@ -113,9 +113,16 @@ def training_event(training: Training, privacy: Privacy, public_rows: int) -> Sa
     """Return what one round of private training costs a site with `public_rows` rows.
 
     Public, because sampling and noise may not depend on the number of rows there really are.
+    In mode `record_distributed` it is what the sum of all sites' updates costs. That is known to
+    each site only if all of them take all their rows, in one step: then all add the same noise.
     """
-    if privacy.mode != "record":
+    if privacy.mode == "none":
         raise ConfigError(f"privacy.mode {privacy.mode!r} has no cost to account; use 'record'")
+    if privacy.mode == "record_distributed" and (training.batch_size or training.steps != 1):
+        raise ConfigError(
+            f"training.steps {training.steps}, batch_size {training.batch_size} in mode "
+            "record_distributed: each step is a round over all rows, set steps=1 and batch_size=0"
+        )
     if training.steps < 1:
         raise ConfigError(
             f"training.epochs {training.epochs} under privacy: set training.steps instead, "
@@ -126,6 +133,15 @@ def training_event(training: Training, privacy: Privacy, public_rows: int) -> Sa
     sampling = min(1.0, training.batch_size / public_rows) if training.batch_size else 1.0
     noise = noise_multiplier(privacy, sampling, training.steps)
     return SampledGaussian(sampling, noise, training.steps)
+
+
+def own_share(event: SampledGaussian, privacy: Privacy) -> SampledGaussian:
+    """Return `event` with the noise that one site adds to its own sum.
+
+    All of it, or in mode `record_distributed` what makes it whole at `sharers` sites, for
+    variances add up. Source: Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 4.
+    """
+    return replace(event, noise=event.noise / math.sqrt(max(1, privacy.sharers)))
 
 
 def evaluation_event(privacy: Privacy) -> Pure:

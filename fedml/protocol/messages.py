@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NewType
+from typing import Literal, NewType, get_args
 
 from fedml.errors import ConfigError
 
@@ -113,7 +113,7 @@ class Training:
             )
 
 
-PrivacyMode = Literal["none", "record"]
+PrivacyMode = Literal["none", "record", "record_distributed"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ class Privacy:
     `epsilon` for a training row after `rounds` rounds, and `evaluation_epsilon` for each
     evaluation of a held-out row (0: no scores leave the site). `clip` bounds the L2 norm of one
     row's gradient. Mode `none` promises nothing but that rows stay home.
+
+    Mode `record_distributed` is the same promise for the sum of all sites' updates, each of which
+    has a share of the noise alone: the shares of `sharers` sites make up the whole. It holds if
+    nobody sees less than their sum.
     """
 
     mode: PrivacyMode = "none"
@@ -132,11 +136,13 @@ class Privacy:
     clip: float = 1.0
     rounds: int = 1
     evaluation_epsilon: float = 0.0
+    sharers: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("none", "record"):
-            raise ConfigError(f"privacy.mode {self.mode!r}: use 'none' or 'record'")
-        if self.mode == "record" and not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
+        if self.mode not in get_args(PrivacyMode):
+            modes = ", ".join(get_args(PrivacyMode))
+            raise ConfigError(f"privacy.mode {self.mode!r}: use one of {modes}")
+        if self.mode != "none" and not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
             raise ConfigError(
                 f"privacy.epsilon {self.epsilon}, delta {self.delta}: epsilon > 0, 0 < delta < 1"
             )
@@ -146,6 +152,11 @@ class Privacy:
             raise ConfigError(
                 f"privacy.rounds {self.rounds}, evaluation_epsilon {self.evaluation_epsilon}: "
                 "rounds is 1 or more, evaluation_epsilon 0 or more"
+            )
+        if (self.sharers > 0) != (self.mode == "record_distributed"):
+            raise ConfigError(
+                f"privacy.sharers {self.sharers} with mode {self.mode!r}: in mode "
+                "record_distributed give the number of sites whose noise adds up, else leave it 0"
             )
 
 

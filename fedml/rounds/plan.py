@@ -18,7 +18,7 @@ from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
 from fedml.records import Reader, from_record, to_record
-from fedml.strategies import Strategy, build, describe, measures, needs_means
+from fedml.strategies import Strategy, build, describe, measures, needs_means, rule_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,17 @@ class Plan:
         reasons += [*_strategy(self), *_reducer(self), *_scoring(self)]
         if reasons:
             raise Contradiction(reasons)
+
+    def check_served(self) -> None:
+        """Raise `Contradiction` if only a simulation may play this plan, which is its own judge."""
+        if self.privacy.mode == "record_distributed":
+            raise Contradiction(
+                [
+                    "privacy.mode record_distributed: a site's update has a share of the noise "
+                    "alone, and without secure aggregation a coordinator sees it; use "
+                    "privacy=record, or simulate the run"
+                ]
+            )
 
     def to_json(self) -> str:
         """Return canonical JSON: equal plans have equal text, and every default is written."""
@@ -212,8 +223,10 @@ def _reducer(plan: Plan) -> Iterator[str]:
 
 
 def _privacy(plan: Plan) -> Iterator[str]:
-    if plan.privacy.mode != "record":
+    if plan.privacy.mode == "none":
         return
+    if plan.privacy.mode == "record_distributed":
+        yield from _shared_noise(plan)
     if measures(plan.strategy):
         yield (
             f"strategy {type(plan.strategy).__name__} with record privacy: its sites report exact "
@@ -233,6 +246,33 @@ def _privacy(plan: Plan) -> Iterator[str]:
         yield (
             "evaluation with record privacy and privacy.evaluation_epsilon 0: scores are made of "
             "private rows, set evaluation_epsilon above 0 or evaluation.at_end=false and every=0"
+        )
+
+
+def _shared_noise(plan: Plan) -> Iterator[str]:
+    """Say what keeps a sum's noise, of which each site adds a share, from being whole."""
+    strategy, sharers, quorum = plan.strategy, plan.privacy.sharers, plan.cohort.quorum
+    if sharers > quorum:
+        yield (
+            f"privacy.sharers {sharers} is above cohort.quorum {quorum}: a round of so few sites "
+            "would lack noise, raise the quorum or lower sharers, which adds noise"
+        )
+    if plan.training.steps != 1 or plan.training.batch_size:
+        yield (
+            f"training.steps {plan.training.steps} and batch_size {plan.training.batch_size} in "
+            "mode record_distributed: each step is a round over all rows, set steps=1 and "
+            "batch_size=0"
+        )
+    name, reducer = type(strategy).__name__, strategy.reducer
+    if not reducer.linear:
+        yield (
+            f"reducer {type(reducer).__name__} in mode record_distributed: single updates lack "
+            "noise, so nothing but their sum may be looked at; use reducer=weighted-mean"
+        )
+    if rule_of(strategy) != "plain":
+        yield (
+            f"strategy {name} in mode record_distributed: its sites bend gradients or report "
+            "more than their sum, for which no noise is set; use strategy=fedavg"
         )
 
 

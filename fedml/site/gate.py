@@ -34,6 +34,11 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"policy minimum_cohort = {policy.minimum_cohort}: "
             f"this round asks only {assignment.cohort} sites"
         )
+    if assignment.privacy.mode == "record_distributed":
+        raise Refused(
+            "mode 'record_distributed' adds a share of the noise alone, which protects nothing "
+            "unless updates are summed under secure aggregation, and this site has none"
+        )
     _check_recipe(policy, assignment.recipe, installed)
     dataset = policy.datasets.get(assignment.dataset)
     if dataset is None:
@@ -77,7 +82,7 @@ def _check_recipe(policy: Policy, wanted: RecipeId, installed: Sequence[RecipeId
 
 
 def _terms(dataset: Dataset, assignment: Assignment) -> Permit:
-    private = assignment.privacy.mode == "record"
+    private = assignment.privacy.mode != "none"
     if assignment.kind == "train":
         event = None
         if private:

@@ -26,6 +26,7 @@ from fedml.strategies.catalogue import (
     numbers,
     own_model,
     reports,
+    rule_of,
     strategies,
 )
 from fedml.strategies.fedavg import FedAvg
@@ -82,5 +83,6 @@ __all__ = [
     "numbers",
     "own_model",
     "reports",
+    "rule_of",
     "strategies",
 ]

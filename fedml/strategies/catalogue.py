@@ -130,9 +130,14 @@ def is_personal(brief: Brief) -> bool:
     return isinstance(RULES.get(brief.rule), Personal)
 
 
+def rule_of(strategy: Strategy) -> str:
+    """Return the name of the local rule that its sites follow."""
+    return _brief(strategy).rule
+
+
 def measures(strategy: Strategy) -> bool:
     """Return whether its sites report exact numbers made of rows, which no noise hides."""
-    rule = _brief(strategy).rule
+    rule = rule_of(strategy)
     return rule in STATISTICS or bool(getattr(RULES.get(rule), "reads_loss", False))
 
 

@@ -18,6 +18,7 @@ RUN = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=60"]
 GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in configs().glob("*/*.yaml"))
 NEEDED = {
     "privacy=record": ["privacy.epsilon=3"],
+    "privacy=record_distributed": ["privacy.epsilon=3", "training.steps=1"],
     "population=files": ["population.files={bern: bern.csv}"],
     "population=column": ["population.column=target"],
     "population=crowd": ["cohort.size=5"],
@@ -116,7 +117,7 @@ def test_only_a_simulation_builds_what_is_its_user_s_own() -> None:
 WRONG = [
     (["strategy=fedsgd"], r"strategy=fedsgd: no such choice; did you mean fed.*\?"),
     (["strategy=median"], "strategy=median: no such choice; there are fedadagrad, fedadam"),
-    (["strategy.nu=3"], "strategy.nu: no such setting; there are strategy.server_lr"),
+    (["strategy.nu=3"], "strategy.nu: no such setting; there are strategy.average_from"),
     (["strategy.serverlr=3"], r"strategy.serverlr: no .*; did you mean strategy.server_lr\?"),
     (["strategy=fedprox", "strategy.m=3"], r"strategy.m: no such setting; .*strategy.mu"),
     (["trainin.lr=3"], r"trainin.lr: no such setting; did you mean training.lr"),

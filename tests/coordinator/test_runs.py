@@ -21,6 +21,7 @@ from fedml.protocol.messages import (
     Declined,
     Failed,
     Forget,
+    Privacy,
     RecipeId,
     RunId,
     TaskId,
@@ -292,6 +293,13 @@ async def test_a_contradictory_plan_is_refused_with_all_its_reasons(hub: Hub) ->
     assert not await hub.operator.list_runs()
     with pytest.raises(Contradiction):
         plan(rounds=0)
+
+
+async def test_a_plan_whose_sites_share_the_noise_is_refused(hub: Hub) -> None:
+    shared = Privacy("record_distributed", 3.0, 1e-5, rounds=3, sharers=2)
+    with pytest.raises(ConfigError, match="without secure aggregation a coordinator sees it"):
+        await hub.operator.submit(plan(privacy=shared).to_json())
+    assert not await hub.operator.list_runs()
 
 
 async def test_a_recipe_that_the_coordinator_lacks_or_has_otherwise_is_refused(hub: Hub) -> None:

@@ -78,6 +78,13 @@ trainings = st.builds(
 privacies = st.one_of(
     st.just(Privacy()),
     st.builds(Privacy, st.just("record"), positive, st.floats(1e-9, 0.5), positive),
+    st.builds(
+        Privacy,
+        st.just("record_distributed"),
+        positive,
+        st.floats(1e-9, 0.5),
+        sharers=st.integers(1, 10_000),
+    ),
 )
 assignments = st.builds(
     Assignment,

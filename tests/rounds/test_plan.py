@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -25,10 +25,26 @@ from tests.rounds.worlds import plan
 RECORD = Privacy("record", epsilon=3.0, delta=1e-5, rounds=3, evaluation_epsilon=0.5)
 
 
+SHARED: dict[str, object] = {
+    "privacy": replace(RECORD, mode="record_distributed", sharers=3),
+    "cohort": Cohort(quorum=3, deadline=1),
+    "training": Training(lr=1, steps=1),
+    "strategy": FedAvg(),
+}
+
+
 def reasons(**changes: object) -> tuple[str, ...]:
     with pytest.raises(Contradiction) as caught:
         plan(**changes)
     return caught.value.reasons
+
+
+def test_a_plan_whose_sites_share_the_noise_is_played_by_simulations_alone() -> None:
+    shared = plan(**SHARED)
+    assert Plan.from_json(shared.to_json()) == shared
+    with pytest.raises(Contradiction, match="without secure aggregation a coordinator sees it"):
+        shared.check_served()
+    plan(privacy=RECORD).check_served()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +85,14 @@ def reasons(**changes: object) -> tuple[str, ...]:
             },
             "set evaluation_epsilon above 0",
         ),
+        ({**SHARED, "cohort": Cohort(quorum=2, deadline=1)}, "sharers 3 is above cohort.quorum 2"),
+        ({**SHARED, "training": Training(lr=1, steps=2)}, "set steps=1 and batch_size=0"),
+        (
+            {**SHARED, "training": Training(lr=1, steps=1, batch_size=8)},
+            "set steps=1 and batch_size=0",
+        ),
+        ({**SHARED, "strategy": FedAvg(reducer=Median())}, "nothing but their sum may be looked"),
+        ({**SHARED, "strategy": FedProx()}, "strategy FedProx in mode record_distributed"),
         ({"gates": (Gate(metric="auc", at_least=0.9),)}, "gates on auc without a last evaluation"),
         ({"evaluation": Evaluation(every=-1)}, "evaluation.every -1"),
     ],

@@ -65,6 +65,17 @@ def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
             {"privacy": replace(TASK.privacy, delta=1e-3)},
             "policy datasets.records.delta = 1e-05: the task asks for 0.001",
         ),
+        (
+            {"privacy": replace(TASK.privacy, mode="record_distributed", sharers=4)},
+            "mode 'record_distributed' adds a share of the noise alone",
+        ),
+        (
+            {
+                "privacy": replace(TASK.privacy, mode="record_distributed", sharers=4),
+                "dataset": "open",
+            },
+            "summed under secure aggregation, and this site has none",
+        ),
         ({"kind": "evaluate", "dataset": "open"}, "policy datasets.open.held_out is not set"),
     ],
 )

@@ -90,6 +90,29 @@ def test_fedavg_is_algorithm_1_of_mcmahan_2017() -> None:
     np.testing.assert_allclose(ours(FedAvg(0.7)), w, atol=1e-8)
 
 
+@pytest.mark.parametrize("start", [1, 5, ROUNDS])
+def test_tail_averaging_is_the_mean_of_the_models_from_a_round_on(start: int) -> None:
+    """Rakhlin et al. 2012, section 5; what sites go on from is the last model, as ever."""
+    w, models = np.zeros(3), []
+    for _ in range(ROUNDS):
+        w = w + 0.7 * mean_delta(w)
+        models.append(w)
+    mean = np.mean(models[start - 1 :], axis=0)
+    np.testing.assert_allclose(ours(FedAvg(0.7, average_from=start)), mean, atol=1e-8)
+    never = ours(FedAvg(0.7, average_from=ROUNDS + 1))
+    assert never.tobytes() == ours(FedAvg(0.7)).tobytes()
+
+
+def test_a_mean_of_models_takes_the_last_model_s_integers() -> None:
+    strategy = FedAvg(average_from=1)
+    state = strategy.start(Params({"w": torch.zeros(2), "seen": torch.tensor(0)}))
+    for _ in range(3):
+        delta = Params({"w": torch.ones(2), "seen": torch.tensor(5)})
+        state = strategy.advance(state, Aggregate(delta, {}, 1.0, 1))
+    assert int(state.params["seen"]) == 15 and state.params["w"].tolist() == [2.0, 2.0]
+    assert strategy.brief(state).params["w"].tolist() == [3.0, 3.0]
+
+
 def test_fedprox_is_equation_2_of_li_2020() -> None:
     w = np.zeros(3)
     for _ in range(ROUNDS):
@@ -145,6 +168,7 @@ def test_one_site_and_one_step_is_gradient_descent() -> None:
     [
         (lambda: FedAvg(0.0), "fedavg.server_lr 0.0"),
         (lambda: FedAvg(math.nan), "fedavg.server_lr nan"),
+        (lambda: FedAvg(average_from=-1), "fedavg.average_from -1"),
         (lambda: FedProx(mu=-1.0), "fedprox.mu -1.0"),
         (lambda: FedAvgM(beta=1.0), "fedavgm.beta 1.0"),
         (lambda: FedAdam(tau=0.0), "fedadam.tau 0.0"),

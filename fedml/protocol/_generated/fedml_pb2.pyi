@@ -39,20 +39,22 @@ class Training(_message.Message):
     def __init__(self, lr: _Optional[float] = ..., steps: _Optional[int] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., momentum: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class Privacy(_message.Message):
-    __slots__ = ("mode", "epsilon", "delta", "clip", "rounds", "evaluation_epsilon")
+    __slots__ = ("mode", "epsilon", "delta", "clip", "rounds", "evaluation_epsilon", "sharers")
     MODE_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     CLIP_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_EPSILON_FIELD_NUMBER: _ClassVar[int]
+    SHARERS_FIELD_NUMBER: _ClassVar[int]
     mode: str
     epsilon: float
     delta: float
     clip: float
     rounds: int
     evaluation_epsilon: float
-    def __init__(self, mode: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., clip: _Optional[float] = ..., rounds: _Optional[int] = ..., evaluation_epsilon: _Optional[float] = ...) -> None: ...
+    sharers: int
+    def __init__(self, mode: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., clip: _Optional[float] = ..., rounds: _Optional[int] = ..., evaluation_epsilon: _Optional[float] = ..., sharers: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("version", "heartbeat", "now")

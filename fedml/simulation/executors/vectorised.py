@@ -22,8 +22,8 @@ from fedml.learning.gradients import Precision
 from fedml.learning.private_cohort import Release, train_privately
 from fedml.learning.recipe import Recipe, Rows
 from fedml.learning.rowstack import RowStack
-from fedml.learning.trainer import diverged, on_device, path_of, seeded
-from fedml.privacy.accounting import Event, evaluation_event, training_event
+from fedml.learning.trainer import check_share, diverged, on_device, path_of, seeded
+from fedml.privacy.accounting import Event, evaluation_event, own_share, training_event
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Brief, Stack, Task
 from fedml.rounds import Plan, SiteLost
@@ -191,7 +191,7 @@ class Vectorised:
         }
         seed = self.plan.task_seed
         with seeded(seed(tasks[0].round, sites[0]), trainer.device):
-            if self.plan.privacy.mode == "record":
+            if self.plan.privacy.mode != "none":
                 return self._private(trainer, tasks, brief, memory, rows)
             shuffled = trainer.shuffles(rows.counts)
             seeds = [seed(task.round, task.site) for task in tasks] if shuffled else []
@@ -209,8 +209,12 @@ class Vectorised:
         rows: RowStack,
     ) -> list[Answer]:
         training, privacy = self.plan.training, self.plan.privacy
+        check_share(privacy, brief)
         events = [training_event(training, privacy, count) for count in rows.counts]
-        releases = [Release(event, n) for event, n in zip(events, rows.counts, strict=True)]
+        releases = [
+            Release(own_share(event, privacy), n)
+            for event, n in zip(events, rows.counts, strict=True)
+        ]
         trained = train_privately(trainer, brief, memory, rows, releases, privacy.clip)
         metrics = {
             "steps": [float(event.steps) for event in events],
