@@ -246,7 +246,7 @@ def ledger(folder: Dir, as_json: JsonOption = False) -> None:
     Example: fedml site ledger /var/lib/fedml
     """
     from fedml.cli.console import emit
-    from fedml.privacy.ledger import read, spent
+    from fedml.privacy.chain import read, spent
     from fedml.site.policy import read_policy
 
     policy = read_policy(folder / "policy.toml")

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedml import durable
 from fedml.doctor.finding import Finding
 from fedml.durable import Record
-from fedml.privacy.ledger import read, spent
+from fedml.privacy.chain import read, spent
 from fedml.site.policy import Dataset
 
 _NEARLY = 0.9  # of a budget

@@ -1,8 +1,9 @@
 """What a release costs in privacy: events, whose meaning never changes, and their epsilon.
 
 A site's ledger stores events, not epsilons, so that a better accountant may re-read the past.
-Neighbours differ by one row, added or removed. Epsilon is an upper bound by privacy loss
-distributions (Koskela et al. 2020, arXiv:1906.03049, as in Google's dp_accounting).
+Neighbours differ by one unit, added or removed (`ADJACENCY`). Epsilon is an upper bound by privacy
+loss distributions (Koskela et al. 2020, arXiv:1906.03049, as in Google's dp_accounting), for events
+that were fixed ahead, as a run's plan fixes them; `renyi` has the filter for those that were not.
 
 No torch here: the site's daemon imports this module.
 """
@@ -23,9 +24,11 @@ from fedml.protocol.messages import Privacy, Training
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
+ADJACENCY = "add/remove one"  # of the unit; replacing one costs up to twice as much
 GRID = 1e-3  # step of the privacy loss grid; losses are rounded so that epsilon is never too low
 LEAST_NOISE, MOST_NOISE, MOST_EPSILON = 0.3, 1e6, 1000.0  # what calibration will consider
 MOST_STEPS = 10**6  # of a whole run; calibrating that takes seconds
+PLANNED = 0.95  # of delta, for what a plan fixes ahead; the rest is for what is asked beside it
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,13 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
 def noise_multiplier(privacy: Privacy, sampling: float, steps: int) -> float:
     """Return the least noise with which all rounds cost at most `privacy.epsilon`.
 
-    `steps` are those of one round; `privacy.rounds` says how many rounds there are. Never below
-    `LEAST_NOISE`, however large the epsilon. Raises `ConfigError` if no noise suffices.
+    `steps` are those of one round; `privacy.rounds` says how many rounds there are. They cost
+    that at `PLANNED` of the delta, as a site's ledger counts it (see `renyi`), so a run planned
+    for a whole budget fits it. Never below `LEAST_NOISE`, however large the epsilon. Raises
+    `ConfigError` if no noise suffices.
     """
-    return _calibrate(privacy.epsilon, privacy.delta, sampling, steps * privacy.rounds)
+    delta = PLANNED * privacy.delta
+    return _calibrate(privacy.epsilon, delta, sampling, steps * privacy.rounds)
 
 
 def training_event(training: Training, privacy: Privacy, public_rows: int) -> SampledGaussian:

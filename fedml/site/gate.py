@@ -19,12 +19,16 @@ from fedml.site.policy import Dataset, Policy
 
 @dataclass(frozen=True)
 class Permit:
-    """The terms on which a task may run. `event` is its privacy cost, None where none is asked."""
+    """The terms on which a task may run. `event` is its privacy cost, None where none is asked.
+
+    `planned` is how many such events the run is made of, as far as that was fixed ahead.
+    """
 
     dataset: Dataset
     rows: Path
     part: Literal["train", "held-out"]
     event: Event | None
+    planned: int = 1
 
 
 def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]) -> Permit:
@@ -54,6 +58,11 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"policy datasets.{assignment.dataset}.delta = {dataset.delta}: "
             f"the task asks for {assignment.privacy.delta}"
         )
+    if assignment.privacy.mode == "record" and assignment.privacy.epsilon > dataset.run_epsilon:
+        raise Refused(
+            f"policy datasets.{assignment.dataset}.run_epsilon = {dataset.run_epsilon}: "
+            f"the run asks for {assignment.privacy.epsilon}"
+        )
     return _terms(dataset, assignment)
 
 
@@ -82,7 +91,7 @@ def _terms(dataset: Dataset, assignment: Assignment) -> Permit:
         event = None
         if private:
             event = training_event(assignment.training, assignment.privacy, dataset.rows)
-        return Permit(dataset, dataset.train, "train", event)
+        return Permit(dataset, dataset.train, "train", event, assignment.privacy.rounds)
     if dataset.held_out is None:
         raise Refused(f"policy datasets.{assignment.dataset}.held_out is not set: nothing to score")
     charge = evaluation_event(assignment.privacy) if private else None

@@ -17,7 +17,9 @@ POLICY = Policy(
     minimum_cohort=3,
     recipes={"cancer": AllowedRecipe(RECIPE.digest), "stroke": AllowedRecipe("ef" * 32)},
     datasets={
-        "records": Dataset(Path("train"), 100, ("cancer",), Path("held"), epsilon=3.0),
+        "records": Dataset(
+            Path("train"), 100, ("cancer",), Path("held"), epsilon=3.0, run_epsilon=3.0
+        ),
         "open": Dataset(Path("train"), 100, ("cancer",), privacy="none"),
     },
 )
@@ -39,13 +41,13 @@ def test_an_allowed_task_is_permitted_with_its_cost() -> None:
     permit = decide(POLICY, TASK, [RECIPE])
     assert (permit.rows, permit.part) == (Path("train"), "train")
     assert isinstance(permit.event, SampledGaussian)
-    assert permit.event.steps == 5
+    assert (permit.event.steps, permit.planned) == (5, 10)
 
 
 def test_an_evaluation_reads_and_charges_held_out_rows() -> None:
     permit = decide(POLICY, replace(TASK, kind="evaluate"), [RECIPE])
     assert (permit.rows, permit.part) == (Path("held"), "held-out")
-    assert permit.event is not None
+    assert permit.event is not None and permit.planned == 1
 
 
 def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
@@ -64,6 +66,10 @@ def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
         (
             {"privacy": replace(TASK.privacy, delta=1e-3)},
             "policy datasets.records.delta = 1e-05: the task asks for 0.001",
+        ),
+        (
+            {"privacy": replace(TASK.privacy, epsilon=3.1)},
+            "policy datasets.records.run_epsilon = 3.0: the run asks for 3.1",
         ),
         ({"kind": "evaluate", "dataset": "open"}, "policy datasets.open.held_out is not set"),
     ],
