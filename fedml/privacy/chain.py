@@ -92,10 +92,12 @@ def spent(entries: Iterable[Entry], delta: float) -> float:
 
 
 def head_of(path: Path) -> Path:
+    """Return where the file lies that names a ledger's last record."""
     return path.with_name(f"{path.name}.guard") / "head.json"
 
 
 def read_head(path: Path) -> durable.Record | None:
+    """Return what that file says, or None if it is not there."""
     head = head_of(path)
     return dict(durable.read_json(head)) if head.exists() else None
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fedml import durable, failpoints
 from fedml.errors import BudgetExhausted, ConfigError, Refused, Untrusted
-from fedml.privacy import accounting, chain
+from fedml.privacy import chain
 from fedml.privacy.accounting import Event
 from fedml.privacy.chain import Entry, Part, State, Unit
 from fedml.privacy.renyi import Filter, Pledge
@@ -183,8 +183,8 @@ class Ledger:
         first = self._log.records[0]
         if (first["name"], first["unit"]) != (self.name, self.unit):
             raise ConfigError(
-                f"{self.path} is the ledger of {first['name']!r}, not of {self.name!r}, or counts by "
-                f"{first['unit']}, not by {self.unit}; give each dataset and unit its own"
+                f"{self.path} is the ledger of {first['name']!r}, not of {self.name!r}, or counts "
+                f"by {first['unit']}, not by {self.unit}; give each dataset and unit its own"
             )
 
     def _move(self, entry: Entry, state: State) -> None:

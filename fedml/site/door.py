@@ -11,37 +11,79 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedml import durable, failpoints, telemetry
 from fedml.errors import Corrupt, FedmlError, Refused
+from fedml.privacy import chain
 from fedml.privacy.accounting import SampledGaussian
+from fedml.privacy.chain import Unit
 from fedml.privacy.ledger import Ledger, Limits
 from fedml.protocol.messages import Assignment, Scored, TaskId, Trained
 from fedml.site.gate import Permit
 from fedml.site.memory import Desk, Memory, Result
-from fedml.site.policy import Dataset, Policy
+from fedml.site.policy import Policy
 from fedml.transport.chunks import transit_blob
 
 Ledgers = Mapping[str, Ledger]  # by dataset
 
 
+@dataclass(frozen=True)
+class Book:
+    """Where a dataset's ledger for one kind of unit lies, and what the policy grants."""
+
+    path: Path
+    name: str
+    unit: Unit
+    limits: Limits
+
+
+def books(folder: Path, policy: Policy) -> Iterator[Book]:
+    """Yield the ledgers that a site keeps: one for every dataset that has a budget."""
+    for name, dataset in policy.datasets.items():
+        if dataset.epsilon > 0:
+            limits = Limits(
+                dataset.epsilon, dataset.delta, dataset.run_epsilon, dataset.recipe_epsilon
+            )
+            yield Book(folder / "ledger" / f"{name}.jsonl", name, "record", limits)
+
+
+def unpaid(folder: Path, book: Book) -> str:
+    """Say which answer lies ready to leave, or has left, and is not charged in `book`; "" if none.
+
+    Where a ledger and its guard are both put back from a backup, this tells.
+    """
+    memory, paid = Memory(folder), set[TaskId]()
+    if book.path.exists():
+        paid = {entry.task for entry in chain.read(book.path) if entry.state == "charged"}
+    for task in memory.kept():
+        order = memory.assignment(task)
+        if order is None or order.dataset != book.name or order.privacy.mode == "none":
+            continue
+        if memory.result(task) is not None and task not in paid:
+            return (
+                f"{book.path}: task {task} was answered, and no charge is there: the ledger is "
+                "older than the answer; docs/operations.md says what to do about a lost ledger"
+            )
+    return ""
+
+
 @contextmanager
 def open_ledgers(folder: Path, policy: Policy) -> Iterator[Ledgers]:
-    """Hold the ledger of every dataset that has a budget; raises `Corrupt` or `ConfigError`."""
+    """Hold the ledger of every dataset that has a budget; raises `Corrupt` or `ConfigError`.
+
+    `Corrupt` too if a ledger does not know of an answer that was given.
+    """
     with ExitStack() as stack:
         ledgers = {}
-        for name, dataset in policy.datasets.items():
-            if dataset.epsilon > 0:
-                ledgers[name] = Ledger(
-                    folder / "ledger" / f"{name}.jsonl", name=name, limits=_limits(dataset)
-                )
-                stack.callback(ledgers[name].close)
+        for book in books(folder, policy):
+            ledger = Ledger(book.path, name=book.name, limits=book.limits, unit=book.unit)
+            stack.callback(ledger.close)
+            if problem := unpaid(folder, book):
+                raise Corrupt(problem)
+            ledgers[book.name] = ledger
         yield ledgers
-
-
-def _limits(dataset: Dataset) -> Limits:
-    return Limits(dataset.epsilon, dataset.delta, dataset.run_epsilon, dataset.recipe_epsilon)
 
 
 class Door:
