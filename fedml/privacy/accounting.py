@@ -15,11 +15,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fedml.durable import Record
 from fedml.errors import ConfigError, Corrupt, Refused
-from fedml.protocol.messages import Privacy, Training
+from fedml.protocol.messages import Privacy, PrivacyMode, Training
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -65,6 +65,7 @@ class Pure:
 
 
 Event = SampledGaussian | Pure
+Unit = Literal["record", "site"]
 
 
 def to_record(event: Event) -> Record:
@@ -116,10 +117,12 @@ def noise_multiplier(privacy: Privacy, sampling: float, steps: int) -> float:
 
 
 def training_event(training: Training, privacy: Privacy, public_rows: int) -> SampledGaussian:
-    """Return what one round of private training costs a site with `public_rows` rows.
+    """Return what one round of private training costs the unit at a site of `public_rows` rows.
 
     Public, because sampling and noise may not depend on the number of rows there really are.
     """
+    if privacy.mode == "site_central":  # each site takes part in the sum, and all know it
+        return SampledGaussian(1.0, noise_multiplier(privacy, 1.0, 1), 1)
     if privacy.mode != "record":
         raise ConfigError(f"privacy.mode {privacy.mode!r} has no cost to account; use 'record'")
     if training.steps < 1:
@@ -134,8 +137,15 @@ def training_event(training: Training, privacy: Privacy, public_rows: int) -> Sa
     return SampledGaussian(sampling, noise, training.steps)
 
 
+def unit_of(mode: PrivacyMode) -> Unit:
+    """Return whose presence a mode hides, and so which of a dataset's ledgers it is charged to."""
+    return "site" if mode == "site_central" else "record"
+
+
 def evaluation_event(privacy: Privacy) -> Pure:
     """Return what one evaluation costs a held-out row; raises `Refused` if none is allowed."""
+    if privacy.mode == "site_central":
+        raise Refused("scores are not noised under site_central: set evaluation.at_end=false")
     if privacy.evaluation_epsilon == 0:
         raise Refused("no scores leave this site: set privacy.evaluation_epsilon above 0")
     return Pure(privacy.evaluation_epsilon, 1)

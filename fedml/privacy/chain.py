@@ -15,10 +15,9 @@ from typing import Literal, get_args
 from fedml import durable
 from fedml.errors import Corrupt
 from fedml.privacy import accounting
-from fedml.privacy.accounting import Event
+from fedml.privacy.accounting import Event, Unit
 from fedml.protocol.messages import RunId, TaskId
 
-Unit = Literal["record", "site"]
 Part = Literal["train", "held-out"]
 State = Literal["reserved", "charged", "void"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -25,8 +25,8 @@ from pathlib import Path
 from fedml import durable, failpoints
 from fedml.errors import BudgetExhausted, ConfigError, Refused, Untrusted
 from fedml.privacy import chain
-from fedml.privacy.accounting import Event
-from fedml.privacy.chain import Entry, Part, State, Unit
+from fedml.privacy.accounting import Event, Unit
+from fedml.privacy.chain import Entry, Part, State
 from fedml.privacy.renyi import Filter, Pledge
 from fedml.protocol.messages import RunId, TaskId
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedml.privacy import accounting, chain, renyi
-from fedml.privacy.accounting import ADJACENCY
-from fedml.privacy.chain import PARTS, Entry, Unit
+from fedml.privacy.accounting import ADJACENCY, Unit
+from fedml.privacy.chain import PARTS, Entry
 from fedml.privacy.ledger import Limits
 
 

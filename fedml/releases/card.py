@@ -28,7 +28,9 @@ def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -
                 "this model. Whoever sees a site's update, as the coordinator does, or the model "
                 "may learn single rows from it. Scores and counts of rows are exact."
             )
-        case _:
+        case "site_central":
+            body = f"{_trusting(privacy)} {_cost(privacy, spent)}"
+        case "record":
             body = f"{_promise(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
     return f"{head} {body} {_ALWAYS}\n"
 
@@ -40,6 +42,18 @@ def _promise(privacy: Privacy) -> str:
         f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
         f"whole run, unit one record, adjacency {ADJACENCY}. Each site clips and adds the noise "
         "itself, and its own ledger charged it before anything left."
+    )
+
+
+def _trusting(privacy: Privacy) -> str:
+    return (
+        "Protected is each site's data as a whole, against everybody who sees the model, the "
+        "other sites included, but not against the coordinator, which sees each site's exact "
+        "update and is trusted to add the noise before anybody else sees their sum: "
+        f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
+        f"whole run, unit one site, adjacency {ADJACENCY}, where a removed site's update is zero. "
+        f"Each site clips its update to norm {privacy.clip:g} itself, and its own ledger charged "
+        "it before it left. No amplification by sampling is claimed; no scores left the sites."
     )
 
 

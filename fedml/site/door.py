@@ -17,8 +17,7 @@ from pathlib import Path
 from fedml import durable, failpoints, telemetry
 from fedml.errors import Corrupt, FedmlError, Refused
 from fedml.privacy import chain
-from fedml.privacy.accounting import SampledGaussian
-from fedml.privacy.chain import Unit
+from fedml.privacy.accounting import SampledGaussian, Unit, unit_of
 from fedml.privacy.ledger import Ledger, Limits
 from fedml.protocol.messages import Assignment, Scored, TaskId, Trained
 from fedml.site.gate import Permit
@@ -26,7 +25,7 @@ from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
 from fedml.transport.chunks import transit_blob
 
-Ledgers = Mapping[str, Ledger]  # by dataset
+Ledgers = Mapping[tuple[str, Unit], Ledger]  # by dataset and unit
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,15 @@ class Book:
 
 
 def books(folder: Path, policy: Policy) -> Iterator[Book]:
-    """Yield the ledgers that a site keeps: one for every dataset that has a budget."""
+    """Yield the ledgers that a site keeps: one for every dataset and unit that has a budget."""
     for name, dataset in policy.datasets.items():
+        caps = dataset.delta, dataset.run_epsilon, dataset.recipe_epsilon
         if dataset.epsilon > 0:
-            limits = Limits(
-                dataset.epsilon, dataset.delta, dataset.run_epsilon, dataset.recipe_epsilon
-            )
-            yield Book(folder / "ledger" / f"{name}.jsonl", name, "record", limits)
+            path = folder / "ledger" / f"{name}.jsonl"
+            yield Book(path, name, "record", Limits(dataset.epsilon, *caps))
+        if dataset.site_epsilon > 0:
+            path = folder / "ledger" / "site" / f"{name}.jsonl"
+            yield Book(path, name, "site", Limits(dataset.site_epsilon, *caps))
 
 
 def unpaid(folder: Path, book: Book) -> str:
@@ -59,7 +60,9 @@ def unpaid(folder: Path, book: Book) -> str:
         paid = {entry.task for entry in chain.read(book.path) if entry.state == "charged"}
     for task in memory.kept():
         order = memory.assignment(task)
-        if order is None or order.dataset != book.name or order.privacy.mode == "none":
+        if order is None or order.privacy.mode == "none":
+            continue
+        if (order.dataset, unit_of(order.privacy.mode)) != (book.name, book.unit):
             continue
         if memory.result(task) is not None and task not in paid:
             return (
@@ -82,7 +85,7 @@ def open_ledgers(folder: Path, policy: Policy) -> Iterator[Ledgers]:
             stack.callback(ledger.close)
             if problem := unpaid(folder, book):
                 raise Corrupt(problem)
-            ledgers[book.name] = ledger
+            ledgers[book.name, book.unit] = ledger
         yield ledgers
 
 
@@ -109,10 +112,10 @@ class Door:
         """Note the order and set its cost aside; raises `Refused`, having kept nothing of it."""
         desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
         failpoints.reach("order.noted")
-        if permit.event is None:
-            return desk
-        ledger = self._ledger(order)
         try:
+            ledger = self._ledger(order, permit)
+            if ledger is None or permit.event is None:
+                return desk
             if ledger.is_charged(order.task) and not desk.outcome.exists():
                 raise Refused(
                     f"task {order.task} was charged and answered before, and is not done again "
@@ -132,13 +135,12 @@ class Door:
     async def release(self, order: Assignment, permit: Permit, desk: Desk) -> Result:
         """Charge the order, then return what may leave, which is on the disk for good."""
         epsilon = 0.0
-        if permit.event is not None:
-            ledger = self._ledger(order)
+        if ledger := self._ledger(order, permit):
             await asyncio.to_thread(ledger.charge, order.task)  # on disk before anything leaves
             epsilon = await asyncio.to_thread(lambda: ledger.spent(run=order.run))
-            telemetry.EPSILON.labels(order.dataset).set(await asyncio.to_thread(ledger.spent))
-        elif permit.dataset.privacy != "none":
-            raise Refused(f"policy datasets.{order.dataset}.privacy: no answer without a charge")
+            if ledger.unit == "record":
+                spent = await asyncio.to_thread(ledger.spent)
+                telemetry.EPSILON.labels(order.dataset).set(spent)
         failpoints.reach("work.charged")
         result = await asyncio.to_thread(_result, order, permit, desk, epsilon)
         self._memory.finish(result)
@@ -147,23 +149,28 @@ class Door:
 
     async def give_back(self, order: Assignment) -> None:
         """Void an order's reservation: its work failed, and nothing will leave."""
-        if order.dataset in self._ledgers:
-            await asyncio.to_thread(self._ledgers[order.dataset].void, order.task)
+        if ledger := self._ledgers.get(_account(order)):
+            await asyncio.to_thread(ledger.void, order.task)
 
     def forget(self, task: TaskId, *, counted: bool) -> None:
         """Delete what is kept of a task. What it would have cost is free, unless it is charged."""
         order = self._memory.assignment(task)
-        if order is not None and order.dataset in self._ledgers:
+        if order is not None and (ledger := self._ledgers.get(_account(order))):
             # first: with the order gone, nobody would know of the reservation after a crash
-            self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
+            ledger.void(task)  # nothing happens if it was charged
         failpoints.reach("task.voided")
         self._memory.forget(task, counted=counted)
 
-    def _ledger(self, order: Assignment) -> Ledger:
-        ledger = self._ledgers.get(order.dataset)
-        if ledger is None:
-            raise Refused(f"policy datasets.{order.dataset}.epsilon is not set: there is no budget")
+    def _ledger(self, order: Assignment, permit: Permit) -> Ledger | None:
+        """Return the ledger that pays; None where the policy wants nothing paid."""
+        ledger = self._ledgers.get(_account(order)) if permit.event is not None else None
+        if ledger is None and permit.dataset.privacy != "none":
+            raise Refused(f"policy datasets.{order.dataset}.privacy: no answer without a charge")
         return ledger
+
+
+def _account(order: Assignment) -> tuple[str, Unit]:
+    return order.dataset, unit_of(order.privacy.mode)
 
 
 def _result(order: Assignment, permit: Permit, desk: Desk, epsilon: float) -> Result:
@@ -173,13 +180,17 @@ def _result(order: Assignment, permit: Permit, desk: Desk, epsilon: float) -> Re
             return Scored(order.task, outcome["totals"], outcome["count"], epsilon)
         blob = transit_blob(desk.update)
         if isinstance(permit.event, SampledGaussian):
-            return Trained(order.task, blob, *_public(permit, permit.event), epsilon)
+            return Trained(order.task, blob, *_public(order, permit, permit.event), epsilon)
         return Trained(order.task, blob, outcome["weight"], outcome["metrics"], epsilon)
     except (OSError, KeyError, TypeError) as error:
         raise Corrupt(f"{desk.outcome} does not tell a result ({error!r})") from error
 
 
-def _public(permit: Permit, event: SampledGaussian) -> tuple[float, dict[str, float]]:
+def _public(
+    order: Assignment, permit: Permit, event: SampledGaussian
+) -> tuple[float, dict[str, float]]:
     """Return weight and metrics of private training, in which no row has a part."""
+    if unit_of(order.privacy.mode) == "site":
+        return 1.0, {}
     metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
     return float(permit.dataset.rows), metrics

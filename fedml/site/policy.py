@@ -40,6 +40,8 @@ threads = 1             # CPU threads for training
 # epsilon = 3.0                      # lifetime budget of each row, at this delta
 # delta = 1e-5
 # run_epsilon = 1.0                  # of it, at most so much for one run
+# site_epsilon = 2.0                 # lifetime budget of this site as a whole, for privacy
+#                                    # "site_central": clipped here, noise by the coordinator
 # recipe_epsilon = { "breast-cancer" = 2.0 }  # and for all runs of one recipe
 """
 
@@ -67,9 +69,10 @@ class Dataset:
     rows: int
     recipes: tuple[str, ...]
     held_out: Path | None = None
-    privacy: Literal["record", "none"] = "record"
+    privacy: Literal["record", "site_central", "none"] = "record"
     epsilon: float = 0.0
     delta: float = 1e-5
+    site_epsilon: float = 0.0
     run_epsilon: float = math.inf
     recipe_epsilon: Mapping[str, float] = field(default_factory=dict)
 
@@ -83,6 +86,10 @@ class Dataset:
             raise ConfigError(f"rows {self.rows}: state a public row count of 1 or more")
         if self.privacy == "record" and self.epsilon <= 0:
             raise ConfigError(f"epsilon {self.epsilon}: privacy 'record' needs a budget above 0")
+        if self.privacy == "site_central" and self.site_epsilon <= 0:
+            raise ConfigError(
+                f"site_epsilon {self.site_epsilon}: privacy 'site_central' needs a budget above 0"
+            )
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta {self.delta}: must lie between 0 and 1")
 

@@ -28,6 +28,7 @@ from fedml.strategies.catalogue import (
     reports,
     strategies,
 )
+from fedml.strategies.central import NoisyMean
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedbn import FedBN
@@ -61,6 +62,7 @@ __all__ = [
     "FedYogi",
     "LocalRule",
     "Newton",
+    "NoisyMean",
     "Personal",
     "Plain",
     "Prox",

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,7 +155,7 @@ def test_one_run_and_one_recipe_have_caps_of_their_own(path: Path) -> None:
 
 
 def test_a_ledger_from_before_recipes_and_plans_is_read_on(path: Path) -> None:
-    old = [
+    old: list[durable.Record] = [
         {"kind": "ledger", "name": "wards", "unit": "record", "version": 1},
         *(
             {"kind": kind, "task": "task-1", "run": RUN, "part": "train", "time": 1.0,
@@ -278,28 +275,6 @@ def test_a_disk_too_full_for_the_head_leaves_a_ledger_that_opens(
     again.close()
 
 
-def test_two_runs_racing_for_the_last_of_the_budget_do_not_both_get_it(path: Path) -> None:
-    book = open_ledger(path, limit=1.0)
-    outcomes: list[str] = []
-    gate = threading.Barrier(8)
-
-    def run(number: int) -> None:
-        gate.wait()
-        try:
-            book.reserve(task(number), RunId(f"run-{number}"), "held-out", Pure(0.6))
-            outcomes.append("granted")
-        except BudgetExhausted:
-            outcomes.append("refused")
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["granted"] + ["refused"] * 7
-    book.close()
-
-
 def test_two_processes_cannot_hold_one_ledger_but_anyone_may_read(book: Ledger, path: Path) -> None:
     spend(book, 1)
     with pytest.raises(ConfigError, match=f"in use by ledger of wards.*{os.getpid()}"):
@@ -311,15 +286,6 @@ def test_a_ledger_belongs_to_one_dataset(book: Ledger, path: Path) -> None:
     book.close()
     with pytest.raises(ConfigError, match=r"ledger of 'wards', not of 'clinics'"):
         open_ledger(path, name="clinics")
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines(keepends=True)
-
-
-def _signed(record: dict[str, object]) -> bytes:
-    body = durable.dump_json(record)
-    return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 @pytest.fixture
@@ -338,42 +304,10 @@ def _refused(path: Path) -> None:
         open_ledger(path)  # and it stays refused, and unlocked
 
 
-def test_an_edited_record_is_noticed_even_with_a_new_checksum(full: Path) -> None:
-    lines = _lines(full)
-    record = json.loads(lines[2].partition(b" ")[2])
-    lines[2] = _signed({**record, "noise": 1e4})
-    full.write_bytes(b"".join(lines))
-    _refused(full)
-    with pytest.raises(Corrupt, match="record 3 breaks the chain"):
-        chain.read(full)
-
-
-@pytest.mark.parametrize("kept", [0, 1, 3, 6])
-def test_a_shortened_ledger_is_noticed(full: Path, kept: int) -> None:
-    full.write_bytes(b"".join(_lines(full)[:kept]))
-    _refused(full)
-
-
 def test_a_flipped_byte_is_noticed_in_the_last_record_too(full: Path) -> None:
     data = bytearray(full.read_bytes())
     data[-20] ^= 1
     full.write_bytes(data)
-    _refused(full)
-
-
-def test_a_forked_ledger_is_noticed(full: Path, tmp_path: Path) -> None:
-    other = tmp_path / "copy" / full.name
-    other.parent.mkdir()
-    book = open_ledger(other)
-    for number in range(10, 14):
-        spend(book, number)
-    book.close()
-    full.write_bytes(other.read_bytes())
-    _refused(full)
-
-
-def test_a_lost_head_is_noticed(full: Path) -> None:
-    (full.with_name(f"{full.name}.guard") / "head.json").unlink()
     _refused(full)
 
 

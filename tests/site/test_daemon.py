@@ -48,6 +48,7 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.site.backoff import Backoff
+from fedml.site.policy import Dataset
 from fedml.transport.chunks import BlobStore
 from fedml.transport.link import Link
 from tests.site.wire import (
@@ -164,6 +165,28 @@ async def test_what_was_changed_after_its_charge_does_not_leave(tmp_path: Path) 
         wire.say(ORDER)
         assert "changed after it was charged; refusing" in (await wire.event(Failed)).reason
     assert wire.uploads == [UPDATE]
+
+
+async def test_what_a_whole_site_spends_is_in_a_ledger_of_its_own(tmp_path: Path) -> None:
+    order = replace(ORDER, privacy=Privacy("site_central", 1.0, 1e-5, rounds=1))
+    worked(tmp_path, order)
+    trusting = Dataset(
+        tmp_path / "train.csv", 100, ("breast_cancer",), privacy="site_central",
+        epsilon=1.2, site_epsilon=1.5,
+    )  # fmt: skip
+    rules = replace(policy(tmp_path), datasets={"records": trusting})
+    second = replace(order, task=TaskId("run-2.1.1.bern"), run=RunId("run-2"))
+    wire = Wire()
+    async with running(tmp_path, wire, rules):
+        wire.say(order)
+        trained = await wire.event(Trained)
+        wire.say(second)
+        declined = await wire.event(Declined)
+    assert (trained.weight, trained.metrics) == (1.0, {})
+    assert entries(tmp_path) == {}
+    assert entries(tmp_path, "site/records") == {order.task: "charged"}
+    assert "the site as a whole: epsilon 0.99" in declined.reason
+    assert "raise policy datasets.records.site_epsilon" in declined.reason
 
 
 # --- a hostile coordinator ----------------------------------------------------------------------

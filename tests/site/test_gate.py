@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedml.errors import Refused
+from fedml.privacy import accounting
 from fedml.privacy.accounting import SampledGaussian
 from fedml.protocol.messages import Assignment, Blob, Privacy, RecipeId, RunId, TaskId, Training
 from fedml.site.gate import decide
@@ -77,6 +78,26 @@ def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
 def test_policy_widened_by_the_plan_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(Refused, match=message):
         decide(POLICY, replace(TASK, **change), [RECIPE])  # type: ignore[arg-type]
+
+
+CENTRAL = Privacy("site_central", 2.0, 1e-5, rounds=10)
+
+
+def test_a_policy_that_trusts_the_coordinator_takes_either_privacy() -> None:
+    trusting = replace(POLICY.datasets["records"], privacy="site_central", site_epsilon=2.5)
+    policy = replace(POLICY, datasets={"records": trusting})
+    permit = decide(policy, replace(TASK, privacy=CENTRAL), [RECIPE])
+    assert permit.event == accounting.training_event(TASK.training, CENTRAL, 100)
+    assert decide(policy, TASK, [RECIPE]).event is not None
+    with pytest.raises(Refused, match="privacy = 'site_central': the task asks for mode 'none'"):
+        decide(policy, replace(TASK, privacy=Privacy()), [RECIPE])
+    with pytest.raises(Refused, match="scores are not noised under site_central"):
+        decide(policy, replace(TASK, privacy=CENTRAL, kind="evaluate"), [RECIPE])
+
+
+def test_a_policy_that_trusts_nobody_takes_no_word_for_the_noise() -> None:
+    with pytest.raises(Refused, match="privacy = 'record': the task asks for mode 'site_central'"):
+        decide(POLICY, replace(TASK, privacy=CENTRAL), [RECIPE])
 
 
 def test_a_recipe_may_only_read_the_datasets_it_is_listed_for() -> None:

@@ -90,6 +90,8 @@ class Vectorised:
 
     def why_not(self, brief: Brief) -> str:
         """Return why training on `brief` cannot be batched, or ""."""
+        if self.plan.privacy.mode == "site_central":
+            return "each site's update is bounded by itself"
         rule = RULES.get(brief.rule)
         if rule is None or not getattr(rule, "elementwise", False):
             return f"rule {brief.rule} is not elementwise"
