@@ -59,12 +59,10 @@ def unpaid(folder: Path, book: Book) -> str:
     if book.path.exists():
         paid = {entry.task for entry in chain.read(book.path) if entry.state == "charged"}
     for task in memory.kept():
-        order = memory.assignment(task)
-        if order is None or order.privacy.mode == "none":
+        order, result = memory.assignment(task), memory.result(task)
+        if order is None or result is None or _account(order) != (book.name, book.unit):
             continue
-        if (order.dataset, unit_of(order.privacy.mode)) != (book.name, book.unit):
-            continue
-        if memory.result(task) is not None and task not in paid:
+        if result.epsilon > 0 and task not in paid:  # it says itself that it was charged
             return (
                 f"{book.path}: task {task} was answered, and no charge is there: the ledger is "
                 "older than the answer; docs/operations.md says what to do about a lost ledger"

@@ -127,7 +127,7 @@ def test_a_damaged_ledger_fails_in_one_line(site: Path, what: str) -> None:
 
 def test_an_answer_that_no_charge_covers_is_found(site: Path) -> None:
     worked(site)
-    Memory(site).finish(Trained(ORDER.task, UPDATED, 100.0))
+    Memory(site).finish(Trained(ORDER.task, UPDATED, 100.0, epsilon=1.0))
     spend(site, "a")
     said = run("privacy", "ledger", "verify", str(site))
     assert f"task {ORDER.task} was answered, and no charge is there" in str(said.exception)
