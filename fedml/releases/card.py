@@ -20,7 +20,7 @@ def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -
 
     `spent` is what each site's own ledger said that the run had cost, at the plan's delta.
     """
-    head = f"{what}, trained in {rounds} rounds at {len(spent)} sites."
+    head = f"{what}, trained in {_count(rounds, 'round')} at {_count(len(spent), 'site')}."
     match privacy.mode:
         case "none":
             body = (
@@ -33,6 +33,10 @@ def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -
         case "record":
             body = f"{_promise(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
     return f"{head} {body} {_ALWAYS}\n"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _promise(privacy: Privacy) -> str:

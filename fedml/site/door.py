@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedml import durable, failpoints, telemetry
-from fedml.errors import Corrupt, FedmlError, Refused
+from fedml.errors import Corrupt, FedmlError, MalformedMessage, Refused
 from fedml.privacy import chain
 from fedml.privacy.accounting import SampledGaussian, Unit, unit_of
 from fedml.privacy.ledger import Ledger, Limits
@@ -59,7 +59,10 @@ def unpaid(folder: Path, book: Book) -> str:
     if book.path.exists():
         paid = {entry.task for entry in chain.read(book.path) if entry.state == "charged"}
     for task in memory.kept():
-        order, result = memory.assignment(task), memory.result(task)
+        try:
+            order, result = memory.assignment(task), memory.result(task)
+        except MalformedMessage:  # in the words of a version that we do not know
+            continue
         if order is None or result is None or _account(order) != (book.name, book.unit):
             continue
         if result.epsilon > 0 and task not in paid:  # it says itself that it was charged

@@ -21,7 +21,19 @@ def test_a_card_under_record_privacy_is_one_paragraph_with_all_its_numbers() -> 
 
 def test_a_card_without_privacy_promises_nothing() -> None:
     text = card("heart/2", Privacy(), 3, {"bern": 0.0})
+    assert text.startswith("heart/2, trained in 3 rounds at 1 site. ")
     assert "no epsilon holds" in text and "differential privacy" not in text
+
+
+def test_a_card_of_a_trusting_plan_says_whom_it_trusts() -> None:
+    trusting = Privacy("site_central", 2.0, 1e-5, clip=0.5, rounds=4)
+    text = card("heart/2", trusting, 4, {"bern": 1.99})
+    for word in (
+        "each site's data as a whole", "not against the coordinator", "unit one site",
+        "epsilon 2, delta 1e-05", "norm 0.5", "No amplification", "cost epsilon 1.990",
+    ):  # fmt: skip
+        assert word in text
+    assert "each training row" not in text
 
 
 def test_a_card_claims_no_more_than_the_plan_asked() -> None:

@@ -28,6 +28,10 @@ def update(delta: Params, site: str = "bern", **changes: object) -> Update:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+def pair(first: float, second: float) -> Params:
+    return Params({"w": torch.tensor([first, second])})
+
+
 def small(task: Task) -> Event:
     delta = Params({"w": torch.tensor([0.3, 0.4])})
     answer = update(delta, task.site, task=task.id, round=task.round, metrics={"loss": 0.7})
@@ -75,15 +79,15 @@ def test_a_sum_is_made_noisy_once_and_each_sum_by_itself() -> None:
     [
         ({"weight": 2.0}, "a delta of weight 1"),
         ({"slots": {"control": MODEL}}, "a delta of weight 1"),
-        ({"delta": Params({"w": torch.tensor([0.6, 0.0])})}, r"above privacy\.clip 0\.5$"),
-        ({"delta": Params({"w": torch.tensor([math.nan, 0.0])})}, r"above privacy\.clip 0\.5$"),
+        ({"delta": pair(0.6, 0.0)}, r"above privacy\.clip 0\.5$"),
+        ({"delta": pair(math.nan, 0.0)}, r"above privacy\.clip 0\.5$"),
     ],
 )
 def test_one_site_that_would_count_for_more(changes: dict[str, object], message: str) -> None:
     """Its norm, which is exact, is told to nobody."""
     reduction = NoisyMean(clip=0.5, noise=1.0).start()
     with pytest.raises(MalformedUpdate, match=message):
-        reduction.add(update(MODEL, **changes))
+        reduction.add(replace(update(MODEL), **changes))  # type: ignore[arg-type]
 
 
 def test_a_stack_is_added_row_by_row() -> None:
@@ -149,7 +153,7 @@ def test_the_run_s_noise_keeps_its_epsilon_without_amplification() -> None:
     ("changes", "message"),
     [
         ({"strategy": FedAvg(reducer=Median())}, "not bounded by a clip; use strategy.reducer="),
-        ({"strategy": Scaffold()}, "reports slots, which the clip does not bound"),
+        ({"strategy": Scaffold()}, "report slots, which the clip does not bound"),
         ({"evaluation": Evaluation()}, "scores would leave without noise; set evaluation.at_end"),
         ({"rounds": 4}, "noise is set for exactly the rounds that run"),
     ],
