@@ -56,10 +56,11 @@ class PermissionDenied(Refused):
 class BudgetExhausted(Refused):
     """The next charge would exceed a site's privacy budget; nothing was charged."""
 
-    def __init__(self, what: str, spent: float, asked: float, limit: float) -> None:
+    def __init__(self, what: str, spent: float, asked: float, limit: float, key: str) -> None:
+        """Refuse `what`; `key` is the policy's line that sets the limit."""
         super().__init__(
             f"{what}: epsilon {spent:.3f} spent, {asked:.3f} after this task, limit {limit:.3f}; "
-            "raise the limit in the site's policy or stop the run"
+            f"raise policy {key} or stop the run"
         )
         self.what, self.spent, self.asked, self.limit = what, spent, asked, limit
 

@@ -54,20 +54,23 @@ def list_(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
 def show(
     name: Name, version: Version, profile: ProfileOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show a version with its whole lineage.
+    """Show a version with its privacy card and its whole lineage.
 
     Example: fedml model show breast_cancer 1
     """
+    from fedml.cli.card import card_of
     from fedml.cli.console import emit
 
-    async def go(coordinator: Operations) -> ModelVersion:
-        return await coordinator.show_model(name, version)
+    async def go(coordinator: Operations) -> tuple[ModelVersion, str]:
+        found = await coordinator.show_model(name, version)
+        return found, "" if as_json else await card_of(coordinator, found)
 
-    found = call(profile, go)
+    found, card = call(profile, go)
     if as_json:
         emit(found)
     else:
         typer.echo(f"{found.model}/{found.version}  {found.state}  release {found.digest}")
+        typer.echo(card)
         typer.echo(json.dumps(json.loads(found.manifest), indent=2, sort_keys=True))
 
 

@@ -239,31 +239,6 @@ def recipes(
     )
 
 
-@app.command()
-def ledger(folder: Dir, as_json: JsonOption = False) -> None:
-    """Show what each dataset's rows have spent of their lifetime budget.
-
-    Example: fedml site ledger /var/lib/fedml
-    """
-    from fedml.cli.console import emit
-    from fedml.privacy.ledger import read, spent
-    from fedml.site.policy import read_policy
-
-    policy = read_policy(folder / "policy.toml")
-    for name, dataset in policy.datasets.items():
-        path = folder / "ledger" / f"{name}.jsonl"
-        entries = read(path) if path.exists() else ()
-        total = spent(entries, dataset.delta)
-        if as_json:
-            record = {"dataset": name, "spent": total, "limit": dataset.epsilon}
-            emit({**record, "delta": dataset.delta, "charges": len(entries)})
-        else:
-            typer.echo(
-                f"{name}: epsilon {total:.3f} of {dataset.epsilon:g} spent at delta "
-                f"{dataset.delta:g}, in {len(entries)} entries"
-            )
-
-
 def serve_only(folder: Path, rest_port: int, grpc_port: int) -> None:
     """Serve a site's shelf without a coordinator or any training."""
     from fedml.serving.standalone import run as serve

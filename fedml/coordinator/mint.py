@@ -16,6 +16,7 @@ from fedml.errors import Untrusted
 from fedml.params import encode
 from fedml.protocol.operations import Receipt
 from fedml.records import flatten, to_record
+from fedml.releases.card import card
 from fedml.releases.manifest import Lineage, Manifest, code_digest, open_bundle
 from fedml.releases.registry import Registry, Story
 from fedml.rounds.hosting import Candidate
@@ -51,7 +52,9 @@ class Mint:
         durable.replace(weights, *encode({"": candidate.params}))
         facts = self._facts(run, candidate, version)
         draft = work / f"draft-{secrets.token_hex(4)}"  # another press may not be quite dead
-        await press.bundle(run.plan.recipe, weights, facts, draft)
+        name, spent = f"{facts.model}/{version}", facts.lineage.epsilon
+        text = card(name, run.plan.privacy, facts.lineage.rounds, spent)
+        await press.bundle(run.plan.recipe, weights, facts, text, draft)
         draft.rename(work / "bundle")
 
     def _facts(self, run: Run, candidate: Candidate, version: int) -> Manifest:

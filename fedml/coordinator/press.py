@@ -32,13 +32,14 @@ async def initial_params(recipe: RecipeId, seed: int, path: Path) -> None:
     await _run({"do": "init", "recipe": _plain(recipe), "seed": seed, "path": str(path)})
 
 
-async def bundle(recipe: RecipeId, weights: Path, facts: Manifest, folder: Path) -> None:
-    """Write the bundle of the parameters in `weights` to `folder`.
+async def bundle(recipe: RecipeId, weights: Path, facts: Manifest, card: str, folder: Path) -> None:
+    """Write the bundle of the parameters in `weights` to `folder`, with its privacy card.
 
     `facts` is the manifest as far as the coordinator knows it. Raises `TaskFailed`.
     """
     durable.replace(folder / "facts.json", facts.encode())
-    job = {"do": "bundle", "recipe": _plain(recipe), "weights": str(weights), "folder": str(folder)}
+    job = {"do": "bundle", "recipe": _plain(recipe), "weights": str(weights), "folder": str(folder),
+           "card": card}  # fmt: skip
     try:
         await _run(job)
     finally:
@@ -95,7 +96,8 @@ def _bundle(job: Mapping[str, Any]) -> None:
     folder, recipe = Path(job["folder"]), load(RecipeId(**job["recipe"]))
     facts = Manifest.decode((folder / "facts.json").read_bytes())
     params = read(Path(job["weights"]))[""]
-    build(folder, recipe.build(), params, recipe.example(_EXAMPLE_ROWS), facts)
+    build(folder, recipe.build(), params, recipe.example(_EXAMPLE_ROWS), facts,
+          card=job["card"])  # fmt: skip
 
 
 def main() -> None:

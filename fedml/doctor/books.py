@@ -9,8 +9,8 @@ from pathlib import Path
 from fedml import durable
 from fedml.doctor.finding import Finding
 from fedml.durable import Record
-from fedml.privacy.ledger import read, spent
-from fedml.site.policy import Dataset
+from fedml.privacy.chain import read, spent
+from fedml.site.door import Book
 
 _NEARLY = 0.9  # of a budget
 _MOMENT = 0.1  # seconds; a record that is just being written looks torn
@@ -35,16 +35,20 @@ def _count(records: Sequence[Record]) -> str:
     return f"{len(records)} record{'' if len(records) == 1 else 's'}"
 
 
-def ledger(folder: Path, name: str, dataset: Dataset) -> Finding:
+def title(book: Book) -> str:
+    """Return what a ledger is called."""
+    return f"ledger {book.name}" + ("" if book.unit == "record" else f", by {book.unit}")
+
+
+def ledger(book: Book) -> Finding:
     """Look at a dataset's ledger: its chain, its end, and what is left of the budget."""
-    path = folder / "ledger" / f"{name}.jsonl"
-    what = f"ledger {name}"
+    path, what, limit = book.path, title(book), book.limits.epsilon
     if not path.exists():
         return Finding("ok", what, "not there yet: nothing was spent")
     torn, _ = log(path)
-    total = spent(read(path), dataset.delta)
-    found = f"epsilon {total:.3f} of {dataset.epsilon:g} spent; {torn.found}"
-    if torn.state == "ok" and total > _NEARLY * dataset.epsilon:
+    total = spent(read(path), book.limits.delta)
+    found = f"epsilon {total:.3f} of {limit:g} spent; {torn.found}"
+    if torn.state == "ok" and total > _NEARLY * limit:
         advice = "tasks that would pass the limit are refused, as the policy says"
         return Finding("warn", what, found, advice)
     return Finding(torn.state, what, found, torn.advice)

@@ -17,6 +17,7 @@ from fedml.errors import Corrupt, FedmlError
 from fedml.identity.certificates import Credentials
 from fedml.learning.recipe import installed
 from fedml.site.departure import departure
+from fedml.site.door import books as kept
 from fedml.site.policy import Dataset, Policy, read_policy
 from fedml.site.settings import Settings, read_settings
 
@@ -78,12 +79,10 @@ def _need(folder: Path, policy: Policy) -> float:
 
 def _books(folder: Path, policy: Policy, now: float) -> list[Finding]:
     findings: list[Finding] = []
-    for name, dataset in policy.datasets.items():
-        if dataset.epsilon > 0:
-            findings += attempt(f"ledger {name}", lambda: books.ledger(folder, name, dataset))  # noqa: B023
-            path = folder / "ledger" / f"{name}.jsonl"
-            if findings[-1].state != "fail" and path.exists():
-                findings += books.latest(durable.read_log(path), "time", now)
+    for book in kept(folder, policy):
+        findings += attempt(books.title(book), lambda: books.ledger(book))  # noqa: B023
+        if findings[-1].state != "fail" and book.path.exists():
+            findings += books.latest(durable.read_log(book.path), "time", now)
     return findings
 
 

@@ -39,7 +39,7 @@ def evaluate(
     its epsilon, see `noisy_totals`, and may be fractional or negative. Raises `Refused` if
     `privacy.evaluation_epsilon` is 0 then, and `ConfigError` for a score outside [0, 1].
     """
-    private = privacy.mode != "none"
+    private = privacy.in_training
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
     bind(model, own_model(task.brief, memory).to(device).clone())
@@ -66,7 +66,7 @@ def evaluate_all(
     `tasks`, one at least, share one brief; `sites` holds the rows of each. Raises as `evaluate`
     does; then each site may be asked alone.
     """
-    private = privacy.mode != "none"
+    private = privacy.in_training
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
     bind(model, tasks[0].brief.params.to(device).clone())

@@ -22,6 +22,7 @@ from fedml.learning.on_cpu import tune
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
 from fedml.privacy.accounting import own_share, training_event
+from fedml.privacy.central import bounded
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
 from fedml.strategies import STATISTICS, own_model
@@ -59,8 +60,9 @@ def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice
 class Trainer:
     """Trains a recipe as `training` says, under `privacy`, on `device`.
 
-    Under privacy, one call is one `training_event`: it must be charged before the
-    update leaves, and called again it is another release. With precision "bf16" the model runs
+    Under privacy, one call is one `training_event`: it must be charged before the update leaves,
+    and called again it is another release. In mode "site_central" the update is clipped as a
+    whole, and the coordinator's to make noisy. With precision "bf16" the model runs
     under autocast, and its parameters, their gradients and the loss stay float32. A model is
     built once and copied for each task, so no task sees what another left in it. `copy` gives
     the memory that a task trains in, and in which its delta comes to lie.
@@ -81,7 +83,7 @@ class Trainer:
                 f"precision {self.precision}: rows' gradients are clipped and noised in fp32; "
                 "set precision=fp32 or privacy=none"
             )
-        if self.privacy.mode != "none":
+        if self.privacy.in_training:
             _private_gradient()  # before anyone forks
 
     def train(
@@ -117,7 +119,7 @@ class Trainer:
             brief = replace(brief, params=own_model(brief, memory))
             descent = Descent(model, brief, memory, self.training, self.copy)
             path = {"loss": self._loss(model, Rows(x, y))} if reads_loss else {}
-            if self.privacy.mode != "none":
+            if self.privacy.in_training:
                 delta, weight, metrics = self._privately(descent, Rows(x, y), public_rows)
             else:
                 delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
@@ -125,6 +127,8 @@ class Trainer:
         told, kept = rule.finish(brief, memory, delta, path)
         slots = {name: slot.to("cpu") for name, slot in told.items()}
         sent = slots.pop("delta", delta.to("cpu"))
+        if self.privacy.mode == "site_central":
+            sent, weight, metrics = _bound(task, sent, slots, self.privacy), 1.0, {}
         update = Update(task.id, task.round, task.site, sent, weight, slots, metrics)
         return update, {name: slot.to("cpu") for name, slot in kept.items()}
 
@@ -281,6 +285,16 @@ def check_share(privacy: Privacy, brief: Brief) -> None:
             f"rule {brief.rule} in mode record_distributed: the noise is that of a sum of plain "
             "gradients, with nothing beside it; use strategy=fedavg"
         )
+
+
+def _bound(task: Task, delta: Params, slots: Slots, privacy: Privacy) -> Params:
+    """Return all that a whole site may say under site-level privacy."""
+    if slots:
+        raise Refused(
+            f"rule {task.brief.rule} reports {sorted(slots)} beside the delta, which site_central "
+            "does not bound; use strategy=fedavg"
+        )
+    return bounded(delta, privacy.clip)
 
 
 def path_of(training: Training, steps: int) -> dict[str, float]:

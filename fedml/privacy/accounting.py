@@ -1,8 +1,9 @@
 """What a release costs in privacy: events, whose meaning never changes, and their epsilon.
 
 A site's ledger stores events, not epsilons, so that a better accountant may re-read the past.
-Neighbours differ by one row, added or removed. Epsilon is an upper bound by privacy loss
-distributions (Koskela et al. 2020, arXiv:1906.03049, as in Google's dp_accounting).
+Neighbours differ by one unit, added or removed (`ADJACENCY`). Epsilon is an upper bound by privacy
+loss distributions (Koskela et al. 2020, arXiv:1906.03049, as in Google's dp_accounting), for events
+that were fixed ahead, as a run's plan fixes them; `renyi` has the filter for those that were not.
 
 No torch here: the site's daemon imports this module.
 """
@@ -14,18 +15,20 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fedml.durable import Record
 from fedml.errors import ConfigError, Corrupt, Refused
-from fedml.protocol.messages import Privacy, Training
+from fedml.protocol.messages import Privacy, PrivacyMode, Training
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
+ADJACENCY = "add/remove one"  # of the unit; replacing one costs up to twice as much
 GRID = 1e-3  # step of the privacy loss grid; losses are rounded so that epsilon is never too low
 LEAST_NOISE, MOST_NOISE, MOST_EPSILON = 0.3, 1e6, 1000.0  # what calibration will consider
 MOST_STEPS = 10**6  # of a whole run; calibrating that takes seconds
+PLANNED = 0.95  # of delta, for what a plan fixes ahead; the rest is for what is asked beside it
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Pure:
 
 
 Event = SampledGaussian | Pure
+Unit = Literal["record", "site"]
 
 
 def to_record(event: Event) -> Record:
@@ -103,19 +107,24 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
 def noise_multiplier(privacy: Privacy, sampling: float, steps: int) -> float:
     """Return the least noise with which all rounds cost at most `privacy.epsilon`.
 
-    `steps` are those of one round; `privacy.rounds` says how many rounds there are. Never below
-    `LEAST_NOISE`, however large the epsilon. Raises `ConfigError` if no noise suffices.
+    `steps` are those of one round; `privacy.rounds` says how many rounds there are. They cost
+    that at `PLANNED` of the delta, as a site's ledger counts it (see `renyi`), so a run planned
+    for a whole budget fits it. Never below `LEAST_NOISE`, however large the epsilon. Raises
+    `ConfigError` if no noise suffices.
     """
-    return _calibrate(privacy.epsilon, privacy.delta, sampling, steps * privacy.rounds)
+    delta = PLANNED * privacy.delta
+    return _calibrate(privacy.epsilon, delta, sampling, steps * privacy.rounds)
 
 
 def training_event(training: Training, privacy: Privacy, public_rows: int) -> SampledGaussian:
-    """Return what one round of private training costs a site with `public_rows` rows.
+    """Return what one round of private training costs the unit at a site of `public_rows` rows.
 
     Public, because sampling and noise may not depend on the number of rows there really are.
     In mode `record_distributed` it is what the sum of all sites' updates costs. That is known to
     each site only if all of them take all their rows, in one step: then all add the same noise.
     """
+    if privacy.mode == "site_central":  # each site takes part in the sum, and all know it
+        return SampledGaussian(1.0, noise_multiplier(privacy, 1.0, 1), 1)
     if privacy.mode == "none":
         raise ConfigError(f"privacy.mode {privacy.mode!r} has no cost to account; use 'record'")
     if privacy.mode == "record_distributed" and (training.batch_size or training.steps != 1):
@@ -144,8 +153,15 @@ def own_share(event: SampledGaussian, privacy: Privacy) -> SampledGaussian:
     return replace(event, noise=event.noise / math.sqrt(max(1, privacy.sharers)))
 
 
+def unit_of(mode: PrivacyMode) -> Unit:
+    """Return whose presence a mode hides, and so which of a dataset's ledgers it is charged to."""
+    return "site" if mode == "site_central" else "record"
+
+
 def evaluation_event(privacy: Privacy) -> Pure:
     """Return what one evaluation costs a held-out row; raises `Refused` if none is allowed."""
+    if privacy.mode == "site_central":
+        raise Refused("scores are not noised under site_central: set evaluation.at_end=false")
     if privacy.evaluation_epsilon == 0:
         raise Refused("no scores leave this site: set privacy.evaluation_epsilon above 0")
     return Pure(privacy.evaluation_epsilon, 1)

@@ -61,7 +61,7 @@ def noisy_totals(
     totals = {}
     for name, values in scores.items():
         if values.numel() != rows:
-            raise ConfigError(f"score {name!r}: {values.numel()} values for {rows} rows")
+            raise ConfigError(f"score {name!r}: there must be one value a row")  # and no count
         bounded = torch.nan_to_num(values.detach().double(), nan=0.0).clamp(0.0, 1.0)
         units = int((bounded * UNITS).round().long().sum())
         totals[name] = (units + noise.discrete_laplace(scale * UNITS)) / UNITS

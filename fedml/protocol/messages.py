@@ -113,7 +113,7 @@ class Training:
             )
 
 
-PrivacyMode = Literal["none", "record", "record_distributed"]
+PrivacyMode = Literal["none", "record", "record_distributed", "site_central"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,10 @@ class Privacy:
     Mode `record_distributed` is the same promise for the sum of all sites' updates, each of which
     has a share of the noise alone: the shares of `sharers` sites make up the whole. It holds if
     nobody sees less than their sum.
+
+    Mode `site_central` is (epsilon, delta)-DP for one site's updates, there or zero, against
+    everybody but the coordinator, which is trusted to add the noise: sites bound their updates to
+    L2 norm `clip`, and all of them weigh the same.
     """
 
     mode: PrivacyMode = "none"
@@ -137,6 +141,11 @@ class Privacy:
     rounds: int = 1
     evaluation_epsilon: float = 0.0
     sharers: int = 0
+
+    @property
+    def in_training(self) -> bool:
+        """True if training itself is private: rows' gradients are clipped, and drowned in noise."""
+        return self.mode not in ("none", "site_central")
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(PrivacyMode):

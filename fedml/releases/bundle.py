@@ -20,6 +20,7 @@ from torch import Tensor
 from fedml import __version__, durable
 from fedml.errors import ConfigError, TaskFailed, Untrusted
 from fedml.params import Params, encode
+from fedml.releases.card import CARD
 from fedml.releases.manifest import (
     ENVIRONMENT,
     GOLDEN,
@@ -53,13 +54,15 @@ def build(
     example: Tensor,
     facts: Manifest,
     outputs: Sequence[str] = ("output",),
+    card: str = "",
 ) -> Manifest:
     """Write the bundle of `module` with `params` into the empty `folder`; return its manifest.
 
     `facts` is the manifest as far as it is known: files, signature and environment are filled
     in. `example` is one float32 or int64 tensor of rows `[n, ...]` that hold no private data;
     its first rows become the golden inputs. The module is put into eval mode and keeps `params`;
-    it returns one tensor for each name in `outputs`, each with a row for each input row.
+    it returns one tensor for each name in `outputs`, each with a row for each input row. `card`
+    is the version's privacy card.
 
     Raises `ConfigError` if the arguments do not fit together, `TaskFailed` if the exporter fails
     or the ONNX model answers differently from torch, or a row depends on the
@@ -74,12 +77,16 @@ def build(
     _write_golden(folder / GOLDEN, golden, dict(zip(outputs, answers, strict=True)))
     environment, packages = Environment.observe(__version__)
     durable.replace(folder / ENVIRONMENT, packages.encode())
+    names = [WEIGHTS, MODEL, GOLDEN, ENVIRONMENT]
+    if card:
+        durable.replace(folder / CARD, card.encode())
+        names.append(CARD)
     manifest = dataclasses.replace(
         facts,
         inputs=(_spec(_INPUT, golden),),
         outputs=tuple(_spec(name, t) for name, t in zip(outputs, answers, strict=True)),
         environment=environment,
-        files={name: fingerprint(folder / name) for name in (WEIGHTS, MODEL, GOLDEN, ENVIRONMENT)},
+        files={name: fingerprint(folder / name) for name in names},
     )
     durable.replace(folder / MANIFEST, manifest.encode())
     try:

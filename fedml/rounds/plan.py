@@ -16,9 +16,20 @@ from typing import cast
 
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
+from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
 from fedml.records import Reader, from_record, to_record
-from fedml.strategies import Strategy, build, describe, measures, needs_means, rule_of
+from fedml.strategies import (
+    NoisyMean,
+    Reducer,
+    Strategy,
+    WeightedMean,
+    build,
+    describe,
+    measures,
+    needs_means,
+    rule_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +131,13 @@ class Plan:
                     "privacy=record, or simulate the run"
                 ]
             )
+
+    @property
+    def reducer(self) -> Reducer:
+        """How updates become one aggregate: as the strategy says, or as privacy demands."""
+        if self.privacy.mode != "site_central":
+            return self.strategy.reducer
+        return NoisyMean(self.privacy.clip, training_event(self.training, self.privacy, 1).noise)
 
     def to_json(self) -> str:
         """Return canonical JSON: equal plans have equal text, and every default is written."""
@@ -223,13 +241,14 @@ def _reducer(plan: Plan) -> Iterator[str]:
 
 
 def _privacy(plan: Plan) -> Iterator[str]:
-    if plan.privacy.mode == "none":
+    mode, name = plan.privacy.mode, type(plan.strategy).__name__
+    if mode == "none":
         return
     if plan.privacy.mode == "record_distributed":
         yield from _shared_noise(plan)
     if measures(plan.strategy):
         yield (
-            f"strategy {type(plan.strategy).__name__} with record privacy: its sites report exact "
+            f"strategy {name} with {mode} privacy: its sites report exact "
             "numbers made of rows, which no noise hides; use strategy=fedavg, or privacy=none"
         )
     if plan.privacy.rounds != plan.rounds:
@@ -237,6 +256,29 @@ def _privacy(plan: Plan) -> Iterator[str]:
             f"privacy.rounds {plan.privacy.rounds} is not rounds {plan.rounds}: "
             "noise is set for exactly the rounds that run, make them equal"
         )
+    yield from _central(plan) if mode == "site_central" else _by_record(plan)
+
+
+def _central(plan: Plan) -> Iterator[str]:
+    reducer, name = plan.strategy.reducer, type(plan.strategy).__name__
+    if not isinstance(reducer, WeightedMean):
+        yield (
+            f"reducer {type(reducer).__name__} with site_central privacy: what one site can do to "
+            "it is not bounded by a clip; use strategy.reducer=weighted-mean, or privacy=record"
+        )
+    if needs_means(plan.strategy):
+        yield (
+            f"strategy {name} with site_central privacy: its sites report slots, which the clip "
+            "does not bound; use strategy=fedavg, fedprox or fedadam"
+        )
+    if _evaluates(plan):
+        yield (
+            "evaluation with site_central privacy: a site's scores would leave without noise; set "
+            "evaluation.at_end=false and every=0, and score the model on rows that are nobody's"
+        )
+
+
+def _by_record(plan: Plan) -> Iterator[str]:
     if plan.training.epochs:
         yield (
             f"training.epochs {plan.training.epochs} with record privacy: the number of passes "

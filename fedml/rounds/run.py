@@ -10,10 +10,11 @@ restart is a replay: `Run.resume` with those three goes on where the journal end
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from fedml.params import Params
 from fedml.protocol.messages import RunId, Scores, SiteId
-from fedml.protocol.operations import Receipt, RunState
+from fedml.protocol.operations import Counted, Receipt, RunState
 from fedml.protocol.tasks import Brief
 from fedml.rounds import round as rounds
 from fedml.rounds.hosting import (
@@ -299,7 +300,7 @@ class Run:
         brief = self.plan.strategy.brief(self.state)
         if opening.kind == "evaluate" and not is_personal(brief):
             brief = Brief(self.state.params)
-        reducer = self.plan.strategy.reducer
+        reducer = self.plan.reducer
         self._round, self._opened = rounds.Round(opening, reducer, reports(brief)), opened
         self._patience = ""
         return [opened, *self._round.open(brief)]
@@ -346,13 +347,19 @@ class Run:
         outcome = self.state if scores else state
         receipt = Receipt(
             run=self.id, round=opening.number, attempt=opening.attempt, kind=opening.kind,
-            asked=account.asked, counted=account.counted, missing=account.missing,
+            asked=account.asked, counted=self._told(account.counted), missing=account.missing,
             left_out=opened.left_out, metrics=metrics or {}, scores=scores or {},
             model=outcome.params.digest() if outcome else "", opened=opened.at, closed=now,
             damped=damped or {},
         )  # fmt: skip
         self._round, self._commit = None, Commit(receipt, state, account.final)
         return self._commit
+
+    def _told(self, counted: tuple[Counted, ...]) -> tuple[Counted, ...]:
+        """Return who counted, without what would let a reader check a guess of an exact update."""
+        if self.plan.privacy.mode != "site_central":
+            return counted
+        return tuple(replace(one, digest="") for one in counted)
 
     def _committed(self, state: ServerState | None, now: float) -> list[Command]:
         if self._commit is None:

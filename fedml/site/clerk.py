@@ -1,24 +1,23 @@
 """The clerk: takes orders, has them done, and hands in what came of each, once.
 
-What may be done it takes from `gate` and the ledger. What is finished it keeps on disk until told
-to forget, so an order that comes twice is answered with the same bytes; what was answered and
-forgotten is never done again, for a second answer to the same order would be a second release.
+What may be done it takes from `gate`, and what may leave from `door`. What is finished lies on the
+disk until it is told to forget, so an order that comes twice is answered with the same bytes; what
+was answered and forgotten is never done again, for that would be a second release.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
-from fedml import durable, failpoints, telemetry
-from fedml.errors import Busy, Corrupt, FedmlError, Refused, TaskFailed, Unreachable
+from fedml import failpoints, telemetry
+from fedml.errors import Busy, FedmlError, Refused, TaskFailed, Unreachable
 from fedml.learning.recipe import installed
-from fedml.privacy.ledger import Ledger
 from fedml.protocol.messages import (
     Accepted,
     Assignment,
@@ -26,41 +25,23 @@ from fedml.protocol.messages import (
     Failed,
     RecipeId,
     RunId,
-    Scored,
     SiteEvent,
     TaskId,
     Trained,
 )
 from fedml.site.backoff import Backoff
+from fedml.site.door import Door, Ledgers
 from fedml.site.foreman import Foreman
 from fedml.site.gate import Permit, check_room, decide
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
-from fedml.transport.chunks import BlobStore, transit_blob
+from fedml.transport.chunks import BlobStore
 from fedml.transport.link import Link
 
 _LARGEST_BLOB = 64 * 2**30  # bytes
 _log = structlog.get_logger()
 
-Ledgers = Mapping[str, Ledger]  # by dataset
 Tell = Callable[[SiteEvent], Awaitable[None]]
-
-
-@contextmanager
-def open_ledgers(folder: Path, policy: Policy) -> Iterator[Ledgers]:
-    """Hold the ledger of every dataset that has a budget; raises `Corrupt` or `ConfigError`."""
-    with ExitStack() as stack:
-        ledgers = {}
-        for name, dataset in policy.datasets.items():
-            if dataset.epsilon > 0:
-                ledgers[name] = Ledger(
-                    folder / "ledger" / f"{name}.jsonl",
-                    name=name,
-                    limit_epsilon=dataset.epsilon,
-                    delta=dataset.delta,
-                )
-                stack.callback(ledgers[name].close)
-        yield ledgers
 
 
 @dataclass
@@ -85,10 +66,11 @@ class Clerk:
         tell: Tell,
         backoff: Backoff,
     ) -> None:
-        self._site, self._policy, self._ledgers = site, policy, ledgers
+        self._site, self._policy = site, policy
         self._link, self._tell, self._backoff = link, tell, backoff
         self.installed: tuple[RecipeId, ...] = installed(policy.recipe_files)
         self._memory = Memory(folder)
+        self._door = Door(ledgers, self._memory)
         # what a task needs lies in its own folder
         self._blobs = BlobStore.in_transit(folder / "blobs", _LARGEST_BLOB)
         self._foreman = Foreman(policy)
@@ -100,11 +82,7 @@ class Clerk:
 
     async def start(self) -> None:
         """Start the worker ahead of the first order; give back what is reserved for no order."""
-        kept = set(self._memory.kept())
-        for ledger in self._ledgers.values():
-            for task in ledger.reserved():
-                if task not in kept:
-                    await asyncio.to_thread(ledger.void, task)
+        await self._door.give_back_orphans()
         if self._policy.datasets:
             await self._foreman.start()
 
@@ -192,11 +170,7 @@ class Clerk:
 
     def _clear(self, task: TaskId, *, counted: bool = False) -> None:
         order, result = self._memory.assignment(task), self._memory.result(task)
-        if order is not None and order.dataset in self._ledgers:
-            # first: with the order gone, nobody would know of the reservation after a crash
-            self._ledgers[order.dataset].void(task)  # nothing happens if it was charged
-        failpoints.reach("task.voided")
-        self._memory.forget(task, counted=counted)
+        self._door.forget(task, counted=counted)
         self._told.discard(task)
         if isinstance(result, Trained):
             self._blobs.delete(result.update.digest)
@@ -246,35 +220,20 @@ class Clerk:
 
     async def _result(self, order: Assignment) -> Result:
         """Return the kept result, or do the work; it is charged when this returns."""
-        known = self._memory.assignment(order.task) == order
-        if known and (kept := self._memory.result(order.task)):
+        if kept := self._door.released(order):
             return kept
         # finding the noise takes seconds: the stream must beat meanwhile
         permit = await asyncio.to_thread(decide, self._policy, order, self.installed)
         check_room(self._policy, self._others(order))  # no await until it is ours: no two fit in
-        ledger = self._ledgers.get(order.dataset) if permit.event else None
-        desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
-        failpoints.reach("order.noted")
-        if ledger is not None:
-            await self._reserve(ledger, order, permit, desk)
+        desk = await self._door.admit(order, permit)
         await self._tell(Accepted(order.task))
         try:
             await self._work(order, permit, desk)
         except TaskFailed:
-            if ledger is not None:
-                await asyncio.to_thread(ledger.void, order.task)
+            await self._door.give_back(order)
             raise
         failpoints.reach("work.done")
-        epsilon = 0.0
-        if ledger is not None:
-            await asyncio.to_thread(ledger.charge, order.task)  # on disk before anything leaves
-            epsilon = await asyncio.to_thread(lambda: ledger.spent(run=order.run))
-            telemetry.EPSILON.labels(order.dataset).set(await asyncio.to_thread(ledger.spent))
-        failpoints.reach("work.charged")
-        result = await asyncio.to_thread(_read_result, order, desk, epsilon)
-        self._memory.finish(result)
-        failpoints.reach("result.kept")
-        return result
+        return await self._door.release(order, permit, desk)
 
     def _others(self, order: Assignment) -> set[RunId]:
         """Return the other runs that we hold tasks of, but for those being dropped just now."""
@@ -285,23 +244,6 @@ class Clerk:
     def _is_leaving(self, task: TaskId) -> bool:
         job = self._jobs.get(task)
         return job is not None and job.work.cancelling() > 0
-
-    async def _reserve(self, ledger: Ledger, order: Assignment, permit: Permit, desk: Desk) -> None:
-        assert permit.event is not None, "nothing to reserve"
-        try:
-            if ledger.is_charged(order.task) and not desk.outcome.exists():
-                raise Refused(
-                    f"task {order.task} was charged and answered before, and is not done again "
-                    "for nothing; submit a new run. A coordinator whose folder was made anew "
-                    f"counts its runs from 1: submit until the number is above {order.run}'s, "
-                    "or restore the old folder"
-                )
-            await asyncio.to_thread(
-                ledger.reserve, order.task, order.run, permit.part, permit.event
-            )
-        except FedmlError:
-            self._memory.forget(order.task, counted=False)
-            raise
 
     async def _work(self, order: Assignment, permit: Permit, desk: Desk) -> None:
         """Have the outcome on the disk, unless a crash came between work and charge."""
@@ -364,14 +306,3 @@ def _guarded(id: TaskId | RunId, act: Callable[[], None]) -> None:
         act()
     except FedmlError as error:
         _log.error("not forgotten", id=id[:70], reason=str(error))
-
-
-def _read_result(order: Assignment, desk: Desk, epsilon: float) -> Result:
-    outcome = durable.read_json(desk.outcome)
-    try:
-        if order.kind == "evaluate":
-            return Scored(order.task, outcome["totals"], outcome["count"], epsilon)
-        blob = transit_blob(desk.update)
-        return Trained(order.task, blob, outcome["weight"], outcome["metrics"], epsilon)
-    except (OSError, KeyError, TypeError) as error:
-        raise Corrupt(f"{desk.outcome} does not tell a result ({error!r})") from error

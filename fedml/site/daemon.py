@@ -34,7 +34,8 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.site.backoff import Backoff
-from fedml.site.clerk import Clerk, open_ledgers
+from fedml.site.clerk import Clerk
+from fedml.site.door import open_ledgers
 from fedml.site.policy import Policy
 from fedml.site.settings import Settings
 from fedml.transport.link import SILENCE, Link

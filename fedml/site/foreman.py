@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import structlog
 
 from fedml.errors import TaskFailed
 from fedml.site.policy import Policy
 
 _WATCH = 0.2  # seconds between looks at the memory of a running task
+_UNTOLD = "the work failed; under privacy the reason, which may quote rows, stays in the site's log"
+_log = structlog.get_logger()
 
 
 class Foreman:
@@ -150,7 +153,11 @@ def _read_outcome(status: int, outcome: Path) -> Mapping[str, Any]:
         return dict(json.loads(outcome.read_bytes()))
     error = outcome.with_name("error.json")
     if error.exists():
-        raise TaskFailed(str(json.loads(error.read_bytes())["error"]))
+        word = json.loads(error.read_bytes())
+        if word["told"]:
+            raise TaskFailed(str(word["error"]))
+        _log.error("task failed, and the coordinator is not told why", reason=word["error"])
+        raise TaskFailed(_UNTOLD)
     what = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     raise TaskFailed(f"the worker crashed ({what}); see the site's log")
 

@@ -6,25 +6,35 @@ of the policy that forbids it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from fedml.errors import Busy, Refused
 from fedml.privacy.accounting import Event, evaluation_event, training_event
-from fedml.protocol.messages import Assignment, RecipeId, RunId
+from fedml.protocol.messages import Assignment, PrivacyMode, RecipeId, RunId
 from fedml.site.policy import Dataset, Policy
+
+_ALLOWED: Mapping[str, Collection[PrivacyMode]] = {  # modes of a run, by what the policy demands
+    "record": ("record",),
+    "site_central": ("site_central", "record"),
+    "none": get_args(PrivacyMode),
+}
 
 
 @dataclass(frozen=True)
 class Permit:
-    """The terms on which a task may run. `event` is its privacy cost, None where none is asked."""
+    """The terms on which a task may run. `event` is its privacy cost, None where none is asked.
+
+    `planned` is how many such events the run is made of, as far as that was fixed ahead.
+    """
 
     dataset: Dataset
     rows: Path
     part: Literal["train", "held-out"]
     event: Event | None
+    planned: int = 1
 
 
 def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]) -> Permit:
@@ -49,15 +59,21 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"policy datasets.{assignment.dataset}.recipes = {list(dataset.recipes)}: "
             f"{assignment.recipe.name} may not read these rows"
         )
-    if dataset.privacy == "record" and assignment.privacy.mode != "record":
+    mode = assignment.privacy.mode
+    if mode not in _ALLOWED[dataset.privacy]:
         raise Refused(
-            f"policy datasets.{assignment.dataset}.privacy = 'record': "
-            f"the task asks for mode {assignment.privacy.mode!r}"
+            f"policy datasets.{assignment.dataset}.privacy = {dataset.privacy!r}: "
+            f"the task asks for mode {mode!r}"
         )
-    if assignment.privacy.mode == "record" and assignment.privacy.delta > dataset.delta:
+    if mode != "none" and assignment.privacy.delta > dataset.delta:
         raise Refused(
             f"policy datasets.{assignment.dataset}.delta = {dataset.delta}: "
             f"the task asks for {assignment.privacy.delta}"
+        )
+    if mode != "none" and assignment.privacy.epsilon > dataset.run_epsilon:
+        raise Refused(
+            f"policy datasets.{assignment.dataset}.run_epsilon = {dataset.run_epsilon}: "
+            f"the run asks for {assignment.privacy.epsilon}"
         )
     return _terms(dataset, assignment)
 
@@ -87,7 +103,7 @@ def _terms(dataset: Dataset, assignment: Assignment) -> Permit:
         event = None
         if private:
             event = training_event(assignment.training, assignment.privacy, dataset.rows)
-        return Permit(dataset, dataset.train, "train", event)
+        return Permit(dataset, dataset.train, "train", event, assignment.privacy.rounds)
     if dataset.held_out is None:
         raise Refused(f"policy datasets.{assignment.dataset}.held_out is not set: nothing to score")
     charge = evaluation_event(assignment.privacy) if private else None

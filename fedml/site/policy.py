@@ -6,6 +6,7 @@ What the file does not allow is refused. A fresh file allows nothing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,10 @@ threads = 1             # CPU threads for training
 # privacy = "record"                 # "record": refuse tasks without it; "none": allow them too
 # epsilon = 3.0                      # lifetime budget of each row, at this delta
 # delta = 1e-5
+# run_epsilon = 1.0                  # of it, at most so much for one run
+# site_epsilon = 2.0                 # lifetime budget of this site as a whole, for privacy
+#                                    # "site_central": clipped here, noise by the coordinator
+# recipe_epsilon = { "breast-cancer" = 2.0 }  # and for all runs of one recipe
 """
 
 
@@ -64,15 +69,27 @@ class Dataset:
     rows: int
     recipes: tuple[str, ...]
     held_out: Path | None = None
-    privacy: Literal["record", "none"] = "record"
+    privacy: Literal["record", "site_central", "none"] = "record"
     epsilon: float = 0.0
     delta: float = 1e-5
+    site_epsilon: float = 0.0
+    run_epsilon: float = math.inf
+    recipe_epsilon: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for key, cap in {"run_epsilon": self.run_epsilon, **self.recipe_epsilon}.items():
+            if not cap > 0:
+                raise ConfigError(f"{key} {cap}: a cap is above 0; leave it out for none")
+        if unknown := sorted(self.recipe_epsilon.keys() - {*self.recipes}):
+            raise ConfigError(f"recipe_epsilon {unknown}: recipes are {list(self.recipes)}")
         if self.rows < 1:
             raise ConfigError(f"rows {self.rows}: state a public row count of 1 or more")
         if self.privacy == "record" and self.epsilon <= 0:
             raise ConfigError(f"epsilon {self.epsilon}: privacy 'record' needs a budget above 0")
+        if self.privacy == "site_central" and self.site_epsilon <= 0:
+            raise ConfigError(
+                f"site_epsilon {self.site_epsilon}: privacy 'site_central' needs a budget above 0"
+            )
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta {self.delta}: must lie between 0 and 1")
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from fedml import durable, failpoints
-from fedml.errors import ConfigError, FedmlError
+from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.learning.evaluation import evaluate
-from fedml.learning.recipe import Recipe, load
+from fedml.learning.recipe import Recipe, Rows, load
 from fedml.learning.trainer import Trainer
 from fedml.lifeline import die_with_parent
 from fedml.params import decode, encode
@@ -61,6 +61,10 @@ def _prepare_privacy() -> None:
     import fedml.learning.private  # noqa: F401
 
 
+class _Unreadable(FedmlError):
+    """A recipe could not read its file, and may quote it."""
+
+
 def _do(job: Mapping[str, Any]) -> int:
     """Return 0 when the task's outcome is on disk, 1 with `error.json` when it is not."""
     folder = Path(job["folder"])
@@ -68,18 +72,34 @@ def _do(job: Mapping[str, Any]) -> int:
         torch.set_num_threads(int(job["threads"]))
         _work(job, folder)
     except FedmlError as error:
-        _complain(folder, str(error))
+        ours = isinstance(error, ConfigError | Refused)
+        _complain(folder, str(error), told=ours or not job["private"])
         return 1
     except BaseException as error:  # noqa: BLE001 - the outermost loop of this process
         traceback.print_exc()
-        _complain(folder, f"{type(error).__name__}: {error}".splitlines()[0])
+        _complain(folder, _one_line(error), told=not job["private"])
         return 1
     return 0
 
 
-def _complain(folder: Path, text: str) -> None:
+def _complain(folder: Path, text: str, *, told: bool) -> None:
+    """Leave word of an error; under privacy only what is sure to quote no row may be `told`."""
+    word = {"error": text, "told": told}
     with suppress(FedmlError):  # no room, or no such task any more: the status must do
-        durable.replace(folder / "error.json", durable.dump_json({"error": text}))
+        durable.replace(folder / "error.json", durable.dump_json(word))
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _rows(recipe: Recipe, job: Mapping[str, Any]) -> Rows:
+    try:
+        return recipe.read(Path(job["rows"]))
+    except FedmlError as error:
+        raise _Unreadable(str(error)) from error
+    except Exception as error:
+        raise _Unreadable(_one_line(error)) from error
 
 
 def _work(job: Mapping[str, Any], folder: Path) -> None:
@@ -102,7 +122,7 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
     if assignment.kind == "train":
         _train(job, assignment, task, recipe, memory)
     else:
-        rows = recipe.read(Path(job["rows"]))
+        rows = _rows(recipe, job)
         report = evaluate(recipe, task, rows, assignment.privacy, str(job["device"]), memory)
         outcome = {"totals": dict(report.totals), "count": report.count}
         durable.replace(folder / "outcome.json", durable.dump_json(outcome))
@@ -120,7 +140,7 @@ def _train(
     trainer = Trainer(recipe, assignment.training, assignment.privacy, device=str(job["device"]))
     update, kept = trainer.train(
         task,
-        recipe.read(Path(job["rows"])),
+        _rows(recipe, job),
         memory,
         seed=assignment.seed,
         public_rows=int(job["public_rows"]),

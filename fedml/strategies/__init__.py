@@ -29,6 +29,7 @@ from fedml.strategies.catalogue import (
     rule_of,
     strategies,
 )
+from fedml.strategies.central import NoisyMean
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedbn import FedBN
@@ -62,6 +63,7 @@ __all__ = [
     "FedYogi",
     "LocalRule",
     "Newton",
+    "NoisyMean",
     "Personal",
     "Plain",
     "Prox",

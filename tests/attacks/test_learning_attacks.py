@@ -14,7 +14,7 @@ from fedml.learning.recipe import Rows
 from fedml.learning.trainer import Trainer
 from fedml.params import Params
 from fedml.privacy import accounting
-from fedml.privacy.ledger import Ledger
+from fedml.privacy.ledger import Ledger, Limits
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Brief, Task
 from fedml.recipes.breast_cancer import BreastCancer
@@ -66,14 +66,14 @@ def test_a_poisoned_row_neither_breaks_nor_steers_a_private_update() -> None:
 
 def test_asking_again_and_again_with_new_task_ids_runs_out_of_budget(tmp_path: Path) -> None:
     event = accounting.training_event(Training(lr=1.0, steps=5), PRIVATE, 100)
-    book = Ledger(tmp_path / "ledger", name="ward", limit_epsilon=3.0, delta=1e-5)
+    book = Ledger(tmp_path / "ledger", name="ward", limits=Limits(3.0, 1e-5))
     granted = 0
     with pytest.raises(BudgetExhausted):
         for number in range(1000):
             book.reserve(TaskId(f"t{number}"), RunId(f"r{number}"), "train", event)
             book.charge(TaskId(f"t{number}"))
             granted += 1
-    assert granted == 20
+    assert granted == 16  # of the 20 that a plan would have: nobody knew how many would come
     book.close()
 
 

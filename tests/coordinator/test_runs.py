@@ -585,6 +585,9 @@ async def test_a_crash_on_the_way_to_the_registry_registers_one_version(tmp_path
     manifest = Manifest.decode(registry.get("cancer", 1).manifest.encode())
     assert manifest.lineage.data == dict.fromkeys(("bern", "kyoto", "quito"), "ab" * 32)
     assert manifest.lineage.epsilon == dict.fromkeys(("bern", "kyoto", "quito"), 0.25)
+    card = (registry.bundle("cancer", 1) / "privacy.txt").read_text()
+    assert card.startswith("cancer/1, trained in 1 round at 3 sites. Rows stayed at their sites")
+    assert "privacy.txt" in manifest.files  # and so it is signed
     assert not bundle(first, run).parent.parent.exists()
 
 

@@ -13,7 +13,7 @@ from fedml import durable
 from fedml.doctor.site import judge_rows
 from fedml.errors import BudgetExhausted, ConfigError
 from fedml.privacy.accounting import evaluation_event
-from fedml.privacy.ledger import Ledger
+from fedml.privacy.ledger import Ledger, Limits
 from fedml.protocol.messages import Privacy, RunId, TaskId
 from fedml.site.departure import leave
 from fedml.site.policy import AllowedRecipe, Dataset, extend
@@ -39,7 +39,7 @@ def site(place: GrpcPlace, tmp_path: Path) -> Path:
 
 def ledger(site: Path) -> Ledger:
     path = site / "ledger" / "records.jsonl"
-    return Ledger(path, name="records", limit_epsilon=3.0, delta=1e-5)
+    return Ledger(path, name="records", limits=Limits(3.0, 1e-5))
 
 
 def spend(site: Path, *tasks: str) -> None:

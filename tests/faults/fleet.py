@@ -30,7 +30,7 @@ from fedml.coordinator.settings import Settings
 from fedml.identity.certificates import DAY, Authority, Credentials, new_key_and_csr
 from fedml.learning.recipe import identify
 from fedml.params import Params, encode
-from fedml.privacy.ledger import Entry, read
+from fedml.privacy.chain import Entry, read
 from fedml.protocol.messages import Privacy, RunId, SiteId, Training
 from fedml.protocol.operations import RunDetail
 from fedml.rounds import Cohort, Evaluation, Gate, Plan

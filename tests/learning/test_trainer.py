@@ -213,3 +213,24 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
     recipe = Given(lambda: nn.Linear(4, 2).requires_grad_(False))
     with pytest.raises(ConfigError, match="nothing to train"):
         Trainer(recipe, STEPS, Privacy()).train(task_for(recipe), some_rows(), {}, seed=0)
+
+
+def test_under_site_central_a_whole_update_is_bounded_and_says_nothing_else() -> None:
+    """However many rows, and however steep: a public norm, weight 1, no metric, no counter."""
+    recipe = Given(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    bound = Privacy("site_central", 3.0, 1e-5, clip=0.25)
+    trainer = Trainer(recipe, Training(lr=100.0, steps=3), bound)
+    update, _ = trainer.train(task_for(recipe), some_rows(), {}, seed=0)
+    assert 0.2 < update.delta.norm() <= 0.25
+    assert (update.weight, update.metrics) == (1.0, {})
+    assert int(update.delta["1.num_batches_tracked"]) == 0
+    gentle = Trainer(Given(small), Training(lr=1e-3, steps=1), bound)
+    little, _ = gentle.train(task_for(Given(small)), some_rows(), {}, seed=0)
+    assert 0 < little.delta.norm() < 0.01  # what is small is not blown up
+
+
+def test_under_site_central_a_rule_that_reports_more_is_refused() -> None:
+    recipe = Given(small)
+    trainer = Trainer(recipe, Training(lr=0.1, steps=1), Privacy("site_central", 3.0, 1e-5))
+    with pytest.raises(Refused, match="beside the delta, which site_central does not bound"):
+        trainer.train(task_for(recipe, rule="fednova"), some_rows(), {}, seed=0)

@@ -72,7 +72,7 @@ def test_a_poisoned_score_moves_a_total_by_at_most_one() -> None:
 
 
 def test_scores_of_other_rows_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"score 's': 3 values for 4 rows"):
+    with pytest.raises(ConfigError, match=r"score 's': there must be one value a row$"):
         noisy_totals({"s": torch.ones(3)}, 4, 1.0, SecureNoise())
     with pytest.raises(ConfigError, match="evaluation epsilon"):
         noisy_totals({}, 4, 0.0, SecureNoise())

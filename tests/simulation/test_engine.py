@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from fedml.protocol.messages import Privacy, SiteId
 from fedml.protocol.tasks import Task
-from fedml.rounds import SiteLost
+from fedml.rounds import Evaluation, SiteLost
 from fedml.simulation.executors.base import Answer
 from fedml.simulation.executors.inline import Inline
 from tests.simulation.worlds import Late, engine, holdings, plan, play, recipe
@@ -84,6 +84,16 @@ def test_a_private_run_spends_its_epsilon_and_no_more() -> None:
     assert outcome.end.state == "done"
     last = outcome.receipts[-2]
     assert all(4.5 < one.epsilon <= 5.0 for one in last.counted)
+
+
+def test_a_run_private_by_site_is_charged_without_amplification_and_tells_no_loss() -> None:
+    privacy = Privacy("site_central", epsilon=5.0, delta=1e-5, clip=1.0, rounds=3)
+    outcome = play(plan(privacy=privacy, evaluation=Evaluation(at_end=False)))
+    assert outcome.end.state == "done"
+    spent = [one.epsilon for receipt in outcome.receipts for one in receipt.counted]
+    assert all(4.9 < epsilon <= 5.0 for epsilon in spent[-2:])
+    assert {(one.weight, one.digest) for r in outcome.receipts for one in r.counted} == {(1.0, "")}
+    assert all(receipt.metrics == {} for receipt in outcome.receipts)
 
 
 def test_watchers_see_each_commit_once() -> None:

@@ -31,6 +31,7 @@ def plan(
     quorum: int = 2,
     attempts: int = 1,
     strategy: Strategy | None = None,
+    evaluation: Evaluation | None = None,
     every: int = 0,
 ) -> Plan:
     return Plan(
@@ -42,7 +43,7 @@ def plan(
         cohort=Cohort(quorum=quorum, deadline=60.0),
         rounds=rounds,
         privacy=privacy or Privacy(),
-        evaluation=Evaluation(every=every),
+        evaluation=evaluation or Evaluation(every=every),
         attempts=attempts,
     )
 

@@ -29,7 +29,7 @@ from fedml.errors import (
     Untrusted,
 )
 from fedml.privacy.accounting import training_event
-from fedml.privacy.ledger import Ledger
+from fedml.privacy.ledger import Ledger, Limits
 from fedml.protocol.messages import (
     Accepted,
     Beat,
@@ -48,6 +48,7 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.site.backoff import Backoff
+from fedml.site.policy import Dataset
 from fedml.transport.chunks import BlobStore
 from fedml.transport.link import Link
 from tests.site.wire import (
@@ -78,7 +79,6 @@ async def test_the_charge_is_on_the_disk_before_the_upload_begins(tmp_path: Path
     assert seen == [{ORDER.task: "charged"}]
     assert wire.uploads == [UPDATE]
     assert (trained.task, trained.update, trained.weight) == (ORDER.task, UPDATED, 100.0)
-    assert trained.metrics == {"loss": 0.5}
     assert trained.epsilon == pytest.approx(1.0, abs=0.01)
 
 
@@ -127,9 +127,7 @@ async def test_work_that_was_done_before_a_crash_is_not_done_again(tmp_path: Pat
 
 async def test_a_crash_between_charge_and_result_charges_no_second_time(tmp_path: Path) -> None:
     worked(tmp_path)
-    ledger = Ledger(
-        tmp_path / "ledger" / "records.jsonl", name="records", limit_epsilon=1.2, delta=1e-5
-    )
+    ledger = Ledger(tmp_path / "ledger" / "records.jsonl", name="records", limits=Limits(1.2, 1e-5))
     event = training_event(ORDER.training, ORDER.privacy, 100)
     ledger.reserve(ORDER.task, ORDER.run, "train", event)
     ledger.charge(ORDER.task)
@@ -151,8 +149,8 @@ async def test_over_budget_is_refused_with_the_reason_and_costs_nothing(tmp_path
         wire.say(second)
         declined = await wire.event(Declined)
     assert declined.task == second.task
-    assert "records, train rows: epsilon 1.000 spent" in declined.reason
-    assert "limit 1.200; raise the limit in the site's policy or stop the run" in declined.reason
+    assert "records, train rows: epsilon 0.99" in declined.reason
+    assert "limit 1.200; raise policy datasets.records.epsilon or stop" in declined.reason
     assert entries(tmp_path) == {ORDER.task: "charged"}
     assert not (tmp_path / "tasks" / second.task).exists()
 
@@ -167,6 +165,28 @@ async def test_what_was_changed_after_its_charge_does_not_leave(tmp_path: Path) 
         wire.say(ORDER)
         assert "changed after it was charged; refusing" in (await wire.event(Failed)).reason
     assert wire.uploads == [UPDATE]
+
+
+async def test_what_a_whole_site_spends_is_in_a_ledger_of_its_own(tmp_path: Path) -> None:
+    order = replace(ORDER, privacy=Privacy("site_central", 1.0, 1e-5, rounds=1))
+    worked(tmp_path, order)
+    trusting = Dataset(
+        tmp_path / "train.csv", 100, ("breast_cancer",), privacy="site_central",
+        epsilon=1.2, site_epsilon=1.5,
+    )  # fmt: skip
+    rules = replace(policy(tmp_path), datasets={"records": trusting})
+    second = replace(order, task=TaskId("run-2.1.1.bern"), run=RunId("run-2"))
+    wire = Wire()
+    async with running(tmp_path, wire, rules):
+        wire.say(order)
+        trained = await wire.event(Trained)
+        wire.say(second)
+        declined = await wire.event(Declined)
+    assert (trained.weight, trained.metrics) == (1.0, {})
+    assert entries(tmp_path) == {}
+    assert entries(tmp_path, "site/records") == {order.task: "charged"}
+    assert "the site as a whole: epsilon 0.99" in declined.reason
+    assert "raise policy datasets.records.site_epsilon" in declined.reason
 
 
 # --- a hostile coordinator ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 
 from fedml import durable
@@ -123,6 +124,27 @@ async def test_the_worker_outlives_every_bad_task(foreman: Foreman, tmp_path: Pa
     folder = tmp_path / "good"
     folder.mkdir()
     assert await foreman.run(*prepared(folder, "work"))
+
+
+@pytest.mark.parametrize(
+    ("private", "message"),
+    [(False, "RuntimeError: no such ward"), (True, "stays in the site's log")],
+)
+async def test_an_error_that_quotes_rows_is_no_way_round_the_ledger(
+    foreman: Foreman, tmp_path: Path, private: bool, message: str
+) -> None:
+    job, outcome = prepared(tmp_path, "raise")
+    with structlog.testing.capture_logs() as logs, pytest.raises(TaskFailed, match=message):
+        await foreman.run({**job, "private": private}, outcome)
+    assert ["no such ward" in line["reason"] for line in logs] == [True] * private
+
+
+async def test_a_setting_that_is_wrong_is_told_under_privacy_too(
+    foreman: Foreman, tmp_path: Path
+) -> None:
+    job, outcome = prepared(tmp_path, "fine")
+    with pytest.raises(TaskFailed, match="but this machine has no usable GPU"):
+        await foreman.run({**job, "private": True, "device": "cuda:9"}, outcome)
 
 
 async def test_a_task_over_its_memory_is_stopped(foreman: Foreman, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedml.errors import Refused
+from fedml.privacy import accounting
 from fedml.privacy.accounting import SampledGaussian
 from fedml.protocol.messages import Assignment, Blob, Privacy, RecipeId, RunId, TaskId, Training
 from fedml.site.gate import decide
@@ -17,7 +18,9 @@ POLICY = Policy(
     minimum_cohort=3,
     recipes={"cancer": AllowedRecipe(RECIPE.digest), "stroke": AllowedRecipe("ef" * 32)},
     datasets={
-        "records": Dataset(Path("train"), 100, ("cancer",), Path("held"), epsilon=3.0),
+        "records": Dataset(
+            Path("train"), 100, ("cancer",), Path("held"), epsilon=3.0, run_epsilon=3.0
+        ),
         "open": Dataset(Path("train"), 100, ("cancer",), privacy="none"),
     },
 )
@@ -39,13 +42,13 @@ def test_an_allowed_task_is_permitted_with_its_cost() -> None:
     permit = decide(POLICY, TASK, [RECIPE])
     assert (permit.rows, permit.part) == (Path("train"), "train")
     assert isinstance(permit.event, SampledGaussian)
-    assert permit.event.steps == 5
+    assert (permit.event.steps, permit.planned) == (5, 10)
 
 
 def test_an_evaluation_reads_and_charges_held_out_rows() -> None:
     permit = decide(POLICY, replace(TASK, kind="evaluate"), [RECIPE])
     assert (permit.rows, permit.part) == (Path("held"), "held-out")
-    assert permit.event is not None
+    assert permit.event is not None and permit.planned == 1
 
 
 def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
@@ -76,12 +79,36 @@ def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
             },
             "summed under secure aggregation, and this site has none",
         ),
+        (
+            {"privacy": replace(TASK.privacy, epsilon=3.1)},
+            "policy datasets.records.run_epsilon = 3.0: the run asks for 3.1",
+        ),
         ({"kind": "evaluate", "dataset": "open"}, "policy datasets.open.held_out is not set"),
     ],
 )
 def test_policy_widened_by_the_plan_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(Refused, match=message):
         decide(POLICY, replace(TASK, **change), [RECIPE])  # type: ignore[arg-type]
+
+
+CENTRAL = Privacy("site_central", 2.0, 1e-5, rounds=10)
+
+
+def test_a_policy_that_trusts_the_coordinator_takes_either_privacy() -> None:
+    trusting = replace(POLICY.datasets["records"], privacy="site_central", site_epsilon=2.5)
+    policy = replace(POLICY, datasets={"records": trusting})
+    permit = decide(policy, replace(TASK, privacy=CENTRAL), [RECIPE])
+    assert permit.event == accounting.training_event(TASK.training, CENTRAL, 100)
+    assert decide(policy, TASK, [RECIPE]).event is not None
+    with pytest.raises(Refused, match="privacy = 'site_central': the task asks for mode 'none'"):
+        decide(policy, replace(TASK, privacy=Privacy()), [RECIPE])
+    with pytest.raises(Refused, match="scores are not noised under site_central"):
+        decide(policy, replace(TASK, privacy=CENTRAL, kind="evaluate"), [RECIPE])
+
+
+def test_a_policy_that_trusts_nobody_takes_no_word_for_the_noise() -> None:
+    with pytest.raises(Refused, match="privacy = 'record': the task asks for mode 'site_central'"):
+        decide(POLICY, replace(TASK, privacy=CENTRAL), [RECIPE])
 
 
 def test_a_recipe_may_only_read_the_datasets_it_is_listed_for() -> None:

@@ -14,7 +14,7 @@ from blake3 import blake3
 from fedml import durable
 from fedml.errors import FedmlError, Unreachable
 from fedml.learning.recipe import identify
-from fedml.privacy import ledger
+from fedml.privacy import chain
 from fedml.protocol import codec
 from fedml.protocol.messages import (
     Assignment,
@@ -193,7 +193,7 @@ def worked(folder: Path, order: Assignment = ORDER) -> None:
 def entries(folder: Path, dataset: str = "records") -> dict[str, str]:
     """Return each task's state, as the ledger's file has it now."""
     path = folder / "ledger" / f"{dataset}.jsonl"
-    return {entry.task: entry.state for entry in ledger.read(path)}
+    return {entry.task: entry.state for entry in chain.read(path)}
 
 
 def records(folder: Path, dataset: str = "records") -> list[str]:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fedml.cli.demo.federation import Federation, free_ports
 from fedml.cli.demo.hospitals import SPLIT_SEED, admit, allow
-from fedml.privacy.ledger import Entry, read
+from fedml.privacy.chain import Entry, read
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import RunDetail
 

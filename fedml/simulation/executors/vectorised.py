@@ -90,6 +90,8 @@ class Vectorised:
 
     def why_not(self, brief: Brief) -> str:
         """Return why training on `brief` cannot be batched, or ""."""
+        if self.plan.privacy.mode == "site_central":
+            return "each site's update is bounded by itself"
         rule = RULES.get(brief.rule)
         if rule is None or not getattr(rule, "elementwise", False):
             return f"rule {brief.rule} is not elementwise"
@@ -191,7 +193,7 @@ class Vectorised:
         }
         seed = self.plan.task_seed
         with seeded(seed(tasks[0].round, sites[0]), trainer.device):
-            if self.plan.privacy.mode != "none":
+            if self.plan.privacy.in_training:
                 return self._private(trainer, tasks, brief, memory, rows)
             shuffled = trainer.shuffles(rows.counts)
             seeds = [seed(task.round, task.site) for task in tasks] if shuffled else []

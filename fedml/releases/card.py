@@ -1,0 +1,82 @@
+"""The privacy card of a version: in one paragraph, what is protected, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedml.privacy.accounting import ADJACENCY
+from fedml.protocol.messages import Privacy
+
+CARD = "privacy.txt"  # in a bundle, signed with the rest
+_ALWAYS = (
+    "Not protected in any case: that a site takes part, its public row counts, the plan, and how "
+    "long the work took; what other runs and other releases tell of the same rows; and the choice "
+    "of settings, if earlier runs on these rows led to it."
+)
+
+
+def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -> str:
+    """Return the card of `what`, a version's name, made in `rounds` rounds under `privacy`.
+
+    `spent` is what each site's own ledger said that the run had cost, at the plan's delta.
+    """
+    head = f"{what}, trained in {_count(rounds, 'round')} at {_count(len(spent), 'site')}."
+    match privacy.mode:
+        case "none":
+            body = (
+                "Rows stayed at their sites, and nothing more is promised: no epsilon holds for "
+                "this model. Whoever sees a site's update, as the coordinator does, or the model "
+                "may learn single rows from it. Scores and counts of rows are exact."
+            )
+        case "site_central":
+            body = f"{_trusting(privacy)} {_cost(privacy, spent)}"
+        case "record":
+            body = f"{_promise(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
+    return f"{head} {body} {_ALWAYS}\n"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _promise(privacy: Privacy) -> str:
+    return (
+        "Protected is each training row of each site, against everybody who sees the model or the "
+        "sites' updates, the coordinator and the other sites included: "
+        f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
+        f"whole run, unit one record, adjacency {ADJACENCY}. Each site clips and adds the noise "
+        "itself, and its own ledger charged it before anything left."
+    )
+
+
+def _trusting(privacy: Privacy) -> str:
+    return (
+        "Protected is each site's data as a whole, against everybody who sees the model, the "
+        "other sites included, but not against the coordinator, which sees each site's exact "
+        "update and is trusted to add the noise before anybody else sees their sum: "
+        f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
+        f"whole run, unit one site, adjacency {ADJACENCY}, where a removed site's update is zero. "
+        f"Each site clips its update to norm {privacy.clip:g} itself, and its own ledger charged "
+        "it before it left. No amplification by sampling is claimed; no scores left the sites."
+    )
+
+
+def _cost(privacy: Privacy, spent: Mapping[str, float]) -> str:
+    if not spent:
+        return "No site told what its ledger was charged."
+    least, most = min(spent.values()), max(spent.values())
+    told = f"{most:.3f}" if f"{least:.3f}" == f"{most:.3f}" else f"{least:.3f} to {most:.3f}"
+    return f"The run cost epsilon {told} by the sites' ledgers, at delta {privacy.delta:g}."
+
+
+def _gaps(privacy: Privacy) -> str:
+    scores = (
+        f"each evaluation cost a held-out row epsilon {privacy.evaluation_epsilon:g}, delta 0"
+        if privacy.evaluation_epsilon
+        else "no scores of held-out rows left the sites"
+    )
+    return (
+        f"Of held-out rows, which are others, {scores}. A person with several rows, or with rows "
+        "at several sites, is protected less: by about that many times epsilon, and a larger "
+        "delta. Replacing a row costs up to twice what adding or removing it does."
+    )
