@@ -30,6 +30,8 @@ def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -
             )
         case "site_central":
             body = f"{_trusting(privacy)} {_cost(privacy, spent)}"
+        case "record_distributed":
+            body = f"{_sharing(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
         case "record":
             body = f"{_promise(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
     return f"{head} {body} {_ALWAYS}\n"
@@ -46,6 +48,16 @@ def _promise(privacy: Privacy) -> str:
         f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
         f"whole run, unit one record, adjacency {ADJACENCY}. Each site clips and adds the noise "
         "itself, and its own ledger charged it before anything left."
+    )
+
+
+def _sharing(privacy: Privacy) -> str:
+    return (
+        "Protected is each training row of each site, against everybody who sees the model or the "
+        "sums of all sites' updates, but not against whoever sees a single site's update, which "
+        f"has a share of the noise alone, as {privacy.sharers} sites add it: "
+        f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
+        f"whole run, unit one record, adjacency {ADJACENCY}."
     )
 
 

@@ -6,7 +6,7 @@ of the policy that forbids it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ from fedml.privacy.accounting import Event, evaluation_event, training_event
 from fedml.protocol.messages import Assignment, PrivacyMode, RecipeId, RunId
 from fedml.site.policy import Dataset, Policy
 
-_ALLOWED: Mapping[str, Collection[PrivacyMode]] = {  # modes of a run, by what the policy demands
+_ALLOWED: Mapping[PrivacyMode, tuple[PrivacyMode, ...]] = {  # modes of a run, by what the policy demands
     "record": ("record",),
     "site_central": ("site_central", "record"),
     "none": get_args(PrivacyMode),
