@@ -9,24 +9,17 @@ Whatever follows the noise (weight decay, the rule, momentum) costs nothing more
 
 from __future__ import annotations
 
-import warnings
-
 import torch
-from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
-from torch.func import vmap
 
 from fedml.errors import ConfigError
 from fedml.learning.descent import Descent
 from fedml.learning.recipe import Recipe, Rows
+from fedml.learning.rowwise import RowGradients
 from fedml.privacy.accounting import SampledGaussian
-from fedml.privacy.mechanisms import clipped_sum
-from fedml.privacy.noise import SecureNoise
+from fedml.privacy.noise import FINENESS, SecureNoise
 from fedml.privacy.sampling import PoissonSampler
-
-MOST_FLOATS = 2**25  # per-row gradients held at once: 128 MiB of float32
-_MOST_ROWS = 1024  # at once, however small the model
 
 
 class PrivateGradient:
@@ -47,53 +40,35 @@ class PrivateGradient:
         clip: float,
         public_rows: int,
     ) -> None:
-        self._recipe, self._descent, self._rows = recipe, descent, rows
-        self._std, self._clip = event.noise * clip, clip
-        self._denominator = event.sampling * public_rows
+        self._descent, self._rows = descent, rows
+        example = recipe.example(5).to(rows.x.device)
+        check_fit(descent, example)
+        self._gradients = RowGradients(descent.model, recipe.loss, example)
         self._sampler = PoissonSampler(len(rows), event.sampling)
         self._noise = SecureNoise()  # fresh for each task
-        check_fit(descent, recipe.example(4).to(rows.x.device))
-        self._wrapped = GradSampleModule(descent.model, loss_reduction="sum")
-        size = sum(p.numel() for p in descent.trainable.values())
-        self._chunk = max(1, min(_MOST_ROWS, MOST_FLOATS // max(size, 1)))
+        # sums are in units of the noise's grid, of which `FINENESS` make its deviation
+        self._clip, self._scale = clip, FINENESS / (event.noise * clip)
+        self._unit = 1 / (self._scale * event.sampling * public_rows)
+        trainable = descent.trainable.values()
+        sizes = [p.numel() for p in trainable]
+        self._flat = torch.zeros(sum(sizes), dtype=torch.float64, device=rows.x.device)
+        parts = zip(trainable, self._flat.split(sizes), strict=True)
+        self._sums = {parameter: part.view(parameter.shape) for parameter, part in parts}
 
     def fill(self) -> None:
         """Set the gradients of one step: (sum of clipped ones + noise) / expected batch."""
-        gradients = list(self._descent.gradients.values())
-        sums = [torch.zeros_like(g, dtype=torch.float64) for g in gradients]
-        for chunk in torch.split(self._sampler.sample(self._noise), self._chunk):
+        self._flat.zero_()
+        sample = self._sampler.sample(self._noise).to(self._rows.x.device)
+        for chunk in sample.split(self._gradients.rows_at_once):
             if len(chunk):
-                for total, part in zip(sums, self._clipped(chunk), strict=True):
-                    total += part
-        sizes = [total.numel() for total in sums]
-        noise = torch.split(self._noise.normal(sum(sizes), self._std), sizes)
-        for gradient, total, part in zip(gradients, sums, noise, strict=True):
-            total += part.view(total.shape).to(total.device)
-            gradient.copy_(total / self._denominator)
-
-    def _clipped(self, chunk: Tensor) -> list[Tensor]:
-        """Return the sums of one chunk's clipped gradients."""
-        parameters = list(self._descent.trainable.values())
-        chunk = chunk.to(self._rows.x.device)
-        x, y = self._rows.x[chunk], self._rows.y[chunk]
-        output = self._wrapped(x)
-        # the loss of each row by itself: a mean, a sum, even a loss that mixes rows cannot leak
-        losses = vmap(lambda o, t: self._recipe.loss(o[None], t[None]), randomness="different")(
-            output, y
-        )
-        with warnings.catch_warnings():  # raw rows need no gradient, which hooks remark upon
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            torch.autograd.backward(
-                [losses.sum()]
-            )  # its plain sum lands in the gradients, which `fill` overwrites
-        rows: list[Tensor] = []
-        for parameter in parameters:
-            part: Tensor | None = getattr(parameter, "grad_sample", None)
-            if part is None:  # a layer that this batch did not visit
-                part = parameter.new_zeros(len(x), *parameter.shape)
-            rows.append(part)
-            parameter.grad_sample = None  # type: ignore[attr-defined]
-        return clipped_sum(rows, self._clip)
+                x, y = self._rows.x[chunk], self._rows.y[chunk]
+                self._gradients.add_clipped(x, y, self._clip, self._sums, scale=self._scale)
+        released = self._flat.cpu()
+        self._noise.hide(released)
+        self._flat.copy_(released)
+        gradients = self._descent.gradients.values()
+        for gradient, total in zip(gradients, self._sums.values(), strict=True):
+            gradient.copy_(total).mul_(self._unit)
 
 
 def check_fit(descent: Descent, x: Tensor) -> None:
