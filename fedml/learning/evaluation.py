@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from fedml.errors import ConfigError, TaskFailed
 from fedml.learning.descent import bind
+from fedml.learning.persons import groups_of, means
 from fedml.learning.recipe import Recipe, Rows
 from fedml.privacy.accounting import evaluation_event
 from fedml.privacy.mechanisms import noisy_totals
@@ -35,11 +36,11 @@ def evaluate(
 
     Where a rule leaves a part of the model with its site, that part is taken from `memory`.
 
-    With privacy mode "record" the report is one `evaluation_event`: totals and count share
+    Under privacy the report is one `evaluation_event`: totals and count share
     its epsilon, see `noisy_totals`, and may be fractional or negative. Raises `Refused` if
     `privacy.evaluation_epsilon` is 0 then, and `ConfigError` for a score outside [0, 1].
     """
-    private = privacy.mode == "record"
+    private = privacy.mode != "none"
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
     bind(model, own_model(task.brief, memory).to(device).clone())
@@ -48,7 +49,11 @@ def evaluate(
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise TaskFailed(f"task {task.id}: {(str(error).splitlines() or [''])[0]}") from error
     if event is not None:
-        totals, count = noisy_totals(scores, len(rows), event.epsilon, SecureNoise())
+        units = len(rows)
+        if privacy.mode == "patient":  # a person's score is the mean of his rows'
+            scores = {name: means(values, rows) for name, values in scores.items()}
+            units = len(groups_of(rows).unique())
+        totals, count = noisy_totals(scores, units, event.epsilon, SecureNoise())
     else:
         totals, count = _totals(scores, len(rows)), float(len(rows))
     return Report(task.id, task.round, task.site, totals, count)
@@ -66,7 +71,7 @@ def evaluate_all(
     `tasks`, one at least, share one brief; `sites` holds the rows of each. Raises as `evaluate`
     does; then each site may be asked alone.
     """
-    private = privacy.mode == "record"
+    private = privacy.mode != "none"
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
     bind(model, tasks[0].brief.params.to(device).clone())

@@ -1,4 +1,4 @@
-"""Record-level DP-SGD: what one row can do to a step is bounded, and drowned in noise.
+"""DP-SGD: what one row, or one person's rows, can do to a step is bounded, and drowned in noise.
 
 Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with what its common forms get wrong put
 right: rows join by a Poisson sample whose rate, like the denominator, is made of the *public*
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fedml.errors import ConfigError
 from fedml.learning.descent import Descent
+from fedml.learning.persons import Persons
 from fedml.learning.recipe import Recipe, Rows
 from fedml.learning.rowwise import RowGradients
-from fedml.privacy.accounting import SampledGaussian
+from fedml.privacy.accounting import SampledGaussian, Unit
 from fedml.privacy.noise import FINENESS, SecureNoise
 from fedml.privacy.sampling import PoissonSampler
 
@@ -39,13 +40,17 @@ class PrivateGradient:
         event: SampledGaussian,
         clip: float,
         public_rows: int,
+        unit: Unit = "record",
     ) -> None:
+        """With `unit` "patient", `public_rows` and all that was said of rows is of persons."""
         self._descent, self._rows = descent, rows
         example = recipe.example(5).to(rows.x.device)
         check_fit(descent, example)
         self._gradients = RowGradients(descent.model, recipe.loss, example)
-        self._sampler = PoissonSampler(len(rows), event.sampling)
         self._noise = SecureNoise()  # fresh for each task
+        self._persons = Persons(rows, self._noise) if unit == "patient" else None
+        count = len(rows) if self._persons is None else len(self._persons)
+        self._sampler = PoissonSampler(count, event.sampling)
         # sums are in units of the noise's grid, of which `FINENESS` make its deviation
         self._clip, self._scale = clip, FINENESS / (event.noise * clip)
         self._unit = 1 / (self._scale * event.sampling * public_rows)
@@ -58,17 +63,28 @@ class PrivateGradient:
     def fill(self) -> None:
         """Set the gradients of one step: (sum of clipped ones + noise) / expected batch."""
         self._flat.zero_()
-        sample = self._sampler.sample(self._noise).to(self._rows.x.device)
-        for chunk in sample.split(self._gradients.rows_at_once):
+        most = self._persons.most if self._persons is not None else 1
+        room = max(1, self._gradients.rows_at_once // most)
+        for chunk in self._sampler.sample(self._noise).split(room):
             if len(chunk):
-                x, y = self._rows.x[chunk], self._rows.y[chunk]
-                self._gradients.add_clipped(x, y, self._clip, self._sums, scale=self._scale)
+                self._add(chunk)
         released = self._flat.cpu()
         self._noise.hide(released)
         self._flat.copy_(released)
         gradients = self._descent.gradients.values()
         for gradient, total in zip(gradients, self._sums.values(), strict=True):
             gradient.copy_(total).mul_(self._unit)
+
+    def _add(self, chunk: Tensor) -> None:
+        """Add the clipped gradients of some rows, or some persons."""
+        device, units = self._rows.x.device, None
+        if self._persons is not None:
+            chunk, units = self._persons.rows_of(chunk, device)
+        places = chunk.to(device)
+        x, y = self._rows.x[places], self._rows.y[places]
+        self._gradients.add_clipped(
+            x, y, self._clip, self._sums, units=units, scale=self._scale
+        )
 
 
 def check_fit(descent: Descent, x: Tensor) -> None:

@@ -23,6 +23,7 @@ from fedml.learning.rowwise import MOST_FLOATS
 from fedml.privacy.accounting import SampledGaussian
 from fedml.privacy.mechanisms import clip_factors
 from fedml.privacy.noise import FINENESS, SecureNoise
+from fedml.privacy.sampling import PoissonSampler
 from fedml.protocol.messages import Training
 from fedml.protocol.tasks import Brief
 from fedml.stacked import Stacked
@@ -116,7 +117,7 @@ class _PrivateGradients:
         most = self._rows.x.shape[1]
         chosen = torch.zeros(len(self._rows.counts), most, dtype=torch.bool)
         for site, (count, rate) in enumerate(zip(self._rows.counts, self._sampling, strict=True)):
-            chosen[site, :count] = True if rate == 1 else self._noise.bernoulli(count, rate)
+            chosen[site, PoissonSampler(count, rate).sample(self._noise)] = True
         width = int(chosen.sum(1).max()) if chosen.numel() else 0
         order = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, :width]
         return order.to(self._device), chosen.gather(1, order).to(self._device)

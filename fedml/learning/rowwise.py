@@ -51,7 +51,9 @@ class RowGradients:
         self._written = 0  # numbers that are written down for one row
         self._taps: Taps | None = Taps(model)
         uses = Counter(p for layer in self._taps.layers for p in trainable(layer))
-        self._shared = {parameter for parameter, count in uses.items() if count > 1}
+        self._tied = {  # what has two uses must be added up before it has a norm
+            layer for layer in self._taps.layers if any(uses[p] > 1 for p in trainable(layer))
+        }
         known = all(isinstance(layer, (*_OURS, *_THEIRS)) for layer in self._taps.layers)
         if not (known and self._agrees(example)):
             self._taps, self._written = None, sum(p.numel() for p in self._parameters)
@@ -93,18 +95,17 @@ class RowGradients:
     def _ghosts(self, x: Tensor, y: Tensor, units: Units | None, loss: Loss) -> list[Ghost]:
         if self._taps is None:
             return [self._one_by_one(x, y, units, loss)]
-        # the loss of each row by itself: a mean, a sum, even a loss that mixes rows cannot leak
-        alone = vmap(lambda o, t: loss(o[None], t[None]), randomness="different")
 
         def losses(output: Tensor) -> Tensor:
+            # of each row by itself: a mean, a sum, even a loss that mixes rows cannot leak
+            alone = vmap(lambda o, t: loss(o[None], t[None]), randomness="different")
             numbers: Tensor = alone(output, y)
             return numbers if units is None else numbers * units.shares
 
         written, ghosts, self._written = Written(), list[Ghost](), 0
         for seen in self._taps.look(x, losses):
             if seen.inputs:
-                tied = any(parameter in self._shared for parameter in trainable(seen.layer))
-                ghost = None if tied else _ghost(seen, units)
+                ghost = None if seen.layer in self._tied else _ghost(seen, units)
                 if ghost is None:
                     self._written += _write(seen, units, written)
                 else:

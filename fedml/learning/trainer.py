@@ -21,7 +21,7 @@ from fedml.learning.gradients import Precision
 from fedml.learning.on_cpu import tune
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
-from fedml.privacy.accounting import training_event
+from fedml.privacy.accounting import training_event, unit_of
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
 from fedml.strategies import STATISTICS, own_model
@@ -59,7 +59,7 @@ def batches(rows: int, training: Training, seed: int) -> Iterator[Tensor | slice
 class Trainer:
     """Trains a recipe as `training` says, under `privacy`, on `device`.
 
-    With privacy mode "record", one call is one `training_event`: it must be charged before the
+    Under privacy, one call is one `training_event`: it must be charged before the
     update leaves, and called again it is another release. With precision "bf16" the model runs
     under autocast, and its parameters, their gradients and the loss stay float32. A model is
     built once and copied for each task, so no task sees what another left in it. `copy` gives
@@ -81,7 +81,7 @@ class Trainer:
                 f"precision {self.precision}: rows' gradients are clipped and noised in fp32; "
                 "set precision=fp32 or privacy=none"
             )
-        if self.privacy.mode == "record":
+        if self.privacy.mode != "none":
             _private_gradient()  # before anyone forks
 
     def train(
@@ -97,7 +97,7 @@ class Trainer:
 
         On a CPU, plain training gives the same bytes for the same inputs; `seed` orders batches
         and drops out, and never touches privacy noise. Under privacy the update weighs
-        `public_rows` and its metrics hold no number made from rows. Raises `Refused` for a rule
+        `public_rows` (in mode "patient": of persons), and no metric is made from rows. Raises `Refused` for a rule
         this site lacks, `ConfigError` for a recipe unfit for the mode, `TaskFailed` if the work
         breaks or diverges.
         """
@@ -116,8 +116,9 @@ class Trainer:
             brief = replace(brief, params=own_model(brief, memory))
             descent = Descent(model, brief, memory, self.training, self.copy)
             path = {"loss": self._loss(model, Rows(x, y))} if reads_loss else {}
-            if self.privacy.mode == "record":
-                delta, weight, metrics = self._privately(descent, Rows(x, y), public_rows)
+            if self.privacy.mode != "none":
+                whose = Rows(x, y, rows.groups)
+                delta, weight, metrics = self._privately(descent, whose, public_rows)
             else:
                 delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
         path |= path_of(self.training, descent.steps)
@@ -252,6 +253,7 @@ class Trainer:
             event=event,
             clip=self.privacy.clip,
             public_rows=public_rows,
+            unit=unit_of(self.privacy.mode),
         )
         for _ in range(event.steps):
             gradient.fill()

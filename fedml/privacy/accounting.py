@@ -14,15 +14,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fedml.durable import Record
 from fedml.errors import ConfigError, Corrupt, Refused
-from fedml.protocol.messages import Privacy, Training
+from fedml.protocol.messages import Privacy, PrivacyMode, Training
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
+Unit = Literal["record", "patient"]  # whom epsilon is about
 GRID = 1e-3  # step of the privacy loss grid; losses are rounded so that epsilon is never too low
 LEAST_NOISE, MOST_NOISE, MOST_EPSILON = 0.3, 1e6, 1000.0  # what calibration will consider
 MOST_STEPS = 10**6  # of a whole run; calibrating that takes seconds
@@ -112,9 +113,10 @@ def noise_multiplier(privacy: Privacy, sampling: float, steps: int) -> float:
 def training_event(training: Training, privacy: Privacy, public_rows: int) -> SampledGaussian:
     """Return what one round of private training costs a site with `public_rows` rows.
 
-    Public, because sampling and noise may not depend on the number of rows there really are.
+    Public, because sampling and noise may not depend on the number of rows there really are. In
+    mode "patient" a row is a patient, here and in the event.
     """
-    if privacy.mode != "record":
+    if privacy.mode == "none":
         raise ConfigError(f"privacy.mode {privacy.mode!r} has no cost to account; use 'record'")
     if training.steps < 1:
         raise ConfigError(
@@ -126,6 +128,11 @@ def training_event(training: Training, privacy: Privacy, public_rows: int) -> Sa
     sampling = min(1.0, training.batch_size / public_rows) if training.batch_size else 1.0
     noise = noise_multiplier(privacy, sampling, training.steps)
     return SampledGaussian(sampling, noise, training.steps)
+
+
+def unit_of(mode: PrivacyMode) -> Unit:
+    """Return what a mode protects: a ledger's events are all about the same."""
+    return "patient" if mode == "patient" else "record"
 
 
 def evaluation_event(privacy: Privacy) -> Pure:

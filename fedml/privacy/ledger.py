@@ -27,7 +27,7 @@ from typing import Literal
 from fedml import durable, failpoints
 from fedml.errors import BudgetExhausted, ConfigError, Corrupt, Refused, Untrusted
 from fedml.privacy import accounting
-from fedml.privacy.accounting import Event
+from fedml.privacy.accounting import Event, Unit
 from fedml.protocol.messages import RunId, TaskId
 
 Part = Literal["train", "held-out"]
@@ -59,7 +59,7 @@ class Entry:
 class Ledger:
     """The budget of one dataset; safe to share between threads.
 
-    `limit_epsilon` at `delta` is what the site's policy grants each row for the file's lifetime.
+    `limit_epsilon` at `delta` is what the site's policy grants each `unit` for the file's lifetime.
     Opening raises `Corrupt` if the file is not what we wrote, and `ConfigError` if another
     process holds it or it belongs to another dataset.
     """
@@ -71,11 +71,13 @@ class Ledger:
         name: str,
         limit_epsilon: float,
         delta: float,
+        unit: Unit = "record",
         clock: Callable[[], float] = time.time,
     ) -> None:
         if not (limit_epsilon >= 0 and 0 < delta < 1):
             raise ConfigError(f"{name}: limit {limit_epsilon}, delta {delta}: 0 or more, in (0, 1)")
         self.path, self.name, self.limit, self.delta = path, name, limit_epsilon, delta
+        self.unit = unit
         self._clock, self._mutex, self._open = clock, threading.RLock(), ExitStack()
         self._head = _head_of(path)
         self._open.enter_context(durable.lock(self._head.parent, f"ledger of {name}"))
@@ -155,12 +157,17 @@ class Ledger:
 
     def _start(self) -> None:
         if not self._log.records:
-            self._append({"kind": "ledger", "name": self.name, "unit": "record", "version": 1})
+            self._append({"kind": "ledger", "name": self.name, "unit": self.unit, "version": 1})
         first = self._log.records[0]
         if first["name"] != self.name:
             raise ConfigError(
                 f"{self.path} is the ledger of {first['name']!r}, not of {self.name!r}; "
                 "give each dataset its own"
+            )
+        if first["unit"] != self.unit:
+            raise ConfigError(
+                f"{self.path} counts what each {first['unit']} has spent, the policy now says "
+                f"{self.unit}: give the rows a dataset of another name"
             )
 
     def _move(self, entry: Entry, state: State) -> None:

@@ -36,8 +36,7 @@ def clip_factors(norms: Tensor, limit: float) -> Tensor:
     by no more than the limit when a vector joins it, whatever the sum's rounding does. Who
     multiplies by a 0 selects the vector away instead, for 0 * NaN is NaN.
     """
-    factors = (limit * (1 - MARGIN) / norms.clamp(min=1e-12)).clamp(max=1.0)
-    return torch.where(norms.isfinite(), factors, 0.0)
+    return (limit * (1 - MARGIN) / norms).nan_to_num_(nan=0.0, posinf=1.0).clamp_(0.0, 1.0)
 
 
 def noisy_totals(

@@ -20,9 +20,9 @@ from torch import Tensor
 from fedml.errors import ConfigError
 
 FINENESS = 16  # steps of the grid of what is released, to a standard deviation of its noise
-_BLOCK = 2**15  # Gaussians drawn at once: what they take stays in the cache
+_BLOCK = 2**16  # Gaussians drawn at once: what they take stays in the cache
 _ZEROS = bytes(2**19)
-_LEAST = 2**12  # radii below this, of 2**31, are drawn anew with more bits: far tails need them
+_LEAST = 2**16  # radii below this, of 2**31, are drawn anew with more bits: far tails need them
 _LOG = torch.tensor(31 * math.log(2) + 1e-14, dtype=torch.float64)
 
 
@@ -57,25 +57,26 @@ class SecureNoise:
         Floats are no real numbers: which of them a noised sum can be tells what was summed
         (Mironov 2012). Whole numbers tell nothing, and rounding, like all that follows the
         noise, costs no privacy; it adds 1 / (12 * 16**2), .03 %, to the variance. What is left
-        is that a draw comes from 2**63 points, and differs from an ideal Gaussian's by at most
-        about 2**-28 of its deviation: the odds of an integer are those of ideal noise but for a
-        factor of exp(2**-22) at most. Over k released numbers that adds, by strong composition,
-        2**-22 * sqrt(2 k ln(1/d)) to epsilon at an additional delta d: .008 for 2**25 numbers
-        and d = 1e-9, if all were as bad as they can be.
+        is that a draw takes one of 2**63 points: an integer's odds differ from those of ideal
+        noise, in root mean square, by a factor of about 1 + 2**-22. Over k released numbers
+        that adds, by strong composition, about 2**-22 * sqrt(2 k ln(1/d)) to epsilon at an
+        additional delta d, if all were as bad as they can be: .009 for 2**25 numbers, d = 1e-9.
         """
         for part in total.split(_BLOCK):
             self._add(part, float(FINENESS))
             part.round_()
 
-    def bernoulli(self, size: int, probability: float) -> Tensor:
-        """Return `size` booleans, each true with `probability`, independently."""
+    def pick(self, size: int, probability: float) -> Tensor:
+        """Return some of 0 to `size` - 1, in order, each with `probability`, independently."""
         if not 0 <= probability <= 1:
             raise ConfigError(f"probability {probability}: must lie in [0, 1]")
         whole = math.floor(probability * 2**16)
         words = np.frombuffer(self._bytes(2 * size), np.uint16)
-        told = words < whole  # by 16 bits, but for a draw in 65536, which takes 53 more
-        (open_,) = np.nonzero(words == whole)
-        told[open_] = self._uniform(len(open_)) < probability * 2**16 - whole
+        told = (words <= whole).nonzero()[0]
+        open_ = words[told] == whole  # one in 65536: 53 more bits decide
+        if open_.any():
+            open_[open_] = self._uniform(int(open_.sum())) >= probability * 2**16 - whole
+            told = told[~open_]
         return torch.from_numpy(told)
 
     def discrete_laplace(self, scale: Fraction) -> int:

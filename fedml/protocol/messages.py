@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NewType
+from typing import Literal, NewType, get_args
 
 from fedml.errors import ConfigError
 
@@ -113,7 +113,7 @@ class Training:
             )
 
 
-PrivacyMode = Literal["none", "record"]
+PrivacyMode = Literal["none", "record", "patient"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ class Privacy:
     `epsilon` for a training row after `rounds` rounds, and `evaluation_epsilon` for each
     evaluation of a held-out row (0: no scores leave the site). `clip` bounds the L2 norm of one
     row's gradient. Mode `none` promises nothing but that rows stay home.
+
+    Mode `patient` is the same promise for adding or removing a person with all of his rows:
+    `clip` bounds the norm of the mean of a person's gradients, and a batch is of persons.
     """
 
     mode: PrivacyMode = "none"
@@ -134,9 +137,10 @@ class Privacy:
     evaluation_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("none", "record"):
-            raise ConfigError(f"privacy.mode {self.mode!r}: use 'none' or 'record'")
-        if self.mode == "record" and not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
+        if self.mode not in get_args(PrivacyMode):
+            modes = ", ".join(get_args(PrivacyMode))
+            raise ConfigError(f"privacy.mode {self.mode!r}: use one of {modes}")
+        if self.mode != "none" and not (0 < self.epsilon < math.inf and 0 < self.delta < 1):
             raise ConfigError(
                 f"privacy.epsilon {self.epsilon}, delta {self.delta}: epsilon > 0, 0 < delta < 1"
             )

@@ -45,7 +45,7 @@ def row(job: Job) -> Row:
     """Return a job in one row; `epsilon` is what its sites may spend at most, None for no limit."""
     summary, plan = job.summary, job.plan
     scores = cast(Mapping[str, float], summary.get("scores") or {})
-    private = plan is not None and plan.privacy.mode == "record"
+    private = plan is not None and plan.privacy.mode != "none"
     return {
         "job": job.number,
         "folder": str(job.folder),

@@ -87,7 +87,7 @@ class Heterogeneous:
     partial: bool = False
 
     def __post_init__(self) -> None:
-        if self.partial and self.plan.privacy.mode == "record":
+        if self.partial and self.plan.privacy.mode != "none":
             raise ConfigError(
                 "world.partial with record privacy: noise is set for all steps of a task, so a "
                 "part of one cannot be released; set world.partial=false"

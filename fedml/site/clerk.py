@@ -58,6 +58,7 @@ def open_ledgers(folder: Path, policy: Policy) -> Iterator[Ledgers]:
                     name=name,
                     limit_epsilon=dataset.epsilon,
                     delta=dataset.delta,
+                    unit=dataset.unit,
                 )
                 stack.callback(ledgers[name].close)
         yield ledgers
@@ -331,7 +332,9 @@ class Clerk:
             "slots": str(self._memory.slots(order.run)),
             "private": order.privacy.mode != "none",
             "rows": str(permit.rows),
-            "public_rows": permit.dataset.rows,
+            "public_rows": permit.dataset.units,
+            "train": str(permit.dataset.train),
+            "held_out": str(permit.dataset.held_out or ""),
             "device": self._policy.device,
             "threads": self._policy.threads,
             "recipe_files": dict(self._policy.recipe_files),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedml.errors import Busy, Refused
-from fedml.privacy.accounting import Event, evaluation_event, training_event
+from fedml.privacy.accounting import Event, evaluation_event, training_event, unit_of
 from fedml.protocol.messages import Assignment, RecipeId, RunId
 from fedml.site.policy import Dataset, Policy
 
@@ -44,12 +44,23 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"policy datasets.{assignment.dataset}.recipes = {list(dataset.recipes)}: "
             f"{assignment.recipe.name} may not read these rows"
         )
-    if dataset.privacy == "record" and assignment.privacy.mode != "record":
+    mode = assignment.privacy.mode
+    if dataset.privacy not in ("none", mode):
         raise Refused(
-            f"policy datasets.{assignment.dataset}.privacy = 'record': "
-            f"the task asks for mode {assignment.privacy.mode!r}"
+            f"policy datasets.{assignment.dataset}.privacy = {dataset.privacy!r}: "
+            f"the task asks for mode {mode!r}"
         )
-    if assignment.privacy.mode == "record" and assignment.privacy.delta > dataset.delta:
+    if mode == "patient" and not dataset.patients:
+        raise Refused(
+            f"policy datasets.{assignment.dataset}.patients is not set: "
+            "the task asks for mode 'patient', which takes a public number of patients"
+        )
+    if mode != "none" and unit_of(mode) != dataset.unit:
+        raise Refused(
+            f"policy datasets.{assignment.dataset}.patients = {dataset.patients}: "
+            f"the budget is a patient's, the task asks for mode {mode!r}"
+        )
+    if mode != "none" and assignment.privacy.delta > dataset.delta:
         raise Refused(
             f"policy datasets.{assignment.dataset}.delta = {dataset.delta}: "
             f"the task asks for {assignment.privacy.delta}"
@@ -77,11 +88,11 @@ def _check_recipe(policy: Policy, wanted: RecipeId, installed: Sequence[RecipeId
 
 
 def _terms(dataset: Dataset, assignment: Assignment) -> Permit:
-    private = assignment.privacy.mode == "record"
+    private = assignment.privacy.mode != "none"
     if assignment.kind == "train":
         event = None
         if private:
-            event = training_event(assignment.training, assignment.privacy, dataset.rows)
+            event = training_event(assignment.training, assignment.privacy, dataset.units)
         return Permit(dataset, dataset.train, "train", event)
     if dataset.held_out is None:
         raise Refused(f"policy datasets.{assignment.dataset}.held_out is not set: nothing to score")
