@@ -82,9 +82,7 @@ class PrivateGradient:
             chunk, units = self._persons.rows_of(chunk, device)
         places = chunk.to(device)
         x, y = self._rows.x[places], self._rows.y[places]
-        self._gradients.add_clipped(
-            x, y, self._clip, self._sums, units=units, scale=self._scale
-        )
+        self._gradients.add_clipped(x, y, self._clip, self._sums, units=units, scale=self._scale)
 
 
 def check_fit(descent: Descent, x: Tensor) -> None:

@@ -9,7 +9,7 @@ that: norm and sum are always of the same vectors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -27,10 +27,10 @@ from fedml.learning.ghosts import (
     patches,
     write_convolution,
 )
+from fedml.learning.lone import Loss, alone, quickly_alone
 from fedml.learning.taps import Seen, Taps, trainable
 from fedml.privacy.mechanisms import clip_factors
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 MOST_FLOATS = 2**25  # of gradients written down at once: 128 MiB of float32
 _MOST_ROWS = 1024  # at once, however little is written down
 _SAMPLERS = GradSampleModule.GRAD_SAMPLERS  # Opacus's, for layers that have no form of ours
@@ -46,17 +46,20 @@ class RowGradients:
     """
 
     def __init__(self, model: nn.Module, loss: Loss, example: Tensor) -> None:
-        self._model, self._loss = model, loss
+        self._model, self._loss, self._losses = model, loss, alone(loss)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._written = 0  # numbers that are written down for one row
-        self._taps: Taps | None = Taps(model)
-        uses = Counter(p for layer in self._taps.layers for p in trainable(layer))
+        taps = Taps(model)
+        self._taps: Taps | None = taps
+        uses = Counter(p for layer in taps.layers for p in trainable(layer))
         self._tied = {  # what has two uses must be added up before it has a norm
-            layer for layer in self._taps.layers if any(uses[p] > 1 for p in trainable(layer))
+            layer for layer in taps.layers if any(uses[p] > 1 for p in trainable(layer))
         }
-        known = all(isinstance(layer, (*_OURS, *_THEIRS)) for layer in self._taps.layers)
-        if not (known and self._agrees(example)):
+        known = all(isinstance(layer, (*_OURS, *_THEIRS)) for layer in taps.layers)
+        if not (known and self._agrees(taps, example)):
             self._taps, self._written = None, sum(p.numel() for p in self._parameters)
+        elif isinstance(output := self._show(example), Tensor):
+            self._losses = quickly_alone(loss, output)
 
     @property
     def is_layered(self) -> bool:
@@ -84,7 +87,10 @@ class RowGradients:
         counts as zero. `sums` is float64, in units of 1 / `scale`. Adding or removing a unit
         moves all the sums, taken together, by at most `limit`, rounding and all.
         """
-        ghosts = self._ghosts(x, y, units, self._loss)
+        if self._taps is None:
+            ghosts: list[Ghost] = [self._one_by_one(x, y, units)]
+        else:
+            ghosts = self._ghosts(self._taps, x, y, units, self._losses)
         squares = torch.stack([ghost.squares() for ghost in ghosts]).sum(0)
         factors = clip_factors(squares.sqrt(), limit)
         counted = factors > 0
@@ -92,18 +98,15 @@ class RowGradients:
         for ghost in ghosts:
             ghost.add(factors[kept] * scale, kept, sums)
 
-    def _ghosts(self, x: Tensor, y: Tensor, units: Units | None, loss: Loss) -> list[Ghost]:
-        if self._taps is None:
-            return [self._one_by_one(x, y, units, loss)]
-
-        def losses(output: Tensor) -> Tensor:
-            # of each row by itself: a mean, a sum, even a loss that mixes rows cannot leak
-            alone = vmap(lambda o, t: loss(o[None], t[None]), randomness="different")
-            numbers: Tensor = alone(output, y)
+    def _ghosts(
+        self, taps: Taps, x: Tensor, y: Tensor, units: Units | None, losses: Loss
+    ) -> list[Ghost]:
+        def of(output: Tensor) -> Tensor:
+            numbers = losses(output, y)
             return numbers if units is None else numbers * units.shares
 
         written, ghosts, self._written = Written(), list[Ghost](), 0
-        for seen in self._taps.look(x, losses):
+        for seen in taps.look(x, of):
             if seen.inputs:
                 ghost = None if seen.layer in self._tied else _ghost(seen, units)
                 if ghost is None:
@@ -112,8 +115,8 @@ class RowGradients:
                     ghosts.append(ghost)
         return [*ghosts, written] if self._written else ghosts
 
-    def _one_by_one(self, x: Tensor, y: Tensor, units: Units | None, loss: Loss) -> Written:
-        model = self._model
+    def _one_by_one(self, x: Tensor, y: Tensor, units: Units | None) -> Written:
+        model, loss = self._model, self._loss
         names = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
         def of_one(values: Mapping[str, Tensor], row: Tensor, target: Tensor) -> Tensor:
@@ -130,14 +133,22 @@ class RowGradients:
             written.put(parameter, part)
         return written
 
-    def _agrees(self, example: Tensor) -> bool:
+    def _show(self, example: Tensor) -> object:
+        """Return what the model makes of made-up rows, in evaluation mode."""
+        self._model.eval()
+        with torch.no_grad():
+            output = self._model(example)
+        self._model.train()
+        return output
+
+    def _agrees(self, taps: Taps, example: Tensor) -> bool:
         """Hold norms and a weighted sum, on made-up rows, against autograd's, row by row."""
         self._model.eval()  # no dropout: it would differ from one pass to the other
         try:
             with torch.no_grad():
                 target = torch.randn_like(self._model(example))
             right = torch.stack([self._alone(*pair) for pair in zip(example, target, strict=True)])
-            ghosts = self._ghosts(example, target, None, _product)
+            ghosts = self._ghosts(taps, example, target, None, _products)
             squares = torch.stack([ghost.squares() for ghost in ghosts]).sum(0)
             factors = torch.rand(len(example), dtype=torch.float64, device=example.device)
             sums = {p: p.new_zeros(p.shape, dtype=torch.float64) for p in self._parameters}
@@ -151,15 +162,15 @@ class RowGradients:
         return _is_close(squares, right.square().sum(1)) and _is_close(found, factors @ right)
 
     def _alone(self, row: Tensor, target: Tensor) -> Tensor:
-        total = _product(self._model(row[None]), target[None])
+        total = _products(self._model(row[None]), target[None]).sum()
         parts = torch.autograd.grad([total], self._parameters, allow_unused=True)
         pairs = zip(parts, self._parameters, strict=True)
         whole = [(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]
         return torch.cat(whole).double()
 
 
-def _product(output: Tensor, target: Tensor) -> Tensor:
-    return (output * target).sum()
+def _products(output: Tensor, target: Tensor) -> Tensor:
+    return (output * target).flatten(1).sum(1)
 
 
 def _is_close(found: Tensor, right: Tensor) -> bool:

@@ -97,9 +97,9 @@ class Trainer:
 
         On a CPU, plain training gives the same bytes for the same inputs; `seed` orders batches
         and drops out, and never touches privacy noise. Under privacy the update weighs
-        `public_rows` (in mode "patient": of persons), and no metric is made from rows. Raises `Refused` for a rule
-        this site lacks, `ConfigError` for a recipe unfit for the mode, `TaskFailed` if the work
-        breaks or diverges.
+        `public_rows` (of patients, in mode "patient") and its metrics hold no number made from
+        rows. Raises `Refused` for a rule this site lacks, `ConfigError` for a recipe unfit for
+        the mode, `TaskFailed` if the work breaks or diverges.
         """
         if task.brief.rule in STATISTICS:
             return self._measure(task, rows), memory

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -22,8 +22,17 @@ from fedml.errors import ConfigError
 FINENESS = 16  # steps of the grid of what is released, to a standard deviation of its noise
 _BLOCK = 2**16  # Gaussians drawn at once: what they take stays in the cache
 _ZEROS = bytes(2**19)
-_LEAST = 2**16  # radii below this, of 2**31, are drawn anew with more bits: far tails need them
-_LOG = torch.tensor(31 * math.log(2) + 1e-14, dtype=torch.float64)
+_LEAST = 2**12  # radii below this, of 2**31, are drawn anew with more bits: far tails need them
+
+
+class _Pad:
+    """Scratch for `half` pairs of Gaussians, made once, for pages and views cost more than sums."""
+
+    def __init__(self, half: int) -> None:
+        words = torch.empty(2 * half, dtype=torch.int32)
+        self.half, self.first, self.second = half, words[:half], words[half:]
+        self.bytes = memoryview(words.numpy()).cast("B")
+        self.radius, self.angle, self.sine = torch.empty(3, half, dtype=torch.float64)
 
 
 class SecureNoise:
@@ -33,8 +42,7 @@ class SecureNoise:
         cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16)))
         self._stream = cipher.encryptor()
         self._process = os.getpid()
-        self._words = torch.empty(_BLOCK, dtype=torch.int32)
-        self._parts = torch.empty(3, _BLOCK // 2, dtype=torch.float64)
+        self._pad = _Pad(0)
 
     def normal(self, size: int | Sequence[int], std: float) -> Tensor:
         """Return float64 Gaussian noise of that standard deviation.
@@ -45,8 +53,8 @@ class SecureNoise:
         if not 0 <= std < math.inf:
             raise ConfigError(f"noise of standard deviation {std}: must be 0 or more, and finite")
         values = torch.zeros(math.prod(shape), dtype=torch.float64)
-        for part in values.split(_BLOCK):
-            self._add(part, std)
+        for _ in self._add(values, std):
+            pass
         return values.reshape(shape)
 
     def hide(self, total: Tensor) -> None:
@@ -62,8 +70,7 @@ class SecureNoise:
         that adds, by strong composition, about 2**-22 * sqrt(2 k ln(1/d)) to epsilon at an
         additional delta d, if all were as bad as they can be: .009 for 2**25 numbers, d = 1e-9.
         """
-        for part in total.split(_BLOCK):
-            self._add(part, float(FINENESS))
+        for part in self._add(total, FINENESS):
             part.round_()
 
     def pick(self, size: int, probability: float) -> Tensor:
@@ -116,25 +123,35 @@ class SecureNoise:
             k += 1
         return k % 2 == 1
 
-    def _add(self, values: Tensor, std: float) -> None:
-        """Add Gaussians to a block, by Box-Muller: 31 bits of radius, in tails 84; 32 of angle."""
-        half = (len(values) + 1) // 2
-        words = self._words[: 2 * half]
-        self._refill(memoryview(words.numpy()).cast("B"))
-        first, second = words[:half].bitwise_and_(2**31 - 1), words[half:]
-        radius, angle, sine = self._parts[:, :half]
-        radius.copy_(first)
-        if half and int(first.min()) < _LEAST:
-            far = (first < _LEAST).nonzero().squeeze(1)
-            radius[far] += torch.from_numpy(self._uniform(len(far)))
-        # of the square, -2 ln(radius / 2**31): what is added keeps its root from a negative one
-        torch.sub(_LOG, radius.log_(), out=radius)
-        radius.mul_(2 * std**2).sqrt_()
-        angle.copy_(second).mul_(math.pi * 2.0**-31)
-        torch.sin(angle, out=sine)
-        rest = len(values) - half
-        values[:half].addcmul_(radius, angle.cos_())
-        values[half:].addcmul_(radius[:rest], sine[:rest])
+    def _add(self, values: Tensor, std: float) -> Iterator[Tensor]:
+        """Add Gaussians, by Box-Muller: 31 bits of radius, in tails 84; 32 of angle.
+
+        Yields block after block, when it is done.
+        """
+        half = -(-len(values) // max(1, -(-len(values) // _BLOCK)) // 2)
+        if self._pad.half != half:
+            self._pad = _Pad(half)
+        pad, factor = self._pad, 2.0 * std**2
+        # of a radius' square, -2 ln(word / 2**31); what is added keeps its root from less than 0
+        log = torch.tensor(factor * (31 * math.log(2) + 1e-14), dtype=torch.float64)
+        for part in values.split(2 * half) if half else ():
+            self._refill(pad.bytes)
+            pad.radius.copy_(pad.first.bitwise_and_(2**31 - 1))
+            if int(pad.first.min()) < _LEAST:
+                far = (pad.first < _LEAST).nonzero().squeeze(1)
+                pad.radius[far] += torch.from_numpy(self._uniform(len(far)))
+            torch.sub(log, pad.radius.log_(), alpha=factor, out=pad.radius).sqrt_()
+            pad.angle.copy_(pad.second).mul_(math.pi * 2.0**-31)
+            torch.sin(pad.angle, out=pad.sine)
+            pad.angle.cos_()
+            if len(part) == 2 * half:
+                part[:half].addcmul_(pad.radius, pad.angle)
+                part[half:].addcmul_(pad.radius, pad.sine)
+            else:
+                rest = max(0, len(part) - half)
+                part[:half].addcmul_(pad.radius[: len(part)], pad.angle[: len(part)])
+                part[half:].addcmul_(pad.radius[:rest], pad.sine[:rest])
+            yield part
 
     def _uniform(self, count: int) -> npt.NDArray[np.float64]:
         """Return floats strictly between 0 and 1, of 53 random bits each."""

@@ -212,11 +212,12 @@ def _reducer(plan: Plan) -> Iterator[str]:
 
 
 def _privacy(plan: Plan) -> Iterator[str]:
-    if plan.privacy.mode == "none":
+    mode = plan.privacy.mode
+    if mode == "none":
         return
     if measures(plan.strategy):
         yield (
-            f"strategy {type(plan.strategy).__name__} with {plan.privacy.mode} privacy: its sites report exact "
+            f"strategy {type(plan.strategy).__name__} with {mode} privacy: its sites report exact "
             "numbers made of rows, which no noise hides; use strategy=fedavg, or privacy=none"
         )
     if plan.privacy.rounds != plan.rounds:
@@ -226,12 +227,12 @@ def _privacy(plan: Plan) -> Iterator[str]:
         )
     if plan.training.epochs:
         yield (
-            f"training.epochs {plan.training.epochs} with {plan.privacy.mode} privacy: the number of passes "
+            f"training.epochs {plan.training.epochs} with {mode} privacy: the number of passes "
             "depends on private rows, set training.steps instead"
         )
     if _evaluates(plan) and plan.privacy.evaluation_epsilon == 0:
         yield (
-            f"evaluation with {plan.privacy.mode} privacy and privacy.evaluation_epsilon 0: scores are made of "
+            f"evaluation with {mode} privacy and privacy.evaluation_epsilon 0: scores are made of "
             "private rows, set evaluation_epsilon above 0 or evaluation.at_end=false and every=0"
         )
 

@@ -75,12 +75,12 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.patients < 0:
             raise ConfigError(f"patients {self.patients}: state a public number, or leave it out")
-        if (self.privacy == "patient") > (self.patients > 0):
+        if self.privacy == "patient" and not self.patients:
             raise ConfigError("privacy 'patient' needs `patients`, your public number of them")
         if self.privacy == "record" and self.patients:
             raise ConfigError(
                 f"patients {self.patients} with privacy 'record': a budget is about one kind of "
-                "unit; say privacy = \"patient\", or leave patients out"
+                'unit; say privacy = "patient", or leave patients out'
             )
         if self.rows < 1:
             raise ConfigError(f"rows {self.rows}: state a public row count of 1 or more")

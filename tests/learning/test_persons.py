@@ -24,7 +24,7 @@ from fedml.privacy.accounting import SampledGaussian
 from fedml.privacy.mechanisms import MARGIN
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Brief, Task, Update
-from tests.learning.test_rowwise import NETS, loss, made
+from tests.learning.test_rowwise import NETS, loss
 
 torch.set_num_threads(1)
 
@@ -132,7 +132,6 @@ def test_a_patient_with_a_row_that_is_not_finite_counts_as_zero() -> None:
 
 
 def test_of_a_patient_with_many_rows_the_same_few_take_part_in_every_step() -> None:
-    model, gradients, _, _ = made("perceptron")
     x = torch.randn(5 * MOST_RECORDS, 7)
     rows = Rows(x, torch.zeros(len(x)).long(), torch.zeros(len(x)).long())
     gradient, descent = filled(Given(), rows)
