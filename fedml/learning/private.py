@@ -9,6 +9,8 @@ Whatever follows the noise (weight decay, the rule, momentum) costs nothing more
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ class PrivateGradient:
         unit: Unit = "record",
     ) -> None:
         """With `unit` "patient", `public_rows` and all that was said of rows is of persons."""
-        self._descent, self._rows = descent, rows
+        self._rows = rows
         example = recipe.example(5).to(rows.x.device)
         check_fit(descent, example)
         self._gradients = RowGradients(descent.model, recipe.loss, example)
@@ -54,11 +56,13 @@ class PrivateGradient:
         # sums are in units of the noise's grid, of which `FINENESS` make its deviation
         self._clip, self._scale = clip, FINENESS / (event.noise * clip)
         self._unit = 1 / (self._scale * event.sampling * public_rows)
-        trainable = descent.trainable.values()
-        sizes = [p.numel() for p in trainable]
+        # in the order in which gradients lie in memory, so that they are mostly filled at once
+        names = sorted(descent.trainable, key=lambda name: descent.gradients[name].data_ptr())
+        sizes = [descent.gradients[name].numel() for name in names]
         self._flat = torch.zeros(sum(sizes), dtype=torch.float64, device=rows.x.device)
-        parts = zip(trainable, self._flat.split(sizes), strict=True)
-        self._sums = {parameter: part.view(parameter.shape) for parameter, part in parts}
+        parts = [descent.trainable[name] for name in names], self._flat.split(sizes)
+        self._sums = {p: total.view(p.shape) for p, total in zip(*parts, strict=True)}
+        self._filled = _joined([descent.gradients[name] for name in names], self._flat)
 
     def fill(self) -> None:
         """Set the gradients of one step: (sum of clipped ones + noise) / expected batch."""
@@ -71,8 +75,7 @@ class PrivateGradient:
         released = self._flat.cpu()
         self._noise.hide(released)
         self._flat.copy_(released)
-        gradients = self._descent.gradients.values()
-        for gradient, total in zip(gradients, self._sums.values(), strict=True):
+        for gradient, total in self._filled:
             gradient.copy_(total).mul_(self._unit)
 
     def _add(self, chunk: Tensor) -> None:
@@ -83,6 +86,17 @@ class PrivateGradient:
         places = chunk.to(device)
         x, y = self._rows.x[places], self._rows.y[places]
         self._gradients.add_clipped(x, y, self._clip, self._sums, units=units, scale=self._scale)
+
+
+def _joined(gradients: Sequence[Tensor], flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of a gradient and its part of `flat`: one pair, if all lie side by side."""
+    first, sizes = gradients[0], [gradient.numel() for gradient in gradients]
+    ends = [one.data_ptr() + one.nbytes for one in gradients]
+    side_by_side = ends[:-1] == [one.data_ptr() for one in gradients[1:]]
+    if side_by_side and all(one.dtype == first.dtype for one in gradients):
+        return [(first.as_strided(flat.shape, (1,)), flat)]
+    parts = [total.view(one.shape) for one, total in zip(gradients, flat.split(sizes), strict=True)]
+    return list(zip(gradients, parts, strict=True))
 
 
 def check_fit(descent: Descent, x: Tensor) -> None:

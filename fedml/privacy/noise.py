@@ -20,7 +20,7 @@ from torch import Tensor
 from fedml.errors import ConfigError
 
 FINENESS = 16  # steps of the grid of what is released, to a standard deviation of its noise
-_BLOCK = 2**16  # Gaussians drawn at once: what they take stays in the cache
+_BLOCK = 2**17  # Gaussians drawn at once: what they take stays in the cache
 _ZEROS = bytes(2**19)
 _LEAST = 2**12  # radii below this, of 2**31, are drawn anew with more bits: far tails need them
 
