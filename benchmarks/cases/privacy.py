@@ -14,7 +14,7 @@ _MB = 1e6
 @benchmark("privacy/dp_mlp", "ms")
 def dp_mlp(quick: bool, say: Say) -> Reading:
     """Measure a private step of the perceptron 784-256-128-10; the limit is torch's plain SGD."""
-    return _reading("mlp", (2, 10) if quick else (10, 40), say)
+    return _reading("mlp", (1, 10) if quick else (6, 25), say)
 
 
 @benchmark("privacy/dp_cnn", "ms")
