@@ -169,6 +169,9 @@ def allow(
     held_out: Annotated[
         Path | None, typer.Option(help="File with other rows, to score models on.")
     ] = None,
+    patients: Annotated[
+        int, typer.Option(help="Whose rows they are, publicly stated: the budget is a patient's.")
+    ] = 0,
 ) -> None:
     """Add a dataset, and the installed recipe that may read it, to the site's policy.
 
@@ -190,8 +193,10 @@ def allow(
             rows,
             (recipe,),
             held_out.resolve() if held_out else None,
+            privacy="patient" if patients else "record",
             epsilon=epsilon,
             delta=delta,
+            patients=patients,
         ),
     )
     typer.echo(f"{path}: {recipe} may train on {dataset}, epsilon {epsilon:g} at delta {delta:g}")

@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from fedml.errors import ConfigError, TaskFailed
 from fedml.learning.descent import bind
+from fedml.learning.persons import groups_of, means
 from fedml.learning.recipe import Recipe, Rows
 from fedml.privacy.accounting import evaluation_event
 from fedml.privacy.mechanisms import noisy_totals
@@ -48,7 +49,11 @@ def evaluate(
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise TaskFailed(f"task {task.id}: {(str(error).splitlines() or [''])[0]}") from error
     if event is not None:
-        totals, count = noisy_totals(scores, len(rows), event.epsilon, SecureNoise())
+        units = len(rows)
+        if privacy.mode == "patient":  # a person's score is the mean of his rows'
+            scores = {name: means(values, rows) for name, values in scores.items()}
+            units = len(groups_of(rows).unique())
+        totals, count = noisy_totals(scores, units, event.epsilon, SecureNoise())
     else:
         totals, count = _totals(scores, len(rows)), float(len(rows))
     return Report(task.id, task.round, task.site, totals, count)

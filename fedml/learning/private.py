@@ -1,4 +1,4 @@
-"""Record-level DP-SGD: what one row can do to a step is bounded, and drowned in noise.
+"""DP-SGD: what one row, or one person's rows, can do to a step is bounded, and drowned in noise.
 
 Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with what its common forms get wrong put
 right: rows join by a Poisson sample whose rate, like the denominator, is made of the *public*
@@ -9,24 +9,20 @@ Whatever follows the noise (weight decay, the rule, momentum) costs nothing more
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
-from torch.func import vmap
 
 from fedml.errors import ConfigError
 from fedml.learning.descent import Descent
+from fedml.learning.persons import Persons
 from fedml.learning.recipe import Recipe, Rows
-from fedml.privacy.accounting import SampledGaussian
-from fedml.privacy.mechanisms import clipped_sum
-from fedml.privacy.noise import SecureNoise
+from fedml.learning.rowwise import RowGradients
+from fedml.privacy.accounting import SampledGaussian, Unit
+from fedml.privacy.noise import FINENESS, SecureNoise
 from fedml.privacy.sampling import PoissonSampler
-
-MOST_FLOATS = 2**25  # per-row gradients held at once: 128 MiB of float32
-_MOST_ROWS = 1024  # at once, however small the model
 
 
 class PrivateGradient:
@@ -46,54 +42,61 @@ class PrivateGradient:
         event: SampledGaussian,
         clip: float,
         public_rows: int,
+        unit: Unit = "record",
     ) -> None:
-        self._recipe, self._descent, self._rows = recipe, descent, rows
-        self._std, self._clip = event.noise * clip, clip
-        self._denominator = event.sampling * public_rows
-        self._sampler = PoissonSampler(len(rows), event.sampling)
+        """With `unit` "patient", `public_rows` and all that was said of rows is of persons."""
+        self._rows = rows
+        example = recipe.example(5).to(rows.x.device)
+        check_fit(descent, example)
+        self._gradients = RowGradients(descent.model, recipe.loss, example)
         self._noise = SecureNoise()  # fresh for each task
-        check_fit(descent, recipe.example(4).to(rows.x.device))
-        self._wrapped = GradSampleModule(descent.model, loss_reduction="sum")
-        size = sum(p.numel() for p in descent.trainable.values())
-        self._chunk = max(1, min(_MOST_ROWS, MOST_FLOATS // max(size, 1)))
+        self._persons = Persons(rows, self._noise) if unit == "patient" else None
+        count = len(rows) if self._persons is None else len(self._persons)
+        self._sampler = PoissonSampler(count, event.sampling)
+        # sums are in units of the noise's grid, of which `FINENESS` make its deviation
+        self._clip, self._scale = clip, FINENESS / (event.noise * clip)
+        self._unit = 1 / (self._scale * event.sampling * public_rows)
+        # in the order in which gradients lie in memory, so that they are mostly filled at once
+        names = sorted(descent.trainable, key=lambda name: descent.gradients[name].data_ptr())
+        sizes = [descent.gradients[name].numel() for name in names]
+        self._flat = torch.zeros(sum(sizes), dtype=torch.float64, device=rows.x.device)
+        parts = [descent.trainable[name] for name in names], self._flat.split(sizes)
+        self._sums = {p: total.view(p.shape) for p, total in zip(*parts, strict=True)}
+        self._filled = _joined([descent.gradients[name] for name in names], self._flat)
 
     def fill(self) -> None:
         """Set the gradients of one step: (sum of clipped ones + noise) / expected batch."""
-        gradients = list(self._descent.gradients.values())
-        sums = [torch.zeros_like(g, dtype=torch.float64) for g in gradients]
-        for chunk in torch.split(self._sampler.sample(self._noise), self._chunk):
+        self._flat.zero_()
+        most = self._persons.most if self._persons is not None else 1
+        room = max(1, self._gradients.rows_at_once // most)
+        for chunk in self._sampler.sample(self._noise).split(room):
             if len(chunk):
-                for total, part in zip(sums, self._clipped(chunk), strict=True):
-                    total += part
-        sizes = [total.numel() for total in sums]
-        noise = torch.split(self._noise.normal(sum(sizes), self._std), sizes)
-        for gradient, total, part in zip(gradients, sums, noise, strict=True):
-            total += part.view(total.shape).to(total.device)
-            gradient.copy_(total / self._denominator)
+                self._add(chunk)
+        released = self._flat.cpu()
+        self._noise.hide(released)
+        self._flat.copy_(released)
+        for gradient, total in self._filled:
+            gradient.copy_(total).mul_(self._unit)
 
-    def _clipped(self, chunk: Tensor) -> list[Tensor]:
-        """Return the sums of one chunk's clipped gradients."""
-        parameters = list(self._descent.trainable.values())
-        chunk = chunk.to(self._rows.x.device)
-        x, y = self._rows.x[chunk], self._rows.y[chunk]
-        output = self._wrapped(x)
-        # the loss of each row by itself: a mean, a sum, even a loss that mixes rows cannot leak
-        losses = vmap(lambda o, t: self._recipe.loss(o[None], t[None]), randomness="different")(
-            output, y
-        )
-        with warnings.catch_warnings():  # raw rows need no gradient, which hooks remark upon
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            torch.autograd.backward(
-                [losses.sum()]
-            )  # its plain sum lands in the gradients, which `fill` overwrites
-        rows: list[Tensor] = []
-        for parameter in parameters:
-            part: Tensor | None = getattr(parameter, "grad_sample", None)
-            if part is None:  # a layer that this batch did not visit
-                part = parameter.new_zeros(len(x), *parameter.shape)
-            rows.append(part)
-            parameter.grad_sample = None  # type: ignore[attr-defined]
-        return clipped_sum(rows, self._clip)
+    def _add(self, chunk: Tensor) -> None:
+        """Add the clipped gradients of some rows, or some persons."""
+        device, units = self._rows.x.device, None
+        if self._persons is not None:
+            chunk, units = self._persons.rows_of(chunk, device)
+        places = chunk.to(device)
+        x, y = self._rows.x[places], self._rows.y[places]
+        self._gradients.add_clipped(x, y, self._clip, self._sums, units=units, scale=self._scale)
+
+
+def _joined(gradients: Sequence[Tensor], flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of a gradient and its part of `flat`: one pair, if all lie side by side."""
+    first, sizes = gradients[0], [gradient.numel() for gradient in gradients]
+    ends = [one.data_ptr() + one.nbytes for one in gradients]
+    side_by_side = ends[:-1] == [one.data_ptr() for one in gradients[1:]]
+    if side_by_side and all(one.dtype == first.dtype for one in gradients):
+        return [(first.as_strided(flat.shape, (1,)), flat)]
+    parts = [total.view(one.shape) for one, total in zip(gradients, flat.split(sizes), strict=True)]
+    return list(zip(gradients, parts, strict=True))
 
 
 def check_fit(descent: Descent, x: Tensor) -> None:

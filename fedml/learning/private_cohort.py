@@ -17,10 +17,13 @@ from fedml.learning.cohort import CohortTrainer, Trained
 from fedml.learning.descent import Descent
 from fedml.learning.descents import Descents
 from fedml.learning.gradients import Frame, Functional
-from fedml.learning.private import MOST_FLOATS, check_fit
+from fedml.learning.private import check_fit
 from fedml.learning.rowstack import RowStack
+from fedml.learning.rowwise import MOST_FLOATS
 from fedml.privacy.accounting import SampledGaussian
-from fedml.privacy.noise import SecureNoise
+from fedml.privacy.mechanisms import clip_factors
+from fedml.privacy.noise import FINENESS, SecureNoise
+from fedml.privacy.sampling import PoissonSampler
 from fedml.protocol.messages import Training
 from fedml.protocol.tasks import Brief
 from fedml.stacked import Stacked
@@ -76,22 +79,24 @@ class _PrivateGradients:
         device = rows.x.device
         wide = torch.float64
         self._denominators = torch.tensor([rate * n for rate, n in exact], dtype=wide)[:, None]
-        stds = [one.event.noise * clip for one in releases]
-        self._stds = torch.tensor(stds, dtype=wide)[:, None]
+        # sums are in units of the noise's grid, of which `FINENESS` make its deviation
+        scales = [FINENESS / (one.event.noise * clip) for one in releases]
+        self._scales = torch.tensor(scales, dtype=wide, device=device)[:, None]
         self._sampling = [rate for rate, _ in exact]
         self._noise, self._device = SecureNoise(), device  # one stream: no two draws share a bit
 
     def draw(self, values: Tensor) -> Tensor:
         """Return each site's gradient of one step, [sites, size]; zero where nothing moves."""
         sums = self._sums(values)
-        unit = self._noise.normal((len(sums), len(self._columns)), 1.0)
-        noised = (sums.cpu() + unit * self._stds) / self._denominators
+        released = sums.cpu().flatten()
+        self._noise.hide(released)
+        noised = released.view(sums.shape) / (self._scales.cpu() * self._denominators)
         gradients = values.new_zeros(len(sums), self._size)
         gradients[:, self._columns] = noised.to(values.device, values.dtype)
         return gradients
 
     def _sums(self, values: Tensor) -> Tensor:
-        """Return the float64 sums of sampled rows' clipped gradients, [sites, columns]."""
+        """Return the float64 sums of sampled rows' clipped gradients, scaled, [sites, columns]."""
         picked, own = self._sample()
         sums = torch.zeros(
             len(values), len(self._columns), dtype=torch.float64, device=self._device
@@ -102,10 +107,8 @@ class _PrivateGradients:
             x, y = self._rows.x[sites, places], self._rows.y[sites, places]
             parts = self._gradient.of_rows(values, x, y)[:, :, self._columns]
             norms = torch.linalg.vector_norm(parts, dim=2, dtype=torch.float64)
-            counted = norms.isfinite() & real
-            factors = (self._clip / norms.clamp(min=1e-12)).clamp(max=1.0)
-            factors = torch.where(counted, factors, 0.0)
-            parts = torch.where(counted[:, :, None], parts, 0)  # for 0 * NaN is NaN
+            factors = clip_factors(norms, self._clip) * real * self._scales
+            parts = torch.where((factors > 0)[:, :, None], parts, 0)  # for 0 * NaN is NaN
             sums += torch.bmm(factors[:, None], parts.double())[:, 0]
         return sums
 
@@ -114,7 +117,7 @@ class _PrivateGradients:
         most = self._rows.x.shape[1]
         chosen = torch.zeros(len(self._rows.counts), most, dtype=torch.bool)
         for site, (count, rate) in enumerate(zip(self._rows.counts, self._sampling, strict=True)):
-            chosen[site, :count] = True if rate == 1 else self._noise.bernoulli(count, rate)
+            chosen[site, PoissonSampler(count, rate).sample(self._noise)] = True
         width = int(chosen.sum(1).max()) if chosen.numel() else 0
         order = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, :width]
         return order.to(self._device), chosen.gather(1, order).to(self._device)

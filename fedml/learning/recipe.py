@@ -37,10 +37,15 @@ _NONE: Mapping[str, str] = {}
 
 @dataclass(frozen=True)
 class Rows:
-    """A site's rows: inputs `x` [n, ...] and targets `y` [n, ...], without NaN or infinity."""
+    """A site's rows: inputs `x` [n, ...] and targets `y` [n, ...], without NaN or infinity.
+
+    `groups` [n], integers, says whose each row is, where privacy may be asked for by person;
+    they never leave the site.
+    """
 
     x: Tensor
     y: Tensor
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim < 1 or self.y.ndim < 1 or len(self.x) != len(self.y):
@@ -48,6 +53,8 @@ class Rows:
                 f"inputs {list(self.x.shape)} and targets {list(self.y.shape)}: "
                 "both need one entry a row"
             )
+        if self.groups is not None:
+            _check_groups(self.groups, len(self.x))
         for name, values in (("inputs", self.x), ("targets", self.y)):
             if not is_finite(values):
                 bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()
@@ -56,24 +63,29 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __reduce__(self) -> tuple[type[Rows], tuple[Tensor, Tensor]]:
-        return Rows, (_alone(self.x), _alone(self.y))
+    def __reduce__(self) -> tuple[type[Rows], tuple[Tensor | None, ...]]:
+        parts = (self.x, self.y, self.groups)
+        return Rows, tuple(None if part is None else _alone(part) for part in parts)
 
     def take(self, indices: Sequence[int] | Tensor) -> Rows:
         """Return the rows at `indices`, in that order."""
-        return Rows(self.x[indices], self.y[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return Rows(self.x[indices], self.y[indices], groups)
 
     def divide(self, held_out: float, *, seed: int = 0) -> tuple[Rows, Rows]:
         """Return (rows to train on, rows held out), about the share `held_out` in the latter.
 
-        `seed` and a row's own content decide, so its part never changes with the rows around
-        it or their order: what privacy needs of a split. Equal rows stay together. A dataset's
-        seed must stay the same for as long as its ledger lives.
+        `seed` and a row's own content decide, or its group where there is one, so its part never
+        changes with the rows around it or their order: what privacy needs of a split. Equal rows
+        stay together, and so does a group. A dataset's seed must stay the same for as long as
+        its ledger lives.
         """
         if not 0 <= held_out < 1:
             raise ConfigError(f"held-out share {held_out}: must lie in [0, 1); 0.25 is common")
         x, y = (part.reshape(len(self), -1).cpu().contiguous() for part in (self.x, self.y))
         bound, key = int(held_out * 2**64), str(seed).encode()
+        if self.groups is not None:
+            x, y = self.groups.long().cpu()[:, None], y[:, :0]
         rows = zip(x.numpy(), y.numpy(), strict=True)
         digests = (hashlib.sha256(b"%b:%b%b" % (key, a.tobytes(), b.tobytes())) for a, b in rows)
         apart = [int.from_bytes(digest.digest()[:8]) < bound for digest in digests]
@@ -86,6 +98,14 @@ def is_finite(values: Tensor) -> bool:
     if not (values.is_floating_point() and values.numel()):
         return True
     return all(math.isfinite(float(end)) for end in values.aminmax())  # NaN spreads
+
+
+def _check_groups(groups: Tensor, rows: int) -> None:
+    whole = not (groups.is_floating_point() or groups.is_complex() or "bool" in str(groups.dtype))
+    if groups.shape != (rows,) or not whole:
+        raise ConfigError(
+            f"groups {list(groups.shape)} of {groups.dtype}: one integer for each of {rows} rows"
+        )
 
 
 def _alone(values: Tensor) -> Tensor:
@@ -113,7 +133,11 @@ class Recipe(Protocol):
         """Return each score by name, one value of [0, 1] a row."""
 
     def read(self, path: Path) -> Rows:
-        """Return the rows of a site's data file; raises `ConfigError` with path and line."""
+        """Return the rows of a site's data file; raises `ConfigError` with path and line.
+
+        For privacy mode `patient` they have `groups`: the same integer for all rows of a person,
+        in every file of a dataset.
+        """
 
     def example(self, rows: int) -> Tensor:
         """Return synthetic, public input rows, the same each time: never real data."""

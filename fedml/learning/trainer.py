@@ -21,7 +21,7 @@ from fedml.learning.gradients import Precision
 from fedml.learning.on_cpu import tune
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
-from fedml.privacy.accounting import own_share, training_event
+from fedml.privacy.accounting import own_share, training_event, unit_of
 from fedml.privacy.central import bounded
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
@@ -99,9 +99,9 @@ class Trainer:
 
         On a CPU, plain training gives the same bytes for the same inputs; `seed` orders batches
         and drops out, and never touches privacy noise. Under privacy the update weighs
-        `public_rows` and its metrics hold no number made from rows. Raises `Refused` for a rule
-        this site lacks, `ConfigError` for a recipe unfit for the mode, `TaskFailed` if the work
-        breaks or diverges.
+        `public_rows` (of patients, in mode "patient") and its metrics hold no number made from
+        rows. Raises `Refused` for a rule this site lacks, `ConfigError` for a recipe unfit for
+        the mode, `TaskFailed` if the work breaks or diverges.
         """
         if task.brief.rule in STATISTICS:
             return self._measure(task, rows), memory
@@ -120,7 +120,8 @@ class Trainer:
             descent = Descent(model, brief, memory, self.training, self.copy)
             path = {"loss": self._loss(model, Rows(x, y))} if reads_loss else {}
             if self.privacy.in_training:
-                delta, weight, metrics = self._privately(descent, Rows(x, y), public_rows)
+                whose = Rows(x, y, rows.groups)
+                delta, weight, metrics = self._privately(descent, whose, public_rows)
             else:
                 delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
         path |= path_of(self.training, descent.steps)
@@ -257,6 +258,7 @@ class Trainer:
             event=own_share(event, self.privacy),
             clip=self.privacy.clip,
             public_rows=public_rows,
+            unit=unit_of(self.privacy.mode),
         )
         for _ in range(event.steps):
             gradient.fill()

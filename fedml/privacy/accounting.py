@@ -24,6 +24,7 @@ from fedml.protocol.messages import Privacy, PrivacyMode, Training
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
+Unit = Literal["record", "patient", "site"]  # whom epsilon is about
 ADJACENCY = "add/remove one"  # of the unit; replacing one costs up to twice as much
 GRID = 1e-3  # step of the privacy loss grid; losses are rounded so that epsilon is never too low
 LEAST_NOISE, MOST_NOISE, MOST_EPSILON = 0.3, 1e6, 1000.0  # what calibration will consider
@@ -65,7 +66,6 @@ class Pure:
 
 
 Event = SampledGaussian | Pure
-Unit = Literal["record", "site"]
 
 
 def to_record(event: Event) -> Record:
@@ -119,7 +119,8 @@ def noise_multiplier(privacy: Privacy, sampling: float, steps: int) -> float:
 def training_event(training: Training, privacy: Privacy, public_rows: int) -> SampledGaussian:
     """Return what one round of private training costs the unit at a site of `public_rows` rows.
 
-    Public, because sampling and noise may not depend on the number of rows there really are.
+    Public, because sampling and noise may not depend on the number of rows there really are. In
+    mode "patient" a row is a patient, here and in the event.
     In mode `record_distributed` it is what the sum of all sites' updates costs. That is known to
     each site only if all of them take all their rows, in one step: then all add the same noise.
     """
@@ -155,7 +156,8 @@ def own_share(event: SampledGaussian, privacy: Privacy) -> SampledGaussian:
 
 def unit_of(mode: PrivacyMode) -> Unit:
     """Return whose presence a mode hides, and so which of a dataset's ledgers it is charged to."""
-    return "site" if mode == "site_central" else "record"
+    units: dict[PrivacyMode, Unit] = {"site_central": "site", "patient": "patient"}
+    return units.get(mode, "record")
 
 
 def evaluation_event(privacy: Privacy) -> Pure:

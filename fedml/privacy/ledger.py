@@ -30,7 +30,11 @@ from fedml.privacy.chain import Entry, Part, State
 from fedml.privacy.renyi import Filter, Pledge
 from fedml.protocol.messages import RunId, TaskId
 
-_KEYS: Mapping[Unit, str] = {"record": "epsilon", "site": "site_epsilon"}  # of a policy's dataset
+_KEYS: Mapping[Unit, str] = {  # of a policy's dataset
+    "record": "epsilon",
+    "patient": "epsilon",
+    "site": "site_epsilon",
+}
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ class Ledger:
 
     def _limits_of(self, entry: Entry) -> Iterator[tuple[tuple[str, ...], float, str, str]]:
         """Yield each limit that holds for a task: what it sums up, how much, of whom, its key."""
-        whose = f"{entry.part} rows" if self.unit == "record" else "the site as a whole"
+        units = {"record": "rows", "patient": "patients"}
+        whose = f"{entry.part} {units[self.unit]}" if self.unit in units else "the site as a whole"
         life, of_run, of_recipe = _groups(entry)
         yield life, self.limits.epsilon, whose, _KEYS[self.unit]
         if self.limits.run < math.inf:
@@ -181,10 +186,15 @@ class Ledger:
         if not self._log.records:
             self._append(chain.first_record(self.name, self.unit))
         first = self._log.records[0]
-        if (first["name"], first["unit"]) != (self.name, self.unit):
+        if first["name"] != self.name:
             raise ConfigError(
-                f"{self.path} is the ledger of {first['name']!r}, not of {self.name!r}, or counts "
-                f"by {first['unit']}, not by {self.unit}; give each dataset and unit its own"
+                f"{self.path} is the ledger of {first['name']!r}, not of {self.name!r}; "
+                "give each dataset its own"
+            )
+        if first["unit"] != self.unit:
+            raise ConfigError(
+                f"{self.path} counts what each {first['unit']} has spent, the policy now says "
+                f"{self.unit}: give the rows a dataset of another name"
             )
 
     def _move(self, entry: Entry, state: State) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
@@ -13,6 +13,7 @@ from fedml.errors import ConfigError, MalformedUpdate
 from fedml.params import Params
 from fedml.privacy.noise import SecureNoise
 
+MARGIN = 1e-6  # of a clipping norm
 UNITS = 2**10  # a score counts in steps of 1/1024, so that its noise can be exact integers
 
 
@@ -28,22 +29,14 @@ def clip(delta: Params, limit: float) -> Params:
     return delta * min(1.0, limit / max(norm, 1e-12))
 
 
-def clipped_sum(rows: Sequence[Tensor], limit: float) -> list[Tensor]:
-    """Return float64 sums over rows, each row first scaled down to L2 norm `limit`.
+def clip_factors(norms: Tensor, limit: float) -> Tensor:
+    """Return what scales vectors of these L2 norms down to `limit`, and 0 where one is not finite.
 
-    `rows` holds one tensor [n, ...] for each parameter; a row's norm is taken over all of them.
-    A row with NaN or infinity counts as zero. Adding or removing a row moves the sums, taken
-    together, by at most `limit`.
+    Down to a `MARGIN` below the limit, in fact, so that a float64 sum of what they scale moves
+    by no more than the limit when a vector joins it, whatever the sum's rounding does. Who
+    multiplies by a 0 selects the vector away instead, for 0 * NaN is NaN.
     """
-    flat = [part.flatten(1) if part.ndim > 1 else part[:, None] for part in rows]
-    squares = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) ** 2 for part in flat]
-    norms = torch.stack(squares).sum(0).sqrt()
-    finite = norms.isfinite()
-    factors = (limit / norms.clamp(min=1e-12)).clamp(max=1.0)
-    if not bool(finite.all()):  # selected away, for 0 * NaN is NaN
-        flat, factors = [part[finite] for part in flat], factors[finite]
-    sums = [factors @ part.double() for part in flat]
-    return [total.reshape(part.shape[1:]) for total, part in zip(sums, rows, strict=True)]
+    return (limit * (1 - MARGIN) / norms).nan_to_num_(nan=0.0, posinf=1.0).clamp_(0.0, 1.0)
 
 
 def noisy_totals(

@@ -33,4 +33,4 @@ class PoissonSampler:
         """Return the indices of one step's rows, in ascending order."""
         if self.probability == 1:
             return torch.arange(self.rows)
-        return noise.bernoulli(self.rows, self.probability).nonzero().squeeze(1)
+        return noise.pick(self.rows, self.probability)

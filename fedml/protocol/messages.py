@@ -113,7 +113,7 @@ class Training:
             )
 
 
-PrivacyMode = Literal["none", "record", "record_distributed", "site_central"]
+PrivacyMode = Literal["none", "record", "patient", "record_distributed", "site_central"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ class Privacy:
     `epsilon` for a training row after `rounds` rounds, and `evaluation_epsilon` for each
     evaluation of a held-out row (0: no scores leave the site). `clip` bounds the L2 norm of one
     row's gradient. Mode `none` promises nothing but that rows stay home.
+
+    Mode `patient` is the same promise for adding or removing a person with all of his rows:
+    `clip` bounds the norm of the mean of a person's gradients, and a batch is of persons.
 
     Mode `record_distributed` is the same promise for the sum of all sites' updates, each of which
     has a share of the noise alone: the shares of `sharers` sites make up the whole. It holds if

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fedml.privacy.accounting import ADJACENCY
 from fedml.protocol.messages import Privacy
 
+_ROWS = "each training row of each site,"
 CARD = "privacy.txt"  # in a bundle, signed with the rest
 _ALWAYS = (
     "Not protected in any case: that a site takes part, its public row counts, the plan, and how "
@@ -32,7 +33,7 @@ def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -
             body = f"{_trusting(privacy)} {_cost(privacy, spent)}"
         case "record_distributed":
             body = f"{_sharing(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
-        case "record":
+        case "record" | "patient":
             body = f"{_promise(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
     return f"{head} {body} {_ALWAYS}\n"
 
@@ -42,18 +43,20 @@ def _count(number: int, what: str) -> str:
 
 
 def _promise(privacy: Privacy) -> str:
+    patients = privacy.mode == "patient"
+    whom = "each patient of each site, with all training rows there," if patients else _ROWS
     return (
-        "Protected is each training row of each site, against everybody who sees the model or the "
+        f"Protected is {whom} against everybody who sees the model or the "
         "sites' updates, the coordinator and the other sites included: "
         f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
-        f"whole run, unit one record, adjacency {ADJACENCY}. Each site clips and adds the noise "
-        "itself, and its own ledger charged it before anything left."
+        f"whole run, unit one {privacy.mode}, adjacency {ADJACENCY}. Each site clips and adds the "
+        "noise itself, and its own ledger charged it before anything left."
     )
 
 
 def _sharing(privacy: Privacy) -> str:
     return (
-        "Protected is each training row of each site, against everybody who sees the model or the "
+        f"Protected is {_ROWS} against everybody who sees the model or the "
         "sums of all sites' updates, but not against whoever sees a single site's update, which "
         f"has a share of the noise alone, as {privacy.sharers} sites add it: "
         f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
@@ -87,8 +90,9 @@ def _gaps(privacy: Privacy) -> str:
         if privacy.evaluation_epsilon
         else "no scores of held-out rows left the sites"
     )
+    alone = "" if privacy.mode == "patient" else "several rows, or with "
     return (
-        f"Of held-out rows, which are others, {scores}. A person with several rows, or with rows "
-        "at several sites, is protected less: by about that many times epsilon, and a larger "
-        "delta. Replacing a row costs up to twice what adding or removing it does."
+        f"Of held-out rows, which are others, {scores}. A person with {alone}rows at several "
+        "sites is protected less: by about that many times epsilon, and a larger delta. Replacing "
+        "one costs up to twice what adding or removing it does."
     )

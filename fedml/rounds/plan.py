@@ -279,14 +279,15 @@ def _central(plan: Plan) -> Iterator[str]:
 
 
 def _by_record(plan: Plan) -> Iterator[str]:
+    mode = plan.privacy.mode
     if plan.training.epochs:
         yield (
-            f"training.epochs {plan.training.epochs} with record privacy: the number of passes "
+            f"training.epochs {plan.training.epochs} with {mode} privacy: the number of passes "
             "depends on private rows, set training.steps instead"
         )
     if _evaluates(plan) and plan.privacy.evaluation_epsilon == 0:
         yield (
-            "evaluation with record privacy and privacy.evaluation_epsilon 0: scores are made of "
+            f"evaluation with {mode} privacy and privacy.evaluation_epsilon 0: scores are made of "
             "private rows, set evaluation_epsilon above 0 or evaluation.at_end=false and every=0"
         )
 

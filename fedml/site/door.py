@@ -44,7 +44,7 @@ def books(folder: Path, policy: Policy) -> Iterator[Book]:
         caps = dataset.delta, dataset.run_epsilon, dataset.recipe_epsilon
         if dataset.epsilon > 0:
             path = folder / "ledger" / f"{name}.jsonl"
-            yield Book(path, name, "record", Limits(dataset.epsilon, *caps))
+            yield Book(path, name, dataset.unit, Limits(dataset.epsilon, *caps))
         if dataset.site_epsilon > 0:
             path = folder / "ledger" / "site" / f"{name}.jsonl"
             yield Book(path, name, "site", Limits(dataset.site_epsilon, *caps))
@@ -139,7 +139,7 @@ class Door:
         if ledger := self._ledger(order, permit):
             await asyncio.to_thread(ledger.charge, order.task)  # on disk before anything leaves
             epsilon = await asyncio.to_thread(lambda: ledger.spent(run=order.run))
-            if ledger.unit == "record":
+            if ledger.unit != "site":
                 spent = await asyncio.to_thread(ledger.spent)
                 telemetry.EPSILON.labels(order.dataset).set(spent)
         failpoints.reach("work.charged")
@@ -194,4 +194,4 @@ def _public(
     if unit_of(order.privacy.mode) == "site":
         return 1.0, {}
     metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
-    return float(permit.dataset.rows), metrics
+    return float(permit.dataset.units), metrics

@@ -6,19 +6,21 @@ of the policy that forbids it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from fedml.errors import Busy, Refused
-from fedml.privacy.accounting import Event, evaluation_event, training_event
+from fedml.privacy.accounting import Event, evaluation_event, training_event, unit_of
 from fedml.protocol.messages import Assignment, PrivacyMode, RecipeId, RunId
 from fedml.site.policy import Dataset, Policy
 
-_ALLOWED: Mapping[PrivacyMode, tuple[PrivacyMode, ...]] = {  # modes of a run, by what the policy demands
+# modes of a run, by what the policy demands
+_ALLOWED: Mapping[PrivacyMode, tuple[PrivacyMode, ...]] = {
     "record": ("record",),
-    "site_central": ("site_central", "record"),
+    "patient": ("patient",),
+    "site_central": ("site_central", "record", "patient"),
     "none": get_args(PrivacyMode),
 }
 
@@ -65,6 +67,16 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"policy datasets.{assignment.dataset}.privacy = {dataset.privacy!r}: "
             f"the task asks for mode {mode!r}"
         )
+    if mode == "patient" and not dataset.patients:
+        raise Refused(
+            f"policy datasets.{assignment.dataset}.patients is not set: "
+            "the task asks for mode 'patient', which takes a public number of patients"
+        )
+    if mode != "none" and unit_of(mode) not in ("site", dataset.unit):
+        raise Refused(
+            f"policy datasets.{assignment.dataset}.patients = {dataset.patients}: "
+            f"the budget is a patient's, the task asks for mode {mode!r}"
+        )
     if mode != "none" and assignment.privacy.delta > dataset.delta:
         raise Refused(
             f"policy datasets.{assignment.dataset}.delta = {dataset.delta}: "
@@ -102,7 +114,7 @@ def _terms(dataset: Dataset, assignment: Assignment) -> Permit:
     if assignment.kind == "train":
         event = None
         if private:
-            event = training_event(assignment.training, assignment.privacy, dataset.rows)
+            event = training_event(assignment.training, assignment.privacy, dataset.units)
         return Permit(dataset, dataset.train, "train", event, assignment.privacy.rounds)
     if dataset.held_out is None:
         raise Refused(f"policy datasets.{assignment.dataset}.held_out is not set: nothing to score")

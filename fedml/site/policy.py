@@ -14,6 +14,7 @@ from typing import Literal
 
 from fedml import durable, settings
 from fedml.errors import ConfigError
+from fedml.privacy.accounting import Unit
 from fedml.protocol.messages import check_digest, check_name
 
 TEMPLATE = """\
@@ -37,6 +38,8 @@ threads = 1             # CPU threads for training
 # rows = 100                         # your public statement of how many training rows there are
 # recipes = ["breast-cancer"]        # which recipes may read it
 # privacy = "record"                 # "record": refuse tasks without it; "none": allow them too
+# patients = 40                      # your public statement of how many patients the training
+#                                    # rows are of: then budget and privacy ("patient") are theirs
 # epsilon = 3.0                      # lifetime budget of each row, at this delta
 # delta = 1e-5
 # run_epsilon = 1.0                  # of it, at most so much for one run
@@ -69,9 +72,10 @@ class Dataset:
     rows: int
     recipes: tuple[str, ...]
     held_out: Path | None = None
-    privacy: Literal["record", "site_central", "none"] = "record"
+    privacy: Literal["record", "patient", "site_central", "none"] = "record"
     epsilon: float = 0.0
     delta: float = 1e-5
+    patients: int = 0
     site_epsilon: float = 0.0
     run_epsilon: float = math.inf
     recipe_epsilon: Mapping[str, float] = field(default_factory=dict)
@@ -82,16 +86,40 @@ class Dataset:
                 raise ConfigError(f"{key} {cap}: a cap is above 0; leave it out for none")
         if unknown := sorted(self.recipe_epsilon.keys() - {*self.recipes}):
             raise ConfigError(f"recipe_epsilon {unknown}: recipes are {list(self.recipes)}")
-        if self.rows < 1:
-            raise ConfigError(f"rows {self.rows}: state a public row count of 1 or more")
-        if self.privacy == "record" and self.epsilon <= 0:
-            raise ConfigError(f"epsilon {self.epsilon}: privacy 'record' needs a budget above 0")
+        self._check_units()
+        if self.privacy in ("record", "patient") and self.epsilon <= 0:
+            raise ConfigError(
+                f"epsilon {self.epsilon}: privacy {self.privacy!r} needs a budget above 0"
+            )
         if self.privacy == "site_central" and self.site_epsilon <= 0:
             raise ConfigError(
                 f"site_epsilon {self.site_epsilon}: privacy 'site_central' needs a budget above 0"
             )
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta {self.delta}: must lie between 0 and 1")
+
+    def _check_units(self) -> None:
+        if self.rows < 1:
+            raise ConfigError(f"rows {self.rows}: state a public row count of 1 or more")
+        if self.patients < 0:
+            raise ConfigError(f"patients {self.patients}: state a public number, or leave it out")
+        if self.privacy == "patient" and not self.patients:
+            raise ConfigError("privacy 'patient' needs `patients`, your public number of them")
+        if self.privacy == "record" and self.patients:
+            raise ConfigError(
+                f"patients {self.patients} with privacy 'record': a budget is about one kind of "
+                'unit; say privacy = "patient", or leave patients out'
+            )
+
+    @property
+    def unit(self) -> Unit:
+        """Whom the budget is about."""
+        return "patient" if self.patients else "record"
+
+    @property
+    def units(self) -> int:
+        """How many of them there are to train on, as publicly stated."""
+        return self.patients or self.rows
 
 
 @dataclass(frozen=True)
@@ -157,6 +185,7 @@ def extend(
         "held_out": str(dataset.held_out) if dataset.held_out else None,
         "rows": dataset.rows,
         "recipes": list(dataset.recipes),
+        "patients": dataset.patients or None,
         "privacy": dataset.privacy,
         "epsilon": dataset.epsilon,
         "delta": dataset.delta,

@@ -119,6 +119,10 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
     _check_device(str(job["device"]))
     slots = Path(job["slots"])
     memory = decode(slots.read_bytes()) if slots.exists() else {}
+    if assignment.privacy.mode == "patient" and job["held_out"]:
+        from fedml.learning.persons import check_apart
+
+        check_apart(*(recipe.read(Path(job[part])) for part in ("train", "held_out")))
     if assignment.kind == "train":
         _train(job, assignment, task, recipe, memory)
     else:

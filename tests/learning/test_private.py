@@ -241,7 +241,7 @@ def test_names_in_the_update_are_the_models_own() -> None:
 
 def test_chunks_of_a_sample_sum_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = summed(Given(small), some_rows())
-    monkeypatch.setattr("fedml.learning.private._MOST_ROWS", 7)
+    monkeypatch.setattr("fedml.learning.rowwise._MOST_ROWS", 7)
     assert torch.allclose(summed(Given(small), some_rows()), whole, atol=1e-5)
 
 

@@ -55,6 +55,14 @@ def spend(
     book.charge(task(number))
 
 
+def test_a_ledger_of_patients_is_none_of_rows(path: Path) -> None:
+    Ledger(path, name="wards", limits=Limits(3.0, DELTA), unit="patient").close()
+    with pytest.raises(
+        ConfigError, match="what each patient has spent, the policy now says record"
+    ):
+        open_ledger(path)
+
+
 def test_only_charges_are_spent_and_rounds_compose(book: Ledger) -> None:
     book.reserve(task(1), RUN, "train", ROUND)
     assert book.spent() == 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedml.errors import ConfigError
-from fedml.privacy.noise import SecureNoise
+from fedml.privacy.noise import FINENESS, SecureNoise
 from fedml.privacy.sampling import PoissonSampler
 
 
@@ -100,3 +100,51 @@ def test_a_rate_of_one_takes_all_and_no_rows_give_none() -> None:
     for rows, probability in ((-1, 0.5), (5, 0.0), (5, 1.1)):
         with pytest.raises(ConfigError, match="sampling"):
             PoissonSampler(rows, probability)
+
+
+def test_what_is_released_lies_on_the_grid_and_has_the_noise_that_was_asked() -> None:
+    for fraction in (0.0, 0.3, 0.5):
+        total = torch.full((400_000,), 1000 + fraction, dtype=torch.float64)
+        SecureNoise().hide(total)
+        assert torch.equal(total, total.round())
+        spread = (total - 1000 - fraction) / FINENESS
+        assert abs(float(spread.mean())) < 5 / math.sqrt(400_000)
+        assert float(spread.square().mean()) == pytest.approx(1 + 1 / 12 / 256, abs=0.012)
+
+
+def test_points_of_the_grid_come_as_often_as_a_gaussian_has_it() -> None:
+    """Chi-square over the integers within four deviations, and the tails beyond."""
+    total = torch.full((1_000_000,), 0.25, dtype=torch.float64)
+    SecureNoise().hide(total)
+    edges = torch.arange(-64, 66, dtype=torch.float64) - 0.5
+    cumulated = torch.special.ndtr((edges - 0.25) / FINENESS)
+    shares = torch.cat([cumulated[:1], cumulated.diff(), 1 - cumulated[-1:]])
+    counts = torch.bincount(torch.bucketize(total, edges), minlength=len(shares))
+    expected = shares * len(total)
+    chi, freedom = float(((counts - expected) ** 2 / expected).sum()), len(shares) - 1
+    assert abs(chi - freedom) < 6 * math.sqrt(2 * freedom)
+
+
+def test_far_tails_are_drawn_with_more_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all radii count as far, the law is the same, and no radius is one of 2**31."""
+    monkeypatch.setattr("fedml.privacy.noise._LEAST", 2**31 - 1)
+    noise = SecureNoise()
+    values = noise.normal(200_000, 1.0)
+    assert float(values.square().mean()) == pytest.approx(1, abs=0.016)
+    assert float((values.abs() > 3).double().mean()) == pytest.approx(0.0027, abs=0.0006)
+    words = noise._pad.radius.square().mul(-0.5).exp().mul(2.0**31)
+    assert float((words - words.round()).abs().max()) > 0.3
+
+
+def test_halves_of_a_block_and_blocks_are_independent() -> None:
+    values = SecureNoise().normal(2**17, 1.0).view(-1, 2**14)
+    correlations = torch.corrcoef(torch.cat([values, values.abs()])) - torch.eye(16)
+    assert float(correlations.abs().max()) < 6 / math.sqrt(2**14)
+
+
+@pytest.mark.parametrize("probability", [1e-4, 0.3, 1 - 1e-5, 1.0])
+def test_rare_and_common_rows_are_picked_at_their_rate(probability: float) -> None:
+    noise = SecureNoise()
+    picked = sum(len(noise.pick(100_000, probability)) for _ in range(40))
+    spread = math.sqrt(4e6 * probability * (1 - probability))
+    assert abs(picked - 4e6 * probability) <= 5 * spread

@@ -22,6 +22,9 @@ POLICY = Policy(
             Path("train"), 100, ("cancer",), Path("held"), epsilon=3.0, run_epsilon=3.0
         ),
         "open": Dataset(Path("train"), 100, ("cancer",), privacy="none"),
+        "wards": Dataset(
+            Path("train"), 100, ("cancer",), privacy="patient", epsilon=3.0, patients=40
+        ),
     },
 )
 TASK = Assignment(
@@ -56,13 +59,21 @@ def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
     assert decide(POLICY, task, [RECIPE]).event is None
 
 
+def test_a_patient_s_task_costs_by_the_public_number_of_patients() -> None:
+    training = replace(TASK.training, batch_size=10)
+    privacy = replace(TASK.privacy, mode="patient")
+    task = replace(TASK, dataset="wards", training=training, privacy=privacy)
+    event = decide(POLICY, task, [RECIPE]).event
+    assert isinstance(event, SampledGaussian) and event.sampling == 10 / 40
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"cohort": 2}, "policy minimum_cohort = 3: this round asks only 2 sites"),
         ({"recipe": RecipeId("unknown", "ab" * 32)}, "policy allows no recipe 'unknown'"),
         ({"recipe": OTHER}, "policy recipes.cancer.digest = abababababab…: the task names cdcd"),
-        ({"dataset": "secret"}, "policy has no \\[datasets.secret\\]; it has records, open"),
+        ({"dataset": "secret"}, "policy has no \\[datasets.secret\\]; it has records, open, wards"),
         ({"privacy": Privacy()}, "policy datasets.records.privacy = 'record'"),
         (
             {"privacy": replace(TASK.privacy, delta=1e-3)},
@@ -82,6 +93,18 @@ def test_a_dataset_open_to_it_may_be_used_without_privacy() -> None:
         (
             {"privacy": replace(TASK.privacy, epsilon=3.1)},
             "policy datasets.records.run_epsilon = 3.0: the run asks for 3.1",
+        ),
+        (
+            {"privacy": replace(TASK.privacy, mode="patient")},
+            "policy datasets.records.privacy = 'record': the task asks for mode 'patient'",
+        ),
+        (
+            {"dataset": "wards"},
+            "datasets.wards.privacy = 'patient': the task asks for mode 'record'",
+        ),
+        (
+            {"dataset": "open", "privacy": replace(TASK.privacy, mode="patient")},
+            "policy datasets.open.patients is not set: the task asks for mode 'patient'",
         ),
         ({"kind": "evaluate", "dataset": "open"}, "policy datasets.open.held_out is not set"),
     ],

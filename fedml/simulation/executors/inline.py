@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.learning.evaluation import evaluate
 from fedml.learning.gradients import Precision
+from fedml.learning.persons import check_apart, groups_of
 from fedml.learning.recipe import Recipe
 from fedml.learning.trainer import Trainer
 from fedml.params import Params
@@ -28,8 +29,8 @@ from fedml.simulation.executors.base import (
 class Inline:
     """Works through tasks one by one, on one device.
 
-    Under record privacy it adds up each site's epsilon as the site's ledger would; the number of
-    rows counts as public. `copy` is the trainer's.
+    Under privacy it adds up each site's epsilon as the site's ledger would; the number of rows,
+    or of patients, counts as public. `copy` is the trainer's.
     """
 
     plan: Plan
@@ -58,6 +59,7 @@ class Inline:
 
     def _train(self, task: Task) -> Update:
         plan, site, rows = self.plan, task.site, self.holdings[task.site].train
+        public = self._units(self.holdings[site])
         training = training_of(task, plan.training, len(rows))
         whole = training is plan.training
         trainer = self._trainer if whole else replace(self._trainer, training=training)
@@ -66,12 +68,20 @@ class Inline:
             rows,
             self.memory.slots.get(site, {}),
             seed=plan.task_seed(task.round, site),
-            public_rows=len(rows),
+            public_rows=public,
         )
         if plan.privacy.mode == "none":
             return update
-        event = training_event(plan.training, plan.privacy, len(rows))
+        event = training_event(plan.training, plan.privacy, public)
         return replace(update, epsilon=self.memory.spend(task, event, plan.privacy.delta))
+
+    def _units(self, holding: Holding) -> int:
+        """Return the number of rows to train on, or of persons where privacy is about them."""
+        if self.plan.privacy.mode != "patient":
+            return len(holding.train)
+        if len(holding.held_out):
+            check_apart(holding.train, holding.held_out)
+        return len(groups_of(holding.train).unique())
 
     def _score(self, task: Task) -> Report:
         privacy = self.plan.privacy

@@ -131,6 +131,8 @@ class Vectorised:
                 reason = f"rule {some[0].brief.rule} scores each site's own model"
             if isinstance(some[0], CutTask):
                 reason = "some sites have time for a part of their steps alone"
+            if self.plan.privacy.mode == "patient":
+                reason = "privacy mode patient takes rows person by person"
             if reason:
                 self._say(reason)
             yield not reason, some
