@@ -113,7 +113,7 @@ class Training:
             )
 
 
-PrivacyMode = Literal["none", "record", "patient", "record_distributed", "site_central"]
+PrivacyMode = Literal["none", "record", "patient", "site_central", "record_distributed"]
 
 
 @dataclass(frozen=True)

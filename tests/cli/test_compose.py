@@ -19,6 +19,7 @@ GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in configs().glob("*/
 NEEDED = {
     "privacy=record": ["privacy.epsilon=3"],
     "privacy=record_distributed": ["privacy.epsilon=3", "training.steps=1"],
+    "privacy=patient": ["privacy.epsilon=3"],
     "privacy=site_central": ["privacy.epsilon=3", "evaluation.at_end=false"],
     "population=files": ["population.files={bern: bern.csv}"],
     "population=column": ["population.column=target"],
