@@ -17,6 +17,8 @@ from fedml.site.worker import _work
 from tests.site.wire import ORDER
 
 RECIPE = """
+from pathlib import Path
+
 import torch
 from torch import nn
 from fedml.learning.recipe import Rows
