@@ -92,6 +92,15 @@ def test_a_simulation_runs_end_to_end(privacy: list[str]) -> None:
     ).all()
 
 
+def test_a_simulation_says_that_it_is_the_party_that_sites_who_share_noise_trust(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shared = ["privacy=record_distributed", "privacy.epsilon=3", "training.steps=1"]
+    found = run_simulation(*shared, "cohort.quorum=5", "privacy.evaluation_epsilon=100")
+    assert found["state"] == "done" and found["scores"]["accuracy"] > 0.5
+    assert "adds up as the party that all would trust" in capsys.readouterr().out
+
+
 def test_a_simulation_learns() -> None:
     assert run_simulation("rounds=15")["scores"]["accuracy"] >= 0.95
 
