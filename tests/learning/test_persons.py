@@ -132,12 +132,14 @@ def test_a_patient_with_a_row_that_is_not_finite_counts_as_zero() -> None:
 
 
 def test_of_a_patient_with_many_rows_the_same_few_take_part_in_every_step() -> None:
+    torch.manual_seed(4)
     x = torch.randn(5 * MOST_RECORDS, 7)
     rows = Rows(x, torch.zeros(len(x)).long(), torch.zeros(len(x)).long())
     gradient, descent = filled(Given(), rows)
     first = {name: part.clone() for name, part in descent.gradients.items()}
     gradient.fill()
-    assert all(torch.equal(first[name], part) for name, part in descent.gradients.items())
+    for name, part in descent.gradients.items():
+        assert torch.allclose(first[name], part, atol=1e-7)
     chosen, units = gradient._persons.rows_of(torch.tensor([0]), x.device)  # type: ignore[union-attr]
     assert len(chosen.unique()) == MOST_RECORDS and len(units) == 1
     other, _ = filled(Given(), rows)
