@@ -23,7 +23,6 @@ from torch.nn import functional
 
 _PIECE = 2**22  # numbers of a scratch pad, at most, unless one row takes more
 _CACHED = 2**18  # numbers of a convolution's patches at a time, unless one row has more
-_CANCELLED = 1e-12  # of squares: what may be lost where a unit's terms cancel each other
 
 Sums = Mapping[nn.Parameter, Tensor]  # float64, of a parameter's shape
 
@@ -88,7 +87,8 @@ class Outer:
         if self._weight is not None:
             pairs *= torch.bmm(self._taken, self._taken.mT) + float(self._bias is not None)
         found = pairs.sum((1, 2))
-        return found.clamp(min=0) + _CANCELLED * terms.sqrt().sum(1).square()
+        numbers = terms.shape[1] ** 2 + self._taken.shape[2] + self._told.shape[2]
+        return found.clamp(min=0) + _lost(numbers) * terms.sqrt().sum(1).square()
 
     def _own(self, taken: Tensor) -> Tensor:
         """Return what each t of `taken`, with a 1 for the bias, brings to a square."""
@@ -120,7 +120,8 @@ class Lookup:
             for taken, told in zip(self._taken.split(size), self._told.split(size), strict=True)
         ]
         terms = torch.linalg.vector_norm(self._told, dim=2).sum(1).square()
-        return torch.cat(parts).clamp(min=0) + _CANCELLED * terms
+        numbers = self._taken.shape[1] ** 2 + self._told.shape[2]
+        return torch.cat(parts).clamp(min=0) + _lost(numbers) * terms
 
     def add(self, factors: Tensor, kept: Tensor | slice, sums: Sums) -> None:
         """Add each term to its place."""
@@ -155,6 +156,11 @@ class Written:
             rows = part[kept].flatten(1)
             for some, weights in zip(rows.split(size), factors.split(size), strict=True):
                 total.addmv_(some.double().T, weights)
+
+
+def _lost(numbers: int) -> float:
+    """Return what share of a square may be lost, at worst, where so many float64 cancel."""
+    return 2.0**-52 * numbers
 
 
 def patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
