@@ -47,6 +47,8 @@ POINTS: Mapping[str, str] = {  # what has just happened, or is about to
     "release.published": "a release is signed, its version not live",
     "release.promoted": "a version is live, and no site told",
     "registry.drafted": "a fresh registry's tables are made, under another name",
+    "parcel.packed": "a model or an update is packed, and nobody told of it",
+    "parcel.unpacked": "a parcel is unpacked, and nothing has come of it",
     "chunk.poured": "a chunk of a blob is about to be sent",
     "chunk.taken": "a chunk of a blob was written",
     "blob.kept": "a blob has come whole, and has its name",

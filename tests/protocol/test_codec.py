@@ -31,6 +31,7 @@ from fedml.protocol.messages import (
     Failed,
     Forget,
     Hello,
+    Parcel,
     Privacy,
     RecipeId,
     ReleaseNotice,
@@ -65,6 +66,9 @@ tasks = st.from_regex(r"[a-z0-9]{1,8}(\.[a-z0-9_-]{1,8}){0,3}", fullmatch=True).
 runs = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,19}", fullmatch=True).map(RunId)
 sites = names.map(SiteId)
 blobs = st.builds(Blob, digests, counts)
+parcels = st.lists(
+    st.builds(Parcel, names, blobs, st.one_of(st.just(""), digests)), max_size=3
+).map(tuple)
 recipes = st.builds(RecipeId, names, digests)
 trainings = st.builds(
     lambda lr, n, epochs, momentum: Training(
@@ -95,6 +99,9 @@ assignments = st.builds(
     cohort=st.integers(1, 1000),
     seed=st.integers(-(2**63), 2**63 - 1),
     deadline=positive,
+    parcels=parcels,
+    up=texts,
+    keep_model=st.booleans(),
 )
 cards = st.builds(DatasetCard, names, counts, digests)
 servings = st.builds(
@@ -126,7 +133,7 @@ events = st.one_of(
     st.builds(Accepted, tasks),
     st.builds(Declined, tasks, texts),
     st.builds(Failed, tasks, texts),
-    st.builds(Trained, tasks, blobs, finite, scores, finite),
+    st.builds(Trained, tasks, blobs, finite, scores, finite, parcels),
     st.builds(Scored, tasks, scores, finite, finite),
     servings,
     st.just(Beat()),
