@@ -132,7 +132,6 @@ class Post:
             raise MalformedUpdate(f"its parcel stands for {blob.size} bytes, limit {most}")
         draft = store.folder / f".{secrets.token_hex(8)}.draft"
         unpack(path, parcel.form, blob, draft)
-        failpoints.reach("parcel.unpacked")
         try:
             return read(draft)
         finally:

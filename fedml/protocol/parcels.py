@@ -24,6 +24,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedml import failpoints
 from fedml.durable import failure
 from fedml.errors import FedmlError, MalformedMessage
 from fedml.params import MAX_HEADER, Params, spans
@@ -164,6 +165,7 @@ def unpack(parcel: Path, form: str, blob: Blob, place: Path, base: Path | None =
             for piece in _unpacked(parcel, form, blob.size, base):
                 total.update(piece)
                 out.write(piece)
+                failpoints.reach("parcel.unpacked")
         if total.hexdigest() != blob.digest:
             raise MalformedMessage(
                 f"a parcel that is not the blob {blob.digest[:12]} it stands for"

@@ -92,7 +92,6 @@ def _unpack(job: Mapping[str, Any], folder: Path) -> None:
     model, base = Path(job["model"]), Path(job["base"]) if job["base"] else None
     draft = model.with_name(f".{model.name}.draft")
     unpack(Path(job["parcel"]), str(job["form"]), assignment.model, draft, base)
-    failpoints.reach("parcel.unpacked")
     draft.replace(model)
     durable.replace(folder / "unpacked.json", durable.dump_json({}))
 

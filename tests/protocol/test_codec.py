@@ -257,6 +257,16 @@ def test_a_command_survives_the_trip(command: Command) -> None:
     assert codec.decode_command(codec.encode_command(command)) == command
 
 
+@given(assignments)
+def test_an_order_s_parcels_survive_it_though_they_are_no_part_of_its_terms(
+    order: Assignment,
+) -> None:
+    after = codec.decode_command(codec.encode_command(order))
+    assert isinstance(after, Assignment)
+    assert after.parcels == order.parcels
+    assert dataclasses.replace(order, parcels=()) == order
+
+
 @given(events)
 def test_an_event_survives_the_trip(event: SiteEvent) -> None:
     assert codec.decode_event(codec.encode_event(event)) == event

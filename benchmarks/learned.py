@@ -1,0 +1,58 @@
+"""Models and updates that were really trained: random numbers compress otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedml.params import Params
+
+_SITES, _STEPS, _BATCH, _LR, _ROUNDS = 2, 10, 16, 0.05, 3
+
+
+def models(width: int) -> tuple[Params, Params, Params]:
+    """Return the model before a round, after it, and one site's update; FedAvg, the third round.
+
+    Two convolutions and two linear layers, the first of `width`; two sites with images whose
+    brightness tells the class.
+    """
+    params = Params(_network(width).state_dict())
+    before = params
+    delta = params.zeros()
+    for number in range(_ROUNDS):
+        before = params
+        deltas = [_train(width, params, 100 * number + site) for site in range(_SITES)]
+        delta = deltas[0]
+        mean = deltas[0]
+        for other in deltas[1:]:
+            mean = mean + other
+        params = params + mean * (1 / _SITES)
+    return before, params, delta
+
+
+def _network(width: int) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(12544, width), nn.ReLU(), nn.Linear(width, 10),
+    )  # fmt: skip
+
+
+def _train(width: int, params: Params, seed: int) -> Params:
+    """Return how some steps of SGD at a site move the model."""
+    model = _network(width)
+    model.load_state_dict(dict(params))
+    descent = torch.optim.SGD(model.parameters(), lr=_LR, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(_STEPS):
+        labels = torch.randint(10, (_BATCH,), generator=generator)
+        noise = torch.randn(_BATCH, 3, 32, 32, generator=generator)
+        images = noise + (labels / 5 - 1).view(-1, 1, 1, 1)
+        descent.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        descent.step()
+    state: Mapping[str, torch.Tensor] = model.state_dict()
+    return Params(state) - params
