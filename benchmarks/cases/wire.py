@@ -34,7 +34,7 @@ assert all(Wire(up=word) for word in UP)  # type: ignore[arg-type]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of 100 MB as they were: megabytes on the way, seconds at the sender and at the receiver."""
+    """Of 100 MB as they were: megabytes on the way, CPU seconds at the sender and the receiver."""
 
     megabytes: float
     sending: float
@@ -46,13 +46,18 @@ class Cost:
         return self.sending + self.taking
 
     def even(self, exact: Cost) -> float:
-        """Return the megabits a second of a line below which it is sooner there than whole."""
+        """Return the megabits a second of a line below which it is sooner there than whole.
+
+        Both ends have a core for it, and nothing of it is done while bytes are on their way.
+        """
         return 8 * (exact.megabytes - self.megabytes) / max(self.seconds - exact.seconds, 1e-9)
 
 
 @benchmark("wire/encodings", "s")
 def encodings(quick: bool, say: Say) -> Reading:
-    """Measure both ends' work on an update as bf16+zstd; the limit is a copy in memory."""
+    """Measure both ends' work on an update as bf16+zstd, in CPU seconds; the limit is a copy in
+    memory.
+    """
     torch.set_num_threads(1)
     before, after, delta = learned.models(128 if quick else 1984)
     say(f"  a network of {before.layout.bytes / _MB:.0f} MB; figures are for 100 MB of it")
@@ -129,6 +134,6 @@ def _copied(params: Params, times: int) -> float:
 
 
 def _seconds(act: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
+    start = time.process_time()
     result = act()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
