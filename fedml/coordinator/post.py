@@ -131,11 +131,15 @@ class Post:
         if blob.size > most:
             raise MalformedUpdate(f"its parcel stands for {blob.size} bytes, limit {most}")
         draft = store.folder / f".{secrets.token_hex(8)}.draft"
-        unpack(path, parcel.form, blob, draft)
+        unpack(path, parcel.form, blob, draft, written=_written)
         try:
             return read(draft)
         finally:
             draft.unlink()  # it is mapped: its bytes go when nobody looks at them any more
+
+
+def _written() -> None:
+    failpoints.reach("parcel.unpacked")
 
 
 def _is_all_of(brief: Brief, state: ServerState) -> bool:

@@ -13,7 +13,7 @@ value's affair. Who unpacks holds the result against its digest, so a parcel is 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -24,7 +24,6 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedml import failpoints
 from fedml.durable import failure
 from fedml.errors import FedmlError, MalformedMessage
 from fedml.params import MAX_HEADER, Params, spans
@@ -152,12 +151,19 @@ def _sum(gap: _Words, base: _Words) -> _Words:
 # --- unpacking ----------------------------------------------------------------------------------
 
 
-def unpack(parcel: Path, form: str, blob: Blob, place: Path, base: Path | None = None) -> None:
+def unpack(
+    parcel: Path,
+    form: str,
+    blob: Blob,
+    place: Path,
+    base: Path | None = None,
+    written: Callable[[], None] = lambda: None,
+) -> None:
     """Write to `place` the file that a parcel stands for, which is `blob`, named by BLAKE3.
 
     Raises `MalformedMessage`, and leaves nothing, if it is anything else: never is more written
     than `blob` has bytes, and never more than a window of it in memory. Raises `NoRoom` on a full
-    disk, `OSError` as `open` does.
+    disk, `OSError` as `open` does. After each window `written` is called.
     """
     total = blake3()
     try:
@@ -165,7 +171,7 @@ def unpack(parcel: Path, form: str, blob: Blob, place: Path, base: Path | None =
             for piece in _unpacked(parcel, form, blob.size, base):
                 total.update(piece)
                 out.write(piece)
-                failpoints.reach("parcel.unpacked")
+                written()
         if total.hexdigest() != blob.digest:
             raise MalformedMessage(
                 f"a parcel that is not the blob {blob.digest[:12]} it stands for"
@@ -189,7 +195,7 @@ def _unpacked(parcel: Path, form: str, size: int, base: Path | None) -> Iterator
         if not 8 <= long <= MAX_HEADER + 8:
             raise MalformedMessage(f"a parcel with a header of {long} bytes")
         head = _take(file, long)
-        windows = list(_cut(head, size))
+        windows = _cut(head, size)
         if base is not None and _head(other) != head:
             raise MalformedMessage("a parcel that is the difference to a model of another shape")
         yield head
@@ -207,7 +213,7 @@ def _unpacked(parcel: Path, form: str, size: int, base: Path | None) -> Iterator
 
 
 def _cut(head: bytes, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the windows of a body, if with it the file has `size` bytes."""
+    """Return the windows of a body, if with it the file has `size` bytes."""
     body = sum(many for _, many in spans(head[8:]))
     if int.from_bytes(head[:8], "little") != len(head) - 8 or len(head) + body != size:
         raise MalformedMessage(f"a parcel of {len(head)} + {body} bytes stands for one of {size}")

@@ -91,9 +91,13 @@ def _unpack(job: Mapping[str, Any], folder: Path) -> None:
     assignment = codec.decode(Assignment, (folder / "assignment").read_bytes())
     model, base = Path(job["model"]), Path(job["base"]) if job["base"] else None
     draft = model.with_name(f".{model.name}.draft")
-    unpack(Path(job["parcel"]), str(job["form"]), assignment.model, draft, base)
+    unpack(Path(job["parcel"]), str(job["form"]), assignment.model, draft, base, _written)
     draft.replace(model)
     durable.replace(folder / "unpacked.json", durable.dump_json({}))
+
+
+def _written() -> None:
+    failpoints.reach("parcel.unpacked")
 
 
 def _work(job: Mapping[str, Any], folder: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from fedml.coordinator.settings import Settings
 from fedml.learning.recipe import identify
 from fedml.params import encode
 from fedml.protocol.messages import RunId
-from fedml.protocol.operations import Receipt
+from fedml.protocol.operations import Receipt, RunInfo
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Evaluation, Plan, Wire
 from fedml.site import settings as site_settings
@@ -126,6 +127,10 @@ def a_plan(wire: Wire, rounds: int = 3) -> Plan:
     return replace(plan(5, rounds=rounds), wire=wire, evaluation=Evaluation(every=1))
 
 
+def has_come_to(least: int, info: RunInfo) -> bool:
+    return info.round >= least
+
+
 def moved() -> float:
     """Return how many bytes of blobs have left anyone in this process."""
     return float(BYTES.labels("out")._value.get())
@@ -153,7 +158,7 @@ async def test_a_site_that_dies_in_the_middle_and_one_that_lost_its_models_chang
     the_plan = a_plan(wire, rounds=6)
     run = await federation.submit(the_plan)
     for number, site in enumerate((*SITES, *SITES), 1):
-        await federation.hub.until(run, lambda info, least=number: info.round >= least)
+        await federation.hub.until(run, partial(has_come_to, number))
         await federation.stop(site)
         if number % 2:
             shutil.rmtree(federation.place(site) / "models", ignore_errors=True)

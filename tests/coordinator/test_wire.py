@@ -15,7 +15,7 @@ from fedml import failpoints
 from fedml.coordinator.settings import Settings
 from fedml.errors import Refused
 from fedml.params import Params
-from fedml.protocol.messages import Assignment, Blob, Forget, Parcel, Trained
+from fedml.protocol.messages import Assignment, Blob, Forget, Parcel, RunId, Trained
 from fedml.protocol.parcels import pack, rounded, unpack
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Cohort, Wire
@@ -80,7 +80,7 @@ class Place(Hub):
         settings = Settings(heartbeat=10.0, grace=10.0)
         return cls(folder / "hub", MemoryRegistry(folder / "registry"), settings, in_transit=True)
 
-    async def begin(self, wire: Wire, **changes: object) -> str:
+    async def begin(self, wire: Wire, **changes: object) -> RunId:
         a_plan = plan(wire=wire, cohort=Cohort(quorum=2, deadline=60.0), **changes)
         number = 1 + len(await self.operator.list_runs())
         path = self.path / "press" / f"{a_plan.model}-{number}.first.safetensors"
@@ -263,8 +263,8 @@ async def test_a_parcel_made_to_do_harm_costs_its_site_the_round(
     await sites[2].hand_in(orders[2], claim, data, "zstd")
     receipt = await hub.receipt(run)
     assert [one.site for one in receipt.counted] == ["bern", "kyoto"]
-    [(site, reason)] = receipt.missing.items()
-    assert site == "quito"
+    [(name, reason)] = receipt.missing.items()
+    assert name == "quito"
     assert reason.startswith("update refused: ")
     assert {
         "bomb": "a plane of 16777216 bytes, where 40000 are due",
@@ -297,7 +297,7 @@ async def test_a_round_moves_the_model_by_the_mean_of_the_rounded_updates(
     run = await hub.begin(Wire(up="bf16+zstd"), rounds=1)
     await play(sites)
     receipt = await hub.receipt(run)
-    state = hub.runs._journal.state(run)  # type: ignore[arg-type]
+    state = hub.runs._journal.state(run)
     assert state is not None
     assert state.params.digest() == receipt.model
     weights = [1.0 + len(site.name) for site in sites]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -74,10 +75,11 @@ def test_what_loses_nothing_ends_in_the_bytes_of_an_exact_run(fleet: Fleet) -> N
     exact = undisturbed(plan(202, rounds=4).to_json(), tuple(fleet.site(s) for s in SITES))
     assert models(receipts) == models(exact)
     assert [r.counted for r in receipts] == [r.counted for r in exact]
-    for site in SITES:  # and of a run that is over no model stays
-        assert fleet.until(
-            lambda at=site: not list((fleet.site(at) / "models").glob("*")), PATIENCE
-        )
+
+    def kept() -> list[Path]:
+        return [path for site in SITES for path in (fleet.site(site) / "models").glob("*")]
+
+    assert fleet.until(lambda: not kept(), PATIENCE), kept()  # of a run that is over nothing stays
 
 
 def test_privacy_is_charged_once_for_an_update_that_is_rounded(fleet: Fleet) -> None:

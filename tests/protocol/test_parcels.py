@@ -6,6 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ DTYPES = [
 ODD = [0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000,
        0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF, 0x3F7FFFFF, 0x3F800000, 0x7F7FFFFF, 0x3F808000,
        0x3F818000, 0x00008000]  # fmt: skip
-PLAN_WORDS = {*Down.__args__, *Up.__args__}
+PLAN_WORDS = {*get_args(Down), *get_args(Up)}
 words32 = st.one_of(st.sampled_from(ODD), st.integers(0, 2**32 - 1))
 
 
@@ -142,7 +143,8 @@ def nearest_even(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Return the bits of the nearest bfloat16 by the definition, in whole numbers; no NaN."""
     low, kept = words & 0xFFFF, words >> 16
     up = (low > 0x8000) | ((low == 0x8000) & (kept & 1 == 1))
-    return (kept + up).astype(np.uint32) << 16
+    nearest: NDArray[np.uint32] = (kept + up).astype(np.uint32) << 16
+    return nearest
 
 
 @settings(max_examples=200, deadline=None)

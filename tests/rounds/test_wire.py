@@ -118,7 +118,7 @@ def test_a_stack_counts_as_its_rows_do() -> None:
         Stacked([each.delta for each in updates]),
         tuple(each.weight for each in updates),
     )
-    [at_once] = a_round(3)[0].handle(StackArrived(stack)) or [None]
+    [at_once] = a_round(3)[0].handle(StackArrived(stack))
     assert isinstance(singly, Close)
     assert isinstance(at_once, Close)
     assert singly.total == at_once.total
