@@ -5,7 +5,6 @@ The far end of the link is the test; the worker is real, and so is what it train
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from fedml.protocol.messages import (
     Assignment,
     Blob,
     Forget,
+    Hello,
     Parcel,
     Privacy,
     RunId,
@@ -46,6 +46,11 @@ class Shop(Wire):
 
     blobs: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    told: list[Hello] = field(default_factory=list)
+
+    async def connect(self, hello: Hello) -> None:
+        self.told.append(hello)
+        await super().connect(hello)
 
     async def download(self, blob: Blob, into: BlobStore) -> None:
         self.asked.append(blob.digest)
@@ -176,6 +181,7 @@ async def test_who_joins_late_takes_the_next_best_parcel(town: Town) -> None:
     async with site(town):
         answer = await town.trained(town.order(1, delta, plain))
         assert town.shop.asked == digests(plain.blob)
+        assert not (town.folder / "site" / "blobs" / plain.blob.digest).exists()  # it is unpacked
     assert town.update(answer) == wanted
 
 
@@ -219,7 +225,6 @@ async def test_a_parcel_of_no_use_costs_a_whole_model_and_no_more(town: Town, sp
         answer = await town.trained(town.order(1, bad))
         assert town.shop.asked[-1] == town.wholes[1].digest
         assert (bad.blob.digest in town.shop.asked) == (spoil != "a newer form")
-        assert not (town.folder / "site" / "blobs" / good.blob.digest).exists()
     assert town.update(answer) == wanted
 
 
@@ -246,10 +251,8 @@ async def test_a_site_tells_of_runs_whose_model_it_has(town: Town) -> None:
         await town.trained(town.order(0))
         town.shop.say(Forget(TaskId("run-1.1.1.bern"), counted=True))
         await town.trained(town.order(1))
-    hello = asyncio.create_task(town.shop.hello())
-    async with running(town.folder / "site", town.shop):
-        pass
-    assert (await hello).runs == (RunId("run-1"),)
+    async with site(town):
+        assert [hello.runs for hello in town.shop.told] == [(), (RunId("run-1"),)]
 
 
 # --- updates ------------------------------------------------------------------------------------
