@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ _GLANCES, _GLANCE = 20, 0.01  # tries for a lock, and seconds between them; see 
 
 def replace(path: Path, *pieces: bytes | memoryview, mode: int = 0o644) -> None:
     """Make `path` hold exactly `pieces`, or leave it as it was; parent folders are created."""
+    fill(path, pieces, mode=mode)
+
+
+def fill(path: Path, pieces: Iterable[bytes | memoryview], *, mode: int = 0o644) -> None:
+    """As `replace`, of pieces that come one after the other, never all in memory."""
     make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:

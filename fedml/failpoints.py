@@ -29,7 +29,12 @@ from pathlib import Path
 from fedml.errors import ConfigError
 
 VARIABLE = "FEDML_FAILPOINT"
-WRITES = ("durable.replace", "durable.append", "chunk.taken")  # where a disk may be full
+WRITES = (
+    "durable.replace",
+    "durable.append",
+    "chunk.taken",
+    "parcel.unpacked",
+)  # where a disk may be full
 POINTS: Mapping[str, str] = {  # what has just happened, or is about to
     "durable.replace": "a file's new contents are on the disk, under another name",
     "durable.append": "a record is about to be written to any log",
@@ -47,6 +52,8 @@ POINTS: Mapping[str, str] = {  # what has just happened, or is about to
     "release.published": "a release is signed, its version not live",
     "release.promoted": "a version is live, and no site told",
     "registry.drafted": "a fresh registry's tables are made, under another name",
+    "parcel.packed": "a model or an update is packed, and nobody told of it",
+    "parcel.unpacked": "a window of a parcel is unpacked",
     "chunk.poured": "a chunk of a blob is about to be sent",
     "chunk.taken": "a chunk of a blob was written",
     "blob.kept": "a blob has come whole, and has its name",

@@ -343,18 +343,26 @@ def decode(data: bytes | bytearray | memoryview | mmap) -> dict[str, Params]:
     if size > min(MAX_HEADER, len(view) - 8):
         raise MalformedMessage(f"a header of {size} bytes in a file of {len(view)}")
     header, body = _parse_header(bytes(view[8 : 8 + size])), view[8 + size :]
-    end = 0
-    for name, (_, _, start, stop) in header.items():
-        if start != end:
-            raise MalformedMessage(f"{name}: tensors overlap or leave a gap at byte {end}")
-        end = stop
-    if end != len(body):
+    if (end := _end(header)) != len(body):
         raise MalformedMessage(f"tensors take {end} bytes, the file has {len(body)}")
     parts: dict[str, _Entries] = {}
     for key, entry in header.items():
         part, _, name = key.rpartition(":")
         parts.setdefault(part, {})[name] = entry
     return {part: _gather(entries, body) for part, entries in parts.items()}
+
+
+def spans(header: bytes) -> list[tuple[int, int]]:
+    """Return what lies side by side in a file with that header: bytes of an element, and of all.
+
+    Raises `MalformedMessage` on anything odd.
+    """
+    entries, found = _parse_header(header), list[tuple[int, int]]()
+    _end(entries)
+    for dtype, _, start, stop in entries.values():
+        before = found.pop()[1] if found and found[-1][0] == dtype.itemsize else 0
+        found.append((dtype.itemsize, before + stop - start))
+    return found
 
 
 def read(path: Path) -> dict[str, Params]:
@@ -383,6 +391,16 @@ def _parse_header(text: bytes) -> _Entries:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MalformedMessage(f"safetensors header: {type(error).__name__}: {error}") from error
     return dict(sorted(entries.items(), key=lambda item: (item[1][2], item[1][3])))
+
+
+def _end(entries: _Entries) -> int:
+    """Return how many bytes the tensors take, if they lie side by side."""
+    end = 0
+    for name, (_, _, start, stop) in entries.items():
+        if start != end:
+            raise MalformedMessage(f"{name}: tensors overlap or leave a gap at byte {end}")
+        end = stop
+    return end
 
 
 def _parse_entry(name: str, entry: Mapping[str, list[int]]) -> _Entry:

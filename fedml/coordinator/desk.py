@@ -187,21 +187,26 @@ class Desk:
         return tuple(infos)
 
     def model_of(self, site: SiteId, digest: str) -> bool:
-        """True if an outstanding task of `site` names this blob as its model."""
-        return any(a.model.digest == digest for a in self._seat(site).outstanding.values())
+        """True if an outstanding task of `site` names this blob as its model, or a parcel of it."""
+        orders = self._seat(site).outstanding.values()
+        blobs = (b for a in orders for b in (a.model, *(parcel.blob for parcel in a.parcels)))
+        return any(blob.digest == digest for blob in blobs)
+
+    def owes(self, site: SiteId, task: TaskId) -> bool:
+        """True while a task of `site` is wanted, answered or not."""
+        return task in self._seat(site).outstanding
 
     def objection(self, site: SiteId, task: TaskId, blob: Blob) -> str:
         """Say why `site` may not hand in this blob for a task; "" if it may.
 
-        It may have twice the model's bytes, and a little: algorithms report slots as large as the
-        model at most once. A task has one update, so few are taken; each has its own count, so
-        that no other task, of this run or another, ever stands in its way.
+        It may have as many bytes as `largest_update` says. A task has one update, so few are
+        taken; each has its own count, so that no other task ever stands in its way.
         """
         seat = self._seat(site)
         order = seat.outstanding.get(task)
         if order is None or order.kind != "train":
             return "no update is expected"
-        if blob.size > (most := 2 * order.model.size + 2**20):
+        if blob.size > (most := largest_update(order)):
             return f"at most {most} bytes are expected"
         offers = seat.offers.setdefault(task, _Offers(order.run)).digests
         if blob.digest not in offers and len(offers) >= _OFFERS:
@@ -317,6 +322,14 @@ class Desk:
         elif not self._here and self._beats is not None:
             self._beats.cancel()
             self._beats = None
+
+
+def largest_update(order: Assignment) -> int:
+    """Return how many bytes an update may have: twice the model's, and a little.
+
+    Algorithms report slots as large as the model at most once.
+    """
+    return 2 * order.model.size + 2**20
 
 
 def _over(run: RunId) -> Forget:

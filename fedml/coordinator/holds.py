@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from fedml.params import Params, pieces
 from fedml.protocol.messages import Blob
-from fedml.transport.chunks import BlobStore
+from fedml.transport.chunks import BlobStore, Piece
 
 
 class Holds:
@@ -22,8 +22,14 @@ class Holds:
     async def put(self, parts: Mapping[str, Params]) -> Blob:
         """Store what `parts` encode to as one blob, and hold it."""
         known = parts[""].digest() if parts.keys() == {""} and "digest" in parts[""].known else ""
+        return await self.put_pieces(partial(pieces, parts), known, to_last=True)
+
+    async def put_pieces(
+        self, make: Callable[[], Iterable[Piece]], digest: str = "", *, to_last: bool = False
+    ) -> Blob:
+        """Store what `make` returns, as often as it is asked, as one blob, and hold it."""
         while True:
-            put = partial(self.store.put_pieces, pieces(parts), known, to_last=True)
+            put = partial(self.store.put_pieces, make(), digest, to_last=to_last)
             blob = await asyncio.to_thread(put)
             self.hold(blob.digest)
             if self.store.has(blob.digest):  # else another let go of it just before we held it

@@ -19,10 +19,11 @@ import structlog
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from fedml import failpoints, telemetry
-from fedml.coordinator.desk import Answer, Desk
+from fedml.coordinator.desk import Answer, Desk, largest_update
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.coordinator.patience import insist
+from fedml.coordinator.post import Post
 from fedml.errors import FedmlError, MalformedMessage, Refused
 from fedml.params import read
 from fedml.protocol.messages import (
@@ -37,7 +38,7 @@ from fedml.protocol.messages import (
     Trained,
 )
 from fedml.protocol.operations import Receipt, RunInfo
-from fedml.protocol.tasks import Brief, Report, Task, Update
+from fedml.protocol.tasks import Report, Task, Update
 from fedml.rounds.hosting import (
     Candidate,
     Command,
@@ -83,7 +84,7 @@ class Host:
         self._desk, self._journal, self._holds = desk, journal, holds
         self._register, self._changed = register, changed
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
-        self._brief: tuple[Brief, Blob] | None = None
+        self._post = Post(holds, run.plan.wire)
         self._state: tuple[ServerState, Blob] | None = None  # the last one that was committed
         self._uploads: Counter[str] = Counter()  # not folded in yet, by digest
         self._asked_again: set[TaskId] = set()
@@ -134,25 +135,29 @@ class Host:
                 await self._trained(site, order, answer)
 
     async def _trained(self, site: SiteId, order: Assignment, answer: Trained) -> None:
-        task, digest = answer.task, answer.update.digest
+        task, digest, whole = answer.task, answer.sent.digest, answer.update.digest
         self._holds.hold(digest)
         self._uploads[digest] += 1
         try:
-            update = await asyncio.to_thread(self._read_update, site, order, answer)
+            reading = partial(asyncio.to_thread, self._read_update, site, order, answer)
+            update = await insist(reading, self._wait)  # unpacking takes room on the disk
         except (FedmlError, OSError) as error:
             self._let_go(digest)
             gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
-            if gone and task not in self._asked_again:
+            if gone and task not in self._asked_again and self._desk.owes(site, task):
                 self._asked_again.add(task)
                 self._desk.assign(site, order)
             else:
                 self.tell(SiteLost(site, f"update refused: {_line(str(error))}", task=task))
         else:
+            self._holds.hold(whole)  # which is the same, unless it came as a parcel
+            self._uploads[whole] += 1
+            self._let_go(digest)
             failpoints.reach("update.read")
-            self.tell(UpdateArrived(update, digest))
+            self.tell(UpdateArrived(update, whole))
 
     def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
-        parts = read(self._holds.store.path(answer.update.digest))
+        parts = self._post.opened(order, answer, largest_update(order))
         if "delta" not in parts:
             raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
         delta = parts.pop("delta")
@@ -202,7 +207,7 @@ class Host:
             self._looking.cancel()
         for digest in list(self._uploads.elements()):
             self._let_go(digest)
-        self._forget_brief()
+        self._post.close()
         if self._state is not None:
             self._holds.let_go(self._state[1].digest)
         self.at_rest.set()
@@ -294,7 +299,7 @@ class Host:
         What the run makes of it is carried out only then.
         """
         receipt, state, file = command.receipt, None, None
-        self._forget_brief()
+        self._post.forget()
         if command.state is not None:
             state, file = await self._keep(command.state)
         self.run.handle(self._pool(), time.time())  # others may wait by now: a commit comes first
@@ -339,11 +344,6 @@ class Host:
         self._uploads[digest] -= 1
         self._holds.let_go(digest)
 
-    def _forget_brief(self) -> None:
-        if self._brief is not None:
-            self._holds.let_go(self._brief[1].digest)
-            self._brief = None
-
     async def _candidate(self, candidate: Candidate) -> None:
         """Register the model once; a replay after a crash finds the version noted."""
         if not self._journal.runs[self.run.id].version:
@@ -352,6 +352,7 @@ class Host:
 
     async def _assignment(self, task: Task) -> Assignment:
         plan = self.run.plan
+        model, parcels = await self._post.encoded(task.brief, self._state, self._asked)
         return Assignment(
             task=task.id,
             run=task.run,
@@ -359,7 +360,7 @@ class Host:
             kind=task.kind,
             recipe=plan.recipe,
             dataset=plan.dataset,
-            model=await self._encoded(task.brief),
+            model=model,
             training=plan.training,
             privacy=plan.privacy,
             rule=task.brief.rule,
@@ -367,20 +368,10 @@ class Host:
             cohort=len(self._asked),
             seed=plan.task_seed(task.round, task.site),
             deadline=plan.cohort.deadline,
+            parcels=parcels,
+            up="" if plan.wire.up == "exact" else plan.wire.up,
+            keep_model=self._post.sends_deltas,
         )
-
-    async def _encoded(self, brief: Brief) -> Blob:
-        """Encode a round's brief once, whatever the number of sites; not at all if it is the
-        state that was just committed.
-        """
-        if self._brief is None or self._brief[0] is not brief:
-            if self._state is not None and _is_all_of(brief, self._state[0]):
-                blob = self._state[1]
-                self._holds.hold(blob.digest)
-            else:
-                blob = await self._holds.put({"": brief.params, **brief.slots})
-            self._brief = (brief, blob)
-        return self._brief[1]
 
     def _data(self) -> dict[str, str]:
         """Return the asked sites' dataset digests as they are now, for the lineage."""
@@ -414,15 +405,6 @@ class Host:
             return
         self._expected = frozenset()
         self.tell(SitesChanged(()))  # who is here is looked up when it is handled
-
-
-def _is_all_of(brief: Brief, state: ServerState) -> bool:
-    """True if a brief holds the very tensors of a state, and all of them."""
-    return (
-        brief.params is state.params
-        and brief.slots.keys() == state.slots.keys()
-        and all(slot is state.slots[name] for name, slot in brief.slots.items())
-    )
 
 
 def _line(reason: str) -> str:

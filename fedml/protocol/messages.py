@@ -71,6 +71,27 @@ class Blob:
 
 
 @dataclass(frozen=True)
+class Parcel:
+    """A blob packed for its way: unpacked it is, to the bit, the model or update it stands for.
+
+    `form` is one of `FORMS`, or one that only newer versions know; `base` the digest of the model
+    that a "delta" is the difference to. What is packed how: `fedml.protocol.parcels`.
+    """
+
+    form: str
+    blob: Blob
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        check_name("form", self.form)
+        if self.base:
+            check_digest("base", self.base)
+
+
+FORMS = ("bf16", "zstd", "delta")  # of parcels
+
+
+@dataclass(frozen=True)
 class RecipeId:
     """A recipe by name and by the SHA-256 of its source, so both ends mean the same code."""
 
@@ -195,7 +216,10 @@ class Welcome:
 class Assignment:
     """A task as it travels: `model` holds the brief's tensors, part "" the parameters.
 
-    `deadline` is in seconds from receipt; the coordinator stops waiting then.
+    `deadline` is in seconds from receipt; the coordinator stops waiting then. `parcels` are ways
+    to get the model in fewer bytes, the best first; a site that can use none gets it whole. They
+    are no part of the order's terms. `up` is how the update is wanted, as in `Wire`, "" whole; a
+    site may send it whole in any case. `keep_model`: the next one may come as a difference to it.
     """
 
     task: TaskId
@@ -212,6 +236,9 @@ class Assignment:
     cohort: int = 1  # how many sites were asked; a site's policy may want a minimum
     seed: int = 0  # of batch order and dropout; never of privacy noise
     deadline: float = 600.0
+    parcels: tuple[Parcel, ...] = field(default=(), compare=False)
+    up: str = ""
+    keep_model: bool = False
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
@@ -303,7 +330,7 @@ class Hello:
     """First event on a stream: who speaks is in the certificate, this is what it can do.
 
     `kept` are the tasks whose results the site still holds, `runs` those of which it has an
-    algorithm's own state; it is told which it may forget.
+    algorithm's own state, or a model; it is told which it may forget.
     `runs_at_once` is in how many runs it takes part at a time; 0 is as many as there are.
     """
 
@@ -343,7 +370,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Trained:
-    """The update is on the site's disk, charged, and uploaded as `update`.
+    """The update is on the site's disk, charged, and uploaded as `update`, or as its one parcel.
 
     Parts of the blob: `delta`, and each slot by its name.
     """
@@ -353,6 +380,12 @@ class Trained:
     weight: float
     metrics: Scores = field(default_factory=dict)
     epsilon: float = 0.0
+    parcels: tuple[Parcel, ...] = ()
+
+    @property
+    def sent(self) -> Blob:
+        """What is uploaded."""
+        return self.parcels[0].blob if self.parcels else self.update
 
 
 @dataclass(frozen=True)

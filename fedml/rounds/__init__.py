@@ -13,7 +13,7 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
-from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan
+from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan, Wire
 from fedml.rounds.round import (
     CancelTask,
     Opening,
@@ -59,6 +59,7 @@ __all__ = [
     "Tick",
     "UpdateArrived",
     "WakeAt",
+    "Wire",
     "draw",
     "eligible",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from fedml.errors import MalformedMessage, MalformedUpdate
 from fedml.protocol.messages import Scores
+from fedml.protocol.parcels import rounded
 from fedml.protocol.tasks import Brief, Report, Stack, Update
 from fedml.strategies import NUMBER, Aggregate, Reducer, add_stack, number, numbers
 
@@ -32,19 +34,26 @@ class Answers(Protocol):
 class Updates:
     """Checks updates against the brief and streams them into a reduction."""
 
-    def __init__(self, reducer: Reducer, reports: frozenset[str]) -> None:
-        """Reduce with `reducer`; each update must have the slots `reports`."""
-        self._reduction, self._reports = reducer.start(), reports
+    def __init__(self, reducer: Reducer, reports: frozenset[str], *, coarse: bool = False) -> None:
+        """Reduce with `reducer`; each update must have the slots `reports`.
+
+        If `coarse`, deltas are rounded to bfloat16, unless their sites have done it already.
+        """
+        self._reduction, self._reports, self._coarse = reducer.start(), reports, coarse
 
     def add(self, answer: Update | Report, brief: Brief) -> None:
         """Refuse an update that has other slots, another layout, or is not finite."""
         if not isinstance(answer, Update):
             raise MalformedUpdate("it is a report, not an update")
+        if self._coarse:
+            answer = replace(answer, delta=rounded(answer.delta))
         self._check(answer, brief)
         self._reduction.add(answer)
 
     def add_stack(self, stack: Stack, brief: Brief) -> Mapping[int, str]:
         """Look at single rows only if the stack as a whole is not beyond doubt."""
+        if self._coarse:
+            stack = replace(stack, delta=rounded(stack.delta))
         refused: dict[int, str] = {}
         if not self._is_sound(stack, brief):
             for row in range(len(stack)):

@@ -12,12 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast, get_args
 
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
 from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
+from fedml.protocol.parcels import is_coarse
 from fedml.records import Reader, from_record, to_record
 from fedml.strategies import (
     NoisyMean,
@@ -26,6 +27,7 @@ from fedml.strategies import (
     WeightedMean,
     build,
     describe,
+    keeps_deltas,
     measures,
     needs_means,
     rule_of,
@@ -85,6 +87,27 @@ class Gate:
         return ""
 
 
+Down = Literal["exact", "zstd", "delta", "bf16", "bf16+zstd", "bf16+delta"]
+Up = Literal["exact", "zstd", "bf16", "bf16+zstd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """How a run's models go down to the sites, and how their updates come up.
+
+    With "bf16" each float32 of a model that sites train on, or of an update's delta, is rounded;
+    the other words lose nothing. See `docs/wire.md`.
+    """
+
+    down: Down = "exact"
+    up: Up = "exact"
+
+    def __post_init__(self) -> None:
+        for name, word, words in (("down", self.down, Down), ("up", self.up, Up)):
+            if word not in get_args(words):
+                raise ConfigError(f"wire.{name} {word!r:.60}: use one of {list(get_args(words))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """One run: what is trained, by whom, how, under which guarantee, and when it is good enough.
@@ -108,6 +131,7 @@ class Plan:
     parent: int = 0
     attempts: int = 3
     patience: float = 600.0
+    wire: Wire = field(default_factory=Wire)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gates", tuple(self.gates))
@@ -117,7 +141,7 @@ class Plan:
     def check(self) -> None:
         """Raise `Contradiction` with every reason why this plan cannot run."""
         reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
-        reasons += [*_strategy(self), *_reducer(self), *_scoring(self)]
+        reasons += [*_strategy(self), *_reducer(self), *_scoring(self), *_wire(self)]
         if reasons:
             raise Contradiction(reasons)
 
@@ -140,8 +164,13 @@ class Plan:
         return NoisyMean(self.privacy.clip, training_event(self.training, self.privacy, 1).noise)
 
     def to_json(self) -> str:
-        """Return canonical JSON: equal plans have equal text, and every default is written."""
+        """Return canonical JSON: equal plans have equal text, and every default is written.
+
+        But for `wire`, where nothing is packed: coordinators from before do not know the word.
+        """
         record = cast(dict[str, object], to_record(self))
+        if self.wire == Wire():
+            del record["wire"]
         return dump_json({**record, "strategy": describe(self.strategy)}).decode()
 
     @staticmethod
@@ -325,6 +354,20 @@ def _scoring(plan: Plan) -> Iterator[str]:
     if plan.gates and not plan.evaluation.at_end:
         metrics = ", ".join(sorted({gate.metric for gate in plan.gates}))
         yield f"gates on {metrics} without a last evaluation: set evaluation.at_end=true"
+
+
+def _wire(plan: Plan) -> Iterator[str]:
+    if is_coarse(plan.wire.up) and keeps_deltas(plan.strategy):
+        yield (
+            f"wire.up {plan.wire.up} with strategy {type(plan.strategy).__name__}: its sites "
+            "remember their deltas as they were before rounding, and fall out of step with the "
+            "coordinator; use wire.up=zstd or exact"
+        )
+    if is_coarse(plan.wire.up) and plan.privacy.mode in ("site_central", "record_distributed"):
+        yield (
+            f"wire.up {plan.wire.up} with {plan.privacy.mode} privacy: rounding moves an update "
+            "after its norm was bounded, or shares of noise; use wire.up=zstd or exact"
+        )
 
 
 def _evaluates(plan: Plan) -> bool:

@@ -176,9 +176,16 @@ class Round:
     """
 
     def __init__(
-        self, opening: Opening, reducer: Reducer, reports: frozenset[str] = frozenset()
+        self,
+        opening: Opening,
+        reducer: Reducer,
+        reports: frozenset[str] = frozenset(),
+        *,
+        coarse: bool = False,
     ) -> None:
-        """Make a round whose updates must report the slots `reports`."""
+        """Make a round whose updates must report the slots `reports`; their deltas are rounded to
+        bfloat16 if `coarse`.
+        """
         self.opening = opening
         self._waiting = set(opening.asked)
         self._counted: dict[SiteId, Counted] = {}
@@ -187,7 +194,7 @@ class Round:
         self._over = False
         self._brief: Brief | None = None
         train = opening.kind == "train"
-        self._answers: Answers = Updates(reducer, reports) if train else Reports()
+        self._answers: Answers = Updates(reducer, reports, coarse=coarse) if train else Reports()
 
     @property
     def progress(self) -> str:

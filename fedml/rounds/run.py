@@ -15,6 +15,7 @@ from dataclasses import replace
 from fedml.params import Params
 from fedml.protocol.messages import RunId, Scores, SiteId
 from fedml.protocol.operations import Counted, Receipt, RunState
+from fedml.protocol.parcels import is_coarse, rounded
 from fedml.protocol.tasks import Brief
 from fedml.rounds import round as rounds
 from fedml.rounds.hosting import (
@@ -296,12 +297,15 @@ class Run:
     # one round, from its opening to its commit
 
     def _play(self, opened: Opened) -> list[Command]:
-        opening = opened.opening
+        opening, wire = opened.opening, self.plan.wire
         brief = self.plan.strategy.brief(self.state)
         if opening.kind == "evaluate" and not is_personal(brief):
             brief = Brief(self.state.params)
-        reducer = self.plan.reducer
-        self._round, self._opened = rounds.Round(opening, reducer, reports(brief)), opened
+        if opening.kind == "train" and is_coarse(wire.down):
+            brief = replace(brief, params=rounded(brief.params))
+        reducer, asked = self.plan.reducer, reports(brief)
+        self._round = rounds.Round(opening, reducer, asked, coarse=is_coarse(wire.up))
+        self._opened = opened
         self._patience = ""
         return [opened, *self._round.open(brief)]
 

@@ -16,13 +16,16 @@ from pathlib import Path
 import structlog
 
 from fedml import failpoints, telemetry
-from fedml.errors import Busy, FedmlError, Refused, TaskFailed, Unreachable
+from fedml.errors import Busy, FedmlError, Refused, TaskFailed, Unreachable, Untrusted
 from fedml.learning.recipe import installed
 from fedml.protocol.messages import (
+    FORMS,
     Accepted,
     Assignment,
+    Blob,
     Declined,
     Failed,
+    Parcel,
     RecipeId,
     RunId,
     SiteEvent,
@@ -35,7 +38,7 @@ from fedml.site.foreman import Foreman
 from fedml.site.gate import Permit, check_room, decide
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
-from fedml.transport.chunks import BlobStore
+from fedml.transport.chunks import BlobStore, transit_blob
 from fedml.transport.link import Link
 
 _LARGEST_BLOB = 64 * 2**30  # bytes
@@ -173,7 +176,7 @@ class Clerk:
         self._door.forget(task, counted=counted)
         self._told.discard(task)
         if isinstance(result, Trained):
-            self._blobs.delete(result.update.digest)
+            self._blobs.delete(result.sent.digest)
         if order is not None:
             self._blobs.delete(order.model.digest)
 
@@ -249,19 +252,68 @@ class Clerk:
         """Have the outcome on the disk, unless a crash came between work and charge."""
         if desk.outcome.exists():
             return
-        try:
-            await self._fetch_model(order, desk)
-        except Refused as error:
-            raise TaskFailed(f"the coordinator withholds the model: {error}") from error
+        await self._fetch_model(order, desk)
+        if order.keep_model:
+            keep = self._memory.keep_model
+            await asyncio.to_thread(keep, order.run, order.model.digest, desk.model)
         failpoints.reach("model.fetched")
         await self._foreman.run(self._job(order, permit, desk), desk.outcome)
 
     async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
-        """Give the task its own name for the blob: the store may drop it with an older task."""
-        await self._link.download(order.model, self._blobs)
+        """Have the model on the desk: it is there already, or comes in a parcel, or whole."""
         desk.model.unlink(missing_ok=True)  # from before a power loss, perhaps half of it
+        if await asyncio.to_thread(self._has_model, order, desk):
+            return
+        for parcel in order.parcels:
+            base = self._memory.model(order.run, parcel.base) if parcel.base else None
+            if parcel.form in FORMS and (base is not None or not parcel.base):
+                try:
+                    return await self._unpack(order, desk, parcel, base)
+                except (Refused, Untrusted, TaskFailed) as error:  # whole is always right
+                    _about(order).warning("parcel of no use", form=parcel.form, reason=str(error))
         try:
-            desk.model.hardlink_to(self._blobs.path(order.model.digest))
+            await self._link.download(order.model, self._blobs)
+        except Refused as error:
+            raise TaskFailed(f"the coordinator withholds the model: {error}") from error
+        self._lay(order.model, desk.model)
+
+    def _has_model(self, order: Assignment, desk: Desk) -> bool:
+        """Lay the run's last model on the desk, if this is the same."""
+        try:
+            last = self._memory.model(order.run, order.model.digest)
+            if last is None or transit_blob(last) != order.model:
+                return False
+            desk.model.hardlink_to(last)
+        except OSError:  # another task of the run has the next one
+            return False
+        return True
+
+    async def _unpack(
+        self, order: Assignment, desk: Desk, parcel: Parcel, base: Path | None
+    ) -> None:
+        """Fetch a parcel and have the worker unpack it, for the daemon looks into no tensor."""
+        await self._link.download(parcel.blob, self._blobs)
+        try:
+            desk.model_parcel.unlink(missing_ok=True)
+            self._lay(parcel.blob, desk.model_parcel)
+            job = {
+                "folder": str(desk.folder),
+                "parcel": str(desk.model_parcel),
+                "form": parcel.form,
+                "base": str(base) if base else "",
+                "model": str(desk.model),
+                "private": False,
+                "threads": self._policy.threads,
+            }
+            await self._foreman.run(job, desk.unpacked)
+        finally:
+            desk.model_parcel.unlink(missing_ok=True)
+            self._blobs.delete(parcel.blob.digest)
+
+    def _lay(self, blob: Blob, place: Path) -> None:
+        """Give the task its own name for a blob: the store may drop it with an older task."""
+        try:
+            place.hardlink_to(self._blobs.path(blob.digest))
         except (Refused, FileNotFoundError) as error:
             raise Unreachable("the model left with another task; fetching it again") from error
 
@@ -283,10 +335,11 @@ class Clerk:
 
     async def _deliver(self, order: Assignment, result: Result) -> None:
         if isinstance(result, Trained):
-            path = self._memory.desk(order.task).update
-            await asyncio.to_thread(self._blobs.put_link, path, result.update)
+            desk = self._memory.desk(order.task)
+            path = desk.update_parcel if result.parcels else desk.update
+            await asyncio.to_thread(self._blobs.put_link, path, result.sent)
             try:
-                await self._link.upload(result.update, self._blobs, order.task)
+                await self._link.upload(result.sent, self._blobs, order.task)
             except Refused as error:  # its word, not ours: we do not decline
                 raise TaskFailed(f"the coordinator does not take the update: {error}") from error
             failpoints.reach("update.uploaded")

@@ -19,7 +19,7 @@ from fedml.errors import Corrupt, FedmlError, MalformedMessage, Refused
 from fedml.privacy import chain
 from fedml.privacy.accounting import SampledGaussian, Unit, unit_of
 from fedml.privacy.ledger import Ledger, Limits
-from fedml.protocol.messages import Assignment, Scored, TaskId, Trained
+from fedml.protocol.messages import Assignment, Parcel, Scored, TaskId, Trained
 from fedml.site.gate import Permit
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
@@ -179,10 +179,12 @@ def _result(order: Assignment, permit: Permit, desk: Desk, epsilon: float) -> Re
     try:
         if order.kind == "evaluate":
             return Scored(order.task, outcome["totals"], outcome["count"], epsilon)
-        blob = transit_blob(desk.update)
+        blob, form = transit_blob(desk.update), outcome.get("form", "")
+        parcels = (Parcel(form, transit_blob(desk.update_parcel)),) if form else ()
+        weight, metrics = outcome["weight"], outcome["metrics"]
         if isinstance(permit.event, SampledGaussian):
-            return Trained(order.task, blob, *_public(order, permit, permit.event), epsilon)
-        return Trained(order.task, blob, outcome["weight"], outcome["metrics"], epsilon)
+            weight, metrics = _public(order, permit, permit.event)
+        return Trained(order.task, blob, weight, metrics, epsilon, parcels)
     except (OSError, KeyError, TypeError) as error:
         raise Corrupt(f"{desk.outcome} does not tell a result ({error!r})") from error
 

@@ -30,14 +30,29 @@ class Desk:
         return self.folder / "model.safetensors"
 
     @property
+    def model_parcel(self) -> Path:
+        """The same as it came, if it was packed."""
+        return self.folder / "model.parcel"
+
+    @property
     def update(self) -> Path:
         """The finished update's tensors, as they will travel."""
         return self.folder / "update.safetensors"
 
     @property
+    def update_parcel(self) -> Path:
+        """The same packed, if that is how it will travel."""
+        return self.folder / "update.parcel"
+
+    @property
     def outcome(self) -> Path:
         """What the worker says of its work, written last."""
         return self.folder / "outcome.json"
+
+    @property
+    def unpacked(self) -> Path:
+        """What the worker says of the model that it unpacked."""
+        return self.folder / "unpacked.json"
 
     @property
     def memory(self) -> Path:
@@ -50,6 +65,7 @@ class Memory:
 
     def __init__(self, folder: Path) -> None:
         self._tasks, self._slots = folder / "tasks", folder / "slots"
+        self._models = folder / "models"
         self._tasks.mkdir(parents=True, exist_ok=True)
 
     def desk(self, task: TaskId) -> Desk:
@@ -123,13 +139,34 @@ class Memory:
         shutil.rmtree(desk.folder, ignore_errors=True)
 
     def runs(self) -> tuple[RunId, ...]:
-        """Return the runs of which there is site-side state."""
-        names = sorted(path.stem for path in self._slots.glob("*.safetensors"))
-        return tuple(RunId(name) for name in names if _is_id(name))
+        """Return the runs of which there is site-side state, or a model."""
+        names = {path.stem for path in self._slots.glob("*.safetensors")}
+        names |= {path.name for path in self._models.glob("*")}
+        return tuple(RunId(name) for name in sorted(names) if _is_id(name))
+
+    def model(self, run: RunId, digest: str) -> Path | None:
+        """Return where a run's last model lies, if it is the one with that digest.
+
+        Hold it against its digest before you believe it: it was written in no hurry.
+        """
+        path = self._models / _file_name("run", run) / _file_name("model", digest)
+        return path if path.is_file() else None
+
+    def keep_model(self, run: RunId, digest: str, model: Path) -> None:
+        """Keep a run's model by a second name until the next one comes, or the run is over."""
+        folder = self._models / _file_name("run", run)
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder / _file_name("model", digest)
+        for older in folder.iterdir():
+            if older != place:
+                older.unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
+        place.hardlink_to(model)
 
     def conclude(self, run: RunId) -> None:
-        """Delete the site-side state of a run that is over."""
+        """Delete the site-side state of a run that is over, and its last model."""
         self.slots(run).unlink(missing_ok=True)
+        shutil.rmtree(self._models / _file_name("run", run), ignore_errors=True)
 
     def slots(self, run: RunId) -> Path:
         """Where the run's site-side state lies, if there is any."""

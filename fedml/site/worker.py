@@ -29,7 +29,8 @@ from fedml.lifeline import die_with_parent
 from fedml.params import decode, encode
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, SiteId
-from fedml.protocol.tasks import Brief, Slots, Task
+from fedml.protocol.parcels import form_of, is_coarse, pack, rounded, unpack
+from fedml.protocol.tasks import Brief, Slots, Task, Update
 
 
 def main() -> None:
@@ -70,7 +71,10 @@ def _do(job: Mapping[str, Any]) -> int:
     folder = Path(job["folder"])
     try:
         torch.set_num_threads(int(job["threads"]))
-        _work(job, folder)
+        if "parcel" in job:
+            _unpack(job, folder)
+        else:
+            _work(job, folder)
     except FedmlError as error:
         ours = isinstance(error, ConfigError | Refused)
         _complain(folder, str(error), told=ours or not job["private"])
@@ -100,6 +104,20 @@ def _rows(recipe: Recipe, job: Mapping[str, Any]) -> Rows:
         raise _Unreadable(str(error)) from error
     except Exception as error:
         raise _Unreadable(_one_line(error)) from error
+
+
+def _unpack(job: Mapping[str, Any], folder: Path) -> None:
+    """Leave the order's model, to the bit, where the job wants it, or nothing there."""
+    assignment = codec.decode(Assignment, (folder / "assignment").read_bytes())
+    model, base = Path(job["model"]), Path(job["base"]) if job["base"] else None
+    draft = model.with_name(f".{model.name}.draft")
+    unpack(Path(job["parcel"]), str(job["form"]), assignment.model, draft, base, _written)
+    draft.replace(model)
+    durable.replace(folder / "unpacked.json", durable.dump_json({}))
+
+
+def _written() -> None:
+    failpoints.reach("parcel.unpacked")
 
 
 def _work(job: Mapping[str, Any], folder: Path) -> None:
@@ -149,12 +167,27 @@ def _train(
         seed=assignment.seed,
         public_rows=int(job["public_rows"]),
     )
-    _write(folder / "update.safetensors", {"delta": update.delta, **update.slots})
+    form = _leave_update(folder, update, assignment.up)
     if kept:
         _write(folder / "memory.safetensors", kept)
     failpoints.reach("worker.trained")
-    outcome = {"weight": update.weight, "metrics": dict(update.metrics)}
+    outcome = {"weight": update.weight, "metrics": dict(update.metrics), "form": form}
     durable.replace(folder / "outcome.json", durable.dump_json(outcome))
+
+
+def _leave_update(folder: Path, update: Update, up: str) -> str:
+    """Write the update, rounded if `up` says so; return the form of its parcel, "" if it has none.
+
+    What is rounded has had its noise. A parcel that saves nothing is none.
+    """
+    delta = rounded(update.delta) if is_coarse(up) else update.delta
+    whole, parcel = folder / "update.safetensors", folder / "update.parcel"
+    _write(whole, {"delta": delta, **update.slots})
+    if not (form := form_of(up)):
+        return ""
+    durable.fill(parcel, pack(whole, form))
+    failpoints.reach("parcel.packed")
+    return form if parcel.stat().st_size < whole.stat().st_size else ""
 
 
 def _write(path: Path, parts: Mapping[str, Any]) -> None:

@@ -125,6 +125,7 @@ class LocalRule(Protocol):
       elementwise = True   `gradient` treats each element by itself; many sites then run at once,
                            with `Stacked` in the place of `Params`
       numbers = {"tau"}    of what it reports, the slots that are one number each, see `number`
+      keeps_deltas = True  sites add up their deltas as the server does: they must not be rounded
       reads_loss = True    `path` has `loss` too, the mean over all of the site's rows at the global
                            model; that is exact, so record privacy refuses the rule
     """

@@ -146,6 +146,11 @@ def needs_means(strategy: Strategy) -> bool:
     return bool(reports(_brief(strategy)))
 
 
+def keeps_deltas(strategy: Strategy) -> bool:
+    """Return whether its sites and the coordinator add up the same deltas, each for itself."""
+    return bool(getattr(RULES.get(_brief(strategy).rule), "keeps_deltas", False))
+
+
 def _brief(strategy: Strategy) -> Brief:
     return strategy.brief(strategy.start(Params({"w": torch.zeros(1)})))
 

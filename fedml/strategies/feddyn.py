@@ -64,6 +64,7 @@ class Dynamic:
 
     reports: frozenset[str] = frozenset()
     elementwise = True
+    keeps_deltas = True
 
     def gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
         """Return g - lam_k + alpha * (x - w); a site that is new has lam_k = 0."""

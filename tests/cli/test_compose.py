@@ -10,7 +10,7 @@ import fedml.recipes.breast_cancer
 from fedml.cli.compose import compose_plan, configs
 from fedml.cli.simulate import simulate
 from fedml.errors import ConfigError, Contradiction, FedmlError
-from fedml.rounds import Gate, Plan
+from fedml.rounds import Gate, Plan, Wire
 from fedml.strategies import REDUCERS, FedAdam, FedProx, build, describe
 from fedml.strategies.robust import Krum
 
@@ -81,6 +81,15 @@ def test_a_run_s_plan_comes_from_overrides() -> None:
     assert (plan.rounds, plan.privacy.rounds, plan.privacy.epsilon) == (7, 7, 2.0)
     assert plan.cohort.sites == ("bern", "kyoto")
     assert plan.gates == (Gate(metric="accuracy", at_least=0.9),)
+
+
+def test_how_bytes_travel_is_two_words_of_a_plan() -> None:
+    plan = compose_plan("run", [*RUN, "wire.down=bf16+delta", "wire.up=bf16+zstd"])
+    assert plan.wire == Wire(down="bf16+delta", up="bf16+zstd")
+    assert compose_plan("run", RUN).wire == Wire()
+    with pytest.raises(ConfigError, match=r"wire\.up 'delta': use one of") as caught:
+        compose_plan("run", [*RUN, "wire.up=delta"])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_must_say_what_it_cannot_guess() -> None:

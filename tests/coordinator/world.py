@@ -87,12 +87,21 @@ def packed(parts: Mapping[str, Params]) -> bytes:
 class Hub:
     """A coordinator's folder, opened; `close` and `open` again are a crash and a restart."""
 
-    def __init__(self, path: Path, registry: Registry, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        registry: Registry,
+        settings: Settings | None = None,
+        *,
+        in_transit: bool = False,
+    ) -> None:
+        """`in_transit`: blobs are named by BLAKE3, as in production."""
         self.path, self.registry = path, registry
         if not path.exists():
             create(path, settings or Settings(heartbeat=10.0, grace=GRACE))
         folder = Folder.open(path)
-        blobs = BlobStore(path / "blobs", 2**24)
+        kind = BlobStore.in_transit if in_transit else BlobStore
+        blobs = kind(path / "blobs", 2**24)
         blobs.sweep(())
         archive = Archive(lambda: registry)
         self.runs = Runs(folder, archive, blobs)

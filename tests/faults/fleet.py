@@ -139,7 +139,7 @@ class Fleet(Federation):
         durable.replace(folder / "trust" / "root.json", root.read_bytes())
         durable.replace(folder / "policy.toml", self._policy.encode())
         for part, count in (("train", TRAIN), ("held_out", HELD_OUT)):
-            durable.replace(folder / f"{part}.csv", _rows(f"{name} {part}", count).encode())
+            durable.replace(folder / f"{part}.csv", rows(f"{name} {part}", count).encode())
 
     def certify(self, name: str, address: str, issued: float, life: float = 30 * DAY) -> None:
         """Give a site a new key and certificate, which lives `life` seconds from `issued` on."""
@@ -322,7 +322,8 @@ def first_params(a_plan: Plan) -> Params:
     return Params(RECIPES[a_plan.recipe.name].build().state_dict())
 
 
-def _rows(seed: str, count: int) -> str:
+def rows(seed: str, count: int) -> str:
+    """Return a file of rows, which `seed` decides."""
     draw = random.Random(seed)
     lines = []
     for _ in range(count):

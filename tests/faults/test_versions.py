@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedml.errors import Untrusted
+from fedml.rounds import Wire
 from tests.faults.contract import uphold
 from tests.faults.fleet import COORDINATOR, PATIENCE, SITES, Fleet, plan
 from tests.faults.schedule import Tally
@@ -40,6 +42,26 @@ def test_an_older_and_a_newer_minor_version_work_beside_this_one(
     for name, start in before.items():
         said = fleet.log(name)[start:]
         assert '"level": "error"' not in said and "connected" not in said, said
+    uphold(fleet, run, a_plan, [], tally)
+    assert tally.asked_again == 0
+    assert (version / USED).exists()
+    back_to_this_version(fleet, who)
+
+
+@pytest.mark.parametrize("who", [SITE, COORDINATOR])
+@pytest.mark.parametrize(
+    "wire", [Wire(down="delta", up="zstd"), Wire(down="bf16+delta", up="bf16+zstd")]
+)
+def test_a_version_that_packs_nothing_is_sent_and_sends_everything_whole(
+    fleet: Fleet, tmp_path: Path, who: str, wire: Wire
+) -> None:
+    """The words came later than `older`, and the bytes are the same: packing is an offer."""
+    fleet.first[who] = version = edition(tmp_path / "version", older)
+    fleet.relaunch(who)
+    fleet.until_all_are_here()
+    a_plan, tally = replace(plan(92, rounds=2), wire=wire), Tally()
+    run = fleet.submit(a_plan)
+    fleet.finish(run)
     uphold(fleet, run, a_plan, [], tally)
     assert tally.asked_again == 0
     assert (version / USED).exists()

@@ -14,7 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROTO = ROOT / "fedml" / "protocol" / "fedml.proto"
-OLDER = ("Welcome.now", "Forget.run", "Hello.runs")  # what came last, and has a default
+OLDER = (  # what came last, and has a default
+    "Welcome.now",
+    "Forget.run",
+    "Hello.runs",
+    "Assignment.parcels",
+    "Assignment.up",
+    "Assignment.keep_model",
+    "Trained.parcels",
+)
 USED = "used"  # a file that is there once a program has spoken this version
 _EXTRA = 77  # the number of every field that a newer version has more
 

@@ -31,6 +31,7 @@ from fedml.protocol.messages import (
     Failed,
     Forget,
     Hello,
+    Parcel,
     Privacy,
     RecipeId,
     ReleaseNotice,
@@ -65,6 +66,9 @@ tasks = st.from_regex(r"[a-z0-9]{1,8}(\.[a-z0-9_-]{1,8}){0,3}", fullmatch=True).
 runs = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,19}", fullmatch=True).map(RunId)
 sites = names.map(SiteId)
 blobs = st.builds(Blob, digests, counts)
+parcels = st.lists(
+    st.builds(Parcel, names, blobs, st.one_of(st.just(""), digests)), max_size=3
+).map(tuple)
 recipes = st.builds(RecipeId, names, digests)
 trainings = st.builds(
     lambda lr, n, epochs, momentum: Training(
@@ -102,6 +106,9 @@ assignments = st.builds(
     cohort=st.integers(1, 1000),
     seed=st.integers(-(2**63), 2**63 - 1),
     deadline=positive,
+    parcels=parcels,
+    up=texts,
+    keep_model=st.booleans(),
 )
 cards = st.builds(DatasetCard, names, counts, digests)
 servings = st.builds(
@@ -133,7 +140,7 @@ events = st.one_of(
     st.builds(Accepted, tasks),
     st.builds(Declined, tasks, texts),
     st.builds(Failed, tasks, texts),
-    st.builds(Trained, tasks, blobs, finite, scores, finite),
+    st.builds(Trained, tasks, blobs, finite, scores, finite, parcels),
     st.builds(Scored, tasks, scores, finite, finite),
     servings,
     st.just(Beat()),
@@ -255,6 +262,16 @@ def test_no_field_number_is_used_twice_or_out_of_sight() -> None:
 @given(commands)
 def test_a_command_survives_the_trip(command: Command) -> None:
     assert codec.decode_command(codec.encode_command(command)) == command
+
+
+@given(assignments)
+def test_an_order_s_parcels_survive_it_though_they_are_no_part_of_its_terms(
+    order: Assignment,
+) -> None:
+    after = codec.decode_command(codec.encode_command(order))
+    assert isinstance(after, Assignment)
+    assert after.parcels == order.parcels
+    assert dataclasses.replace(order, parcels=()) == order
 
 
 @given(events)

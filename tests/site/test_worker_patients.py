@@ -36,7 +36,8 @@ class Wards:
         return {"accuracy": (output.argmax(1) == target).float()}
 
     def read(self, path):
-        table = torch.tensor([[float(c) for c in line.split(",")] for line in Path(path).read_text().split()])
+        lines = Path(path).read_text().split()
+        table = torch.tensor([[float(c) for c in line.split(",")] for line in lines])
         return Rows(table[:, 1:3], table[:, 3].long(), table[:, 0].long())
 
     def example(self, rows):

@@ -14,6 +14,16 @@ class Blob(_message.Message):
     size: int
     def __init__(self, digest: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
+class Parcel(_message.Message):
+    __slots__ = ("form", "blob", "base")
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    form: str
+    blob: Blob
+    base: str
+    def __init__(self, form: _Optional[str] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., base: _Optional[str] = ...) -> None: ...
+
 class RecipeId(_message.Message):
     __slots__ = ("name", "digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -67,7 +77,7 @@ class Welcome(_message.Message):
     def __init__(self, version: _Optional[str] = ..., heartbeat: _Optional[float] = ..., now: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("task", "run", "round", "kind", "recipe", "dataset", "model", "training", "privacy", "rule", "settings", "cohort", "seed", "deadline")
+    __slots__ = ("task", "run", "round", "kind", "recipe", "dataset", "model", "training", "privacy", "rule", "settings", "cohort", "seed", "deadline", "parcels", "up", "keep_model")
     class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +99,9 @@ class Assignment(_message.Message):
     COHORT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    PARCELS_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    KEEP_MODEL_FIELD_NUMBER: _ClassVar[int]
     task: str
     run: str
     round: int
@@ -103,7 +116,10 @@ class Assignment(_message.Message):
     cohort: int
     seed: int
     deadline: float
-    def __init__(self, task: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., recipe: _Optional[_Union[RecipeId, _Mapping]] = ..., dataset: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., rule: _Optional[str] = ..., settings: _Optional[_Mapping[str, float]] = ..., cohort: _Optional[int] = ..., seed: _Optional[int] = ..., deadline: _Optional[float] = ...) -> None: ...
+    parcels: _containers.RepeatedCompositeFieldContainer[Parcel]
+    up: str
+    keep_model: bool
+    def __init__(self, task: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., recipe: _Optional[_Union[RecipeId, _Mapping]] = ..., dataset: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., rule: _Optional[str] = ..., settings: _Optional[_Mapping[str, float]] = ..., cohort: _Optional[int] = ..., seed: _Optional[int] = ..., deadline: _Optional[float] = ..., parcels: _Optional[_Iterable[_Union[Parcel, _Mapping]]] = ..., up: _Optional[str] = ..., keep_model: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("task", "reason")
@@ -218,7 +234,7 @@ class Failed(_message.Message):
     def __init__(self, task: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Trained(_message.Message):
-    __slots__ = ("task", "update", "weight", "metrics", "epsilon")
+    __slots__ = ("task", "update", "weight", "metrics", "epsilon", "parcels")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -231,12 +247,14 @@ class Trained(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
+    PARCELS_FIELD_NUMBER: _ClassVar[int]
     task: str
     update: Blob
     weight: float
     metrics: _containers.ScalarMap[str, float]
     epsilon: float
-    def __init__(self, task: _Optional[str] = ..., update: _Optional[_Union[Blob, _Mapping]] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ...) -> None: ...
+    parcels: _containers.RepeatedCompositeFieldContainer[Parcel]
+    def __init__(self, task: _Optional[str] = ..., update: _Optional[_Union[Blob, _Mapping]] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ..., parcels: _Optional[_Iterable[_Union[Parcel, _Mapping]]] = ...) -> None: ...
 
 class Scored(_message.Message):
     __slots__ = ("task", "totals", "count", "epsilon")
