@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -21,23 +21,13 @@ from structlog.contextvars import bind_contextvars, unbind_contextvars
 from fedml import failpoints, telemetry
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
+from fedml.coordinator.intake import Intake
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.coordinator.patience import insist
-from fedml.errors import FedmlError, MalformedMessage, Refused
 from fedml.params import read
-from fedml.protocol.messages import (
-    Assignment,
-    Blob,
-    Declined,
-    Failed,
-    RunId,
-    Scored,
-    SiteId,
-    TaskId,
-    Trained,
-)
+from fedml.protocol.messages import Assignment, Blob, RunId, SiteId
 from fedml.protocol.operations import Receipt, RunInfo
-from fedml.protocol.tasks import Brief, Report, Task, Update
+from fedml.protocol.tasks import Brief, Task
 from fedml.rounds.hosting import (
     Candidate,
     Command,
@@ -51,13 +41,12 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
-from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
+from fedml.rounds.round import CancelTask, SendTask, SiteLost, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
 from fedml.strategies import ServerState
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
-_LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
 _log = structlog.get_logger()
 Register = Callable[[Run, Candidate], Awaitable[int]]
 
@@ -85,8 +74,7 @@ class Host:
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._brief: tuple[Brief, Blob] | None = None
         self._state: tuple[ServerState, Blob] | None = None  # the last one that was committed
-        self._uploads: Counter[str] = Counter()  # not folded in yet, by digest
-        self._asked_again: set[TaskId] = set()
+        self._intake = Intake(desk, holds, self.tell)
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
         self._looking: asyncio.TimerHandle | None = None
@@ -120,52 +108,9 @@ class Host:
         self.tell(SiteLost(site, reason))
 
     async def answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
-        """Turn a site's answer into an event; a malformed update counts as the site's failure."""
+        """Turn a site's answer into an event."""
         bind_contextvars(run=order.run, round=order.round)
-        match answer:
-            case Declined(task, reason, for_now):
-                self.tell(SiteLost(site, _line(reason), final=not for_now, task=task))
-            case Failed(task, reason):
-                self.tell(SiteLost(site, _line(reason), task=task))
-            case Scored(task, totals, count, epsilon):
-                report = Report(task, order.round, site, totals, count, epsilon)
-                self.tell(ReportArrived(report))
-            case Trained():
-                await self._trained(site, order, answer)
-
-    async def _trained(self, site: SiteId, order: Assignment, answer: Trained) -> None:
-        task, digest = answer.task, answer.update.digest
-        self._holds.hold(digest)
-        self._uploads[digest] += 1
-        try:
-            update = await asyncio.to_thread(self._read_update, site, order, answer)
-        except (FedmlError, OSError) as error:
-            self._let_go(digest)
-            gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
-            if gone and task not in self._asked_again:
-                self._asked_again.add(task)
-                self._desk.assign(site, order)
-            else:
-                self.tell(SiteLost(site, f"update refused: {_line(str(error))}", task=task))
-        else:
-            failpoints.reach("update.read")
-            self.tell(UpdateArrived(update, digest))
-
-    def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
-        parts = read(self._holds.store.path(answer.update.digest))
-        if "delta" not in parts:
-            raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
-        delta = parts.pop("delta")
-        return Update(
-            task=answer.task,
-            round=order.round,
-            site=site,
-            delta=delta,
-            weight=answer.weight,
-            slots=parts,
-            metrics=answer.metrics,
-            epsilon=answer.epsilon,
-        )
+        await self._intake.answered(site, order, answer)
 
     async def play(self) -> End:
         """Carry out the run's commands until it ends."""
@@ -188,8 +133,9 @@ class Host:
                 event = await self._inbox.get()
                 self.at_rest.clear()
                 commands.extend(await self._decide(event))
-                if isinstance(event, UpdateArrived):
-                    self._taken(event.update.site, event.update.task, event.digest)
+                self._intake.taken(event)
+                if isinstance(event, SiteLost):
+                    self._desk.dismiss(event.site, self.run.id, event.task)
                 del event  # or an update would stay mapped while we wait
         finally:
             self._leave()
@@ -200,8 +146,7 @@ class Host:
             timer.cancel()
         if self._looking is not None:
             self._looking.cancel()
-        for digest in list(self._uploads.elements()):
-            self._let_go(digest)
+        self._intake.close()
         self._forget_brief()
         if self._state is not None:
             self._holds.let_go(self._state[1].digest)
@@ -264,7 +209,7 @@ class Host:
                 counted = was_counted(self.run.receipts[-1], site)
                 self._desk.forget(site, task, counted=counted)
                 for digest in self._desk.leftovers(site, task):
-                    self._holds.store.abandon(digest, site)
+                    self._holds.store.abandon(digest, self._desk.door(site))
                     self._holds.discard(digest)
             case Candidate():
                 await self._candidate(command)
@@ -329,15 +274,6 @@ class Host:
         mapped = ServerState(parts.pop(""), parts, state.step)
         self._state = (mapped, blob)
         return mapped, path
-
-    def _taken(self, site: SiteId, task: TaskId, digest: str) -> None:
-        """The run has made of an update what it will: if it counts, it is part of the sum."""
-        self._let_go(digest)
-        self._desk.settle(site, task)
-
-    def _let_go(self, digest: str) -> None:
-        self._uploads[digest] -= 1
-        self._holds.let_go(digest)
 
     def _forget_brief(self) -> None:
         if self._brief is not None:
@@ -423,12 +359,6 @@ def _is_all_of(brief: Brief, state: ServerState) -> bool:
         and brief.slots.keys() == state.slots.keys()
         and all(slot is state.slots[name] for name, slot in brief.slots.items())
     )
-
-
-def _line(reason: str) -> str:
-    """Return a site's words as one short line: they go to operators' terminals."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in reason)
-    return " ".join(plain.split())[:_LONGEST_REASON]
 
 
 def was_counted(receipt: Receipt, site: SiteId) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedml.errors import Contradiction, Untrusted
+from fedml.errors import Contradiction
 from fedml.learning.trainer import Trainer
 from fedml.params import decode
 from fedml.protocol.messages import Assignment, Privacy, Trained, Training
@@ -17,7 +17,6 @@ from fedml.protocol.tasks import Brief, Slots, Task
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Cohort, Plan
 from fedml.strategies import measures, strategies
-from fedml.transport.chunks import BlobStore
 from tests.coordinator.world import Hub, Site, first_params, packed, plan
 from tests.simulation.worlds import engine, holdings, recipe
 
@@ -40,15 +39,11 @@ class Learner(Site):
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder, name)
-        self.models = BlobStore.in_transit(folder / "models" / name, 2**24)
         self.memory: Slots = {}
 
     async def learn(self, order: Assignment) -> Trained:
-        for store in (self.store, self.models):  # this hub names some blobs by each of two hashes
-            with suppress(Untrusted):
-                await self.link.download(order.model, store)
-                break
-        parts = decode(store.path(order.model.digest).read_bytes())
+        await self.link.download(order.model, self.store)
+        parts = decode(self.store.path(order.model.digest).read_bytes())
         brief = Brief(parts.pop(""), order.rule, order.settings, parts)
         task = Task(order.task, order.run, order.round, self.name, "train", brief)
         rows = holdings()[self.name].train
