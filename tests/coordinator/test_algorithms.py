@@ -17,6 +17,7 @@ from fedml.protocol.tasks import Brief, Slots, Task
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Cohort, Plan
 from fedml.strategies import measures, strategies
+from tests.coordinator.tree import tree
 from tests.coordinator.world import Hub, Site, first_params, packed, plan
 from tests.simulation.worlds import engine, holdings, recipe
 
@@ -106,6 +107,39 @@ async def test_it_comes_to_the_bytes_of_its_simulation(name: str, tmp_path: Path
     a_plan = plan_of(name)
     models = await play(tmp_path, MemoryRegistry(tmp_path / "registry"), a_plan)
     assert len({first_params().digest(), *models}) == 4  # it moves in every round
+    with one_thread():
+        candidate = engine(a_plan).play().candidate
+    assert candidate is not None
+    assert models == [receipt.model for receipt in candidate.receipts[:3]]
+
+
+async def play_as_a_tree(folder: Path, a_plan: Plan) -> list[str]:
+    """Return each round's model, of a run over two regions of which one dies within round 2."""
+    names = [str(name) for name in holdings()]
+    leaves = {"north": names[:2], "south": names[2:]}
+    async with tree(folder, leaves, Learner, grace=20.0) as grown:
+        sites = [site for site in grown.leaves.values() if isinstance(site, Learner)]
+        run = await grown.hub.submit(a_plan)
+        for number in (1, 2, 3):
+            orders = [await site.order() for site in sites]
+            if number == 2:
+                place = grown.places["north"]
+                await place.crash()
+                place.start(grown.hub, grace=20.0)
+                for site, order in zip(sites[:2], orders, strict=False):
+                    await site.connect(place, order.task)
+                    assert await site.order() == order
+            for site, order in zip(sites[::-1], orders[::-1], strict=True):
+                await site.learn(order)
+        receipts = [await grown.hub.receipt(run, number) for number in (1, 2, 3)]
+    assert all(len(receipt.counted) == 4 for receipt in receipts)
+    return [receipt.model for receipt in receipts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_it_comes_to_the_same_bytes_over_two_regions(name: str, tmp_path: Path) -> None:
+    a_plan = plan_of(name)
+    models = await play_as_a_tree(tmp_path, a_plan)
     with one_thread():
         candidate = engine(a_plan).play().candidate
     assert candidate is not None

@@ -134,21 +134,12 @@ def test_whatever_happens_a_task_is_in_one_sealed_sum_or_lost_or_waited_for(
     for _ in range(data.draw(st.integers(1, 14))):
         what = data.draw(st.sampled_from(["ask", "arrive", "lose", "late", "back"]))
         some = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
-        match what:
-            case "ask":
-                steps = share.ask([lot(name) for name in some])
-                asked |= {lot(name).task for name in some}
-            case "arrive":
-                steps = [step for name in some for step in share.handle(arrived(name))]
-            case "lose":
-                steps = share.handle(SiteLost(SiteId(some[0]), "away"))
-            case "late":
-                steps = share.handle(DeadlinePassed())
-            case _:
-                steps = share.take_back([lot(name).task for name in some])
-                asked -= {lot(name).task for name in some}
-                lost -= {lot(name).task for name in some}
-        for step in steps:
+        named = {lot(name).task for name in some}
+        if what == "ask":
+            asked |= named
+        elif what == "back":
+            asked, lost = asked - named, lost - named
+        for step in happen(share, what, some):
             match step:
                 case Seal(total):
                     sealed.append(frozenset(s.task for s in total.summands))
@@ -163,6 +154,20 @@ def test_whatever_happens_a_task_is_in_one_sealed_sum_or_lost_or_waited_for(
         assert set(inside) <= asked
         assert not set(inside) & lost
         assert lost <= asked
+
+
+def happen(share: Summing, what: str, names: Sequence[str]) -> list[Step]:
+    match what:
+        case "ask":
+            return share.ask([lot(name) for name in names])
+        case "arrive":
+            return [step for name in names for step in share.handle(arrived(name))]
+        case "lose":
+            return share.handle(SiteLost(SiteId(names[0]), "away"))
+        case "late":
+            return share.handle(DeadlinePassed())
+        case _:
+            return share.take_back([lot(name).task for name in names])
 
 
 def test_orders_that_come_again_deliver_a_sum_that_is_whole_and_discard_one_that_is_not() -> None:
