@@ -254,6 +254,63 @@ async def test_a_region_that_is_lost_below_the_quorum_is_waited_for(tmp_path: Pa
     assert receipt.model == wanted[0].model
 
 
+async def test_a_region_that_is_back_after_the_grace_has_no_part_in_the_open_round(
+    tmp_path: Path,
+) -> None:
+    async with tree(tmp_path) as grown:
+        run = await grown.hub.submit(plan_of(quorum=2))
+        orders = {name: await site.order() for name, site in grown.leaves.items()}
+        await grown.places["south"].cable.cut()
+        await grown.leaves["kyoto"].answer(orders["kyoto"])
+        away = grown.hub.runs.info
+        await grown.until(lambda: "3 lost" in away(run).detail)  # and the round is open still
+        grown.places["south"].cable.is_cut = False
+        await grown.until(lambda: "kyoto" in grown.here())
+        for name in (*SOUTH[1:], *NORTH):
+            await grown.leaves[name].answer(orders[name])
+        receipt = await grown.hub.receipt(run)
+        for name in SOUTH:
+            assert await grown.leaves[name].next(Forget) == Forget(orders[name].task, False)
+    assert {counted.site for counted in receipt.counted} == set(NORTH)
+
+
+async def test_what_was_forgotten_while_the_cable_was_cut_is_forgotten_later(
+    tmp_path: Path,
+) -> None:
+    async with tree(tmp_path, grace=LONG) as grown:
+        run = await grown.hub.submit(plan_of())
+        orders = {name: await site.order() for name, site in grown.leaves.items()}
+        for name in NORTH:
+            await grown.leaves[name].answer(orders[name])
+        desk = grown.hub.runs.desk
+        await grown.until(lambda: desk.is_settled(SiteId("riga"), orders["riga"].task))
+        cable = grown.places["north"].cable
+        await cable.cut()
+        for name in SOUTH:
+            await grown.leaves[name].answer(orders[name])
+        await grown.hub.receipt(run)
+        cable.is_cut = False
+        for name in NORTH:  # whose streams to their region were there all the time
+            assert await grown.leaves[name].next(Forget) == Forget(orders[name].task, True)
+        await grown.until(lambda: grown.places["north"].shares() == ["cancer-1.2.1/orders"])
+
+
+async def test_a_cable_that_breaks_again_and_again_loses_and_doubles_nothing(
+    tmp_path: Path,
+) -> None:
+    wanted, _ = await flat(tmp_path / "a", plan_of(), WELL)
+    async with tree(tmp_path / "b", grace=LONG) as grown:
+        run = await grown.hub.submit(plan_of())
+        orders = {name: await site.order() for name, site in grown.leaves.items()}
+        for name in ALL:
+            for place in grown.places.values():
+                await place.cable.cut()
+                place.cable.is_cut = False
+            await grown.leaves[name].answer(orders[name])
+        receipt = await grown.hub.receipt(run)
+    assert timeless(receipt) == wanted[0]
+
+
 @pytest.mark.parametrize("answered", [0, 1, 2])
 async def test_a_region_that_dies_while_its_leaves_train_sums_them_again(
     answered: int, tmp_path: Path

@@ -11,10 +11,12 @@ from fedml.coordinator.folder import Folder, create
 from fedml.coordinator.region import Region
 from fedml.coordinator.regional import desks_of
 from fedml.coordinator.settings import Settings
+from fedml.errors import Unreachable
+from fedml.protocol.messages import Hello
 from fedml.releases.registry import MemoryRegistry
 from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore
-from fedml.transport.memory import MemoryCoordinator
+from fedml.transport.memory import MemoryCoordinator, MemoryLink
 from tests.coordinator.world import Hub, Site, who
 
 GRACE = 0.2  # seconds
@@ -22,6 +24,24 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "north": ("bern", "oslo", "riga"),
     "south": ("kyoto", "lima", "quito"),
 }
+
+
+class Cable(MemoryLink):
+    """A region's link, which can be cut and mended."""
+
+    is_cut = False
+
+    async def connect(self, hello: Hello) -> None:
+        """Fail while it is cut."""
+        if self.is_cut:
+            raise Unreachable("the cable is cut")
+        await super().connect(hello)
+
+    async def cut(self) -> None:
+        """End the stream, and let no other begin."""
+        self.is_cut = True
+        if self._stream is not None:
+            await self._stream.close()
 
 
 class Place:
@@ -35,10 +55,10 @@ class Place:
     def start(self, hub: Hub, grace: float = GRACE) -> None:
         """Begin, or go on, as a region of `hub`."""
         blobs = BlobStore.in_transit(self.path / "blobs", 2**24)
-        link = hub.coordinator.link(who(self.name, "region"))
+        self.cable = Cable(hub.coordinator, who(self.name, "region"))
         backoff = Backoff(0.01, 0.05)
         self.region = Region(
-            self.path / "shares", link, blobs, heartbeat=10.0, grace=grace, backoff=backoff
+            self.path / "shares", self.cable, blobs, heartbeat=10.0, grace=grace, backoff=backoff
         )
         desks = desks_of(self.folder, self.region.desk, blobs, f"{self.name} is a region of hub")
         self.coordinator = MemoryCoordinator(desks, self.folder.access)
