@@ -15,6 +15,7 @@ from fedml.errors import ConfigError, Refused
 from fedml.protocol import codec
 from fedml.protocol.messages import (
     Assignment,
+    Blob,
     Cancel,
     Declined,
     Failed,
@@ -22,6 +23,8 @@ from fedml.protocol.messages import (
     Relayed,
     Scored,
     SiteId,
+    Summand,
+    Summed,
 )
 from fedml.protocol.operations import Receipt
 from fedml.releases.registry import MemoryRegistry
@@ -440,6 +443,23 @@ async def test_hub_and_regions_die_and_the_round_goes_on(tmp_path: Path) -> None
     assert timeless(receipt) == wanted[0]
 
 
+async def test_a_leaf_that_is_not_back_after_its_region_died_is_lost_alone(tmp_path: Path) -> None:
+    async with tree(tmp_path, grace=LONG) as grown:
+        run = await grown.hub.submit(plan_of(quorum=4))
+        orders = {name: await site.order() for name, site in grown.leaves.items()}
+        place = grown.places["north"]
+        await place.crash()
+        place.start(grown.hub, grace=1.5)
+        for name in ("bern", "riga"):
+            await grown.leaves[name].connect(place, orders[name].task)
+            assert await grown.leaves[name].order() == orders[name]
+        for name in ("bern", "riga", *SOUTH):
+            await grown.leaves[name].answer(orders[name])
+        receipt = await grown.hub.receipt(run)
+    assert receipt.missing == {"oslo": "away for more than 1.5 s"}
+    assert len(receipt.counted) == 5
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -499,6 +519,20 @@ async def test_a_region_speaks_for_its_own_leaves_alone(tmp_path: Path) -> None:
         link = grown.places["south"].region
         forged = codec.encode_event(Failed(orders["bern"].task, "forged"))
         link._outbox.put_nowait(Relayed(SiteId("bern"), forged))
+        for name, site in grown.leaves.items():
+            await site.answer(orders[name])
+        receipt = await grown.hub.receipt(run)
+    assert not receipt.missing
+
+
+async def test_a_region_cannot_hand_in_a_sum_for_leaves_of_another(tmp_path: Path) -> None:
+    async with tree(tmp_path) as grown:
+        run = await grown.hub.submit(plan_of())
+        orders = {name: await site.order() for name, site in grown.leaves.items()}
+        forged = Summand(SiteId("bern"), orders["bern"].task, 1e9, "ab" * 32)
+        outbox = grown.places["south"].region._outbox
+        for _ in range(2):
+            outbox.put_nowait(Summed(Blob("cd" * 32, 100), (forged,), {"delta": 0}))
         for name, site in grown.leaves.items():
             await site.answer(orders[name])
         receipt = await grown.hub.receipt(run)

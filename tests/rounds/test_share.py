@@ -306,6 +306,23 @@ def test_a_sum_that_no_int64_holds_is_the_leaves_loss() -> None:
     assert "the sum holds" in steps[0].reason
 
 
+def test_sums_that_fit_each_and_not_together_end_the_round_as_the_updates_would() -> None:
+    large = Params({**MODEL, "w": torch.full((5, 3), 1.5e9)})
+    heavy = [replace(update(name), delta=large, weight=1.0) for name in NAMES[:2]]
+    tree, plain = opened(), opened()
+    for one in heavy:
+        share = Summing(1, BRIEF)
+        share.ask([lot(one.site)])
+        (total,) = seals(share.handle(UpdateArrived(one)))
+        tree.handle(SumArrived(total, SiteId("region")))
+        plain.handle(UpdateArrived(one))
+    fails = [round_.handle(DeadlinePassed())[-1] for round_ in (tree, plain)]
+    assert isinstance(fails[0], Fail)
+    assert isinstance(fails[1], Fail)
+    assert str(fails[0].error) == str(fails[1].error)
+    assert "the updates add up to" in str(fails[0].error)
+
+
 def test_a_reducer_that_needs_each_update_takes_no_sum() -> None:
     round_ = opened(Median(f=1), quorum=3)
     round_.handle(SumArrived(a_sum(NAMES[:3]), SiteId("region")))
