@@ -46,7 +46,7 @@ from fedml.protocol.messages import (
 from fedml.transport.desks import Send
 
 T = TypeVar("T")
-_MOST = 2000  # leaves in one message, which is some hundred bytes each
+_MOST = 2000  # errands in one message, which are some hundred bytes each
 _log = structlog.get_logger()
 
 
@@ -72,7 +72,7 @@ class _Branch:
         self._desk, self._region, self._send = desk, region, send
         self._doors: dict[SiteId, Send] = {}  # of its leaves
         self._refused: set[SiteId] = set()
-        self._orders: dict[TaskId, dict[SiteId, Assignment]] = {}  # by round
+        self._asked: set[TaskId] = set()  # rounds of which the region shall hear
         self._errands: list[Errand] = []
         self._flushing = False
 
@@ -110,9 +110,8 @@ class _Branch:
     def _tell(self, site: SiteId, command: Command) -> None:
         match command:
             case Assignment(task):
-                self._orders.setdefault(_round(task, site), {})[site] = command
-            case Cancel(task) | Forget(task):
-                self._orders.get(_round(task, site), {}).pop(site, None)
+                self._asked.add(_round(task, site))
+            case Cancel() | Forget():
                 self._errands.append(Errand(site, codec.encode_command(command)))
             case Welcome() | Beat() | ReleaseNotice() | Orders() | Errands():
                 return  # the region's own, or not for leaves
@@ -121,14 +120,16 @@ class _Branch:
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
-        """Send what was said to all leaves in one go."""
-        self._flushing, errands, orders = False, self._errands, self._orders
-        self._errands, self._orders = [], {}
+        """Send what was said to all leaves in one go, and of a round all that is open."""
+        self._flushing, errands, asked = False, self._errands, self._asked
+        self._errands, self._asked = [], set()
         for some in _few(errands):
             self._send(Errands(some))
-        for task, by_site in orders.items():
-            for few in _few(by_site.items()):
-                self._send(_orders(task, few))
+        owed: dict[TaskId, list[tuple[SiteId, Assignment]]] = {}
+        for site, order in self._desk.owed(self._region) if asked else ():
+            owed.setdefault(_round(order.task, site), []).append((site, order))
+        for task in sorted(asked & owed.keys()):
+            self._send(_orders(task, owed[task]))
 
 
 def _orders(task: TaskId, orders: Sequence[tuple[SiteId, Assignment]]) -> Orders:

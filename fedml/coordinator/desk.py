@@ -239,6 +239,16 @@ class Desk:
         found = (site for site, seat in seats if seat.via == door and task in seat.outstanding)
         return next(found, door)
 
+    def owed(self, door: SiteId) -> list[tuple[SiteId, Assignment]]:
+        """Return all that the leaves of a region are asked for and have not answered."""
+        return [
+            (site, order)
+            for site, seat in self._seats.items()
+            if seat.via == door
+            for task, order in seat.outstanding.items()
+            if task not in seat.settled
+        ]
+
     def order(self, site: SiteId, task: TaskId) -> Assignment | None:
         """Return what a task was that is not over yet."""
         return self._seat(site).outstanding.get(task)
@@ -331,18 +341,19 @@ class Desk:
             return False
         if seat.farewell is not None:
             seat.farewell.cancel()
-        before = seat.here
+        before, known = seat.here, bool(via) and seat.send is send
         seat.send, seat.via, seat.absent, seat.farewell = send, via, not leaf.here, None
         self._count(seat.here - before)
         if leaf.hello.version:  # else its region has not heard of it either since it started
             seat.hello, seat.seen = hello, time.time()
-        self._welcome(seat, hello, send)
+        self._welcome(seat, hello, send, known=known)
         if seat.here and not (via and before):
             _log.info("site connected", version=hello.version, **({"leaf": site} if via else {}))
         self._changed()
         return True
 
-    def _welcome(self, seat: _Seat, hello: Hello, send: Send) -> None:
+    def _welcome(self, seat: _Seat, hello: Hello, send: Send, *, known: bool) -> None:
+        """Tell a site what it has to know; its orders are `known` at a region that was here."""
         send(Welcome(__version__, self._heartbeat, time.time()))
         for task in hello.kept:
             if task not in seat.outstanding and not self._is_open(task):  # else asked for soon
@@ -351,7 +362,7 @@ class Desk:
             if self._is_over(run):
                 send(_over(run))
         for task, assignment in seat.outstanding.items():
-            if task not in seat.settled:
+            if task not in seat.settled and not known:
                 send(assignment)
         for model in self._models():
             send(ReleaseNotice(model))

@@ -253,8 +253,8 @@ class Lot:
 class Orders:
     """To a region: one order for many of its leaves, but for what each one's lot says.
 
-    The order's own task is that of the round, the leaf left out. When the region comes back it
-    hears the orders anew, with the lots that are still open.
+    The order's own task is that of the round, the leaf left out. The lots are all that are open:
+    when the region comes back, or is reminded, it hears of them anew.
     """
 
     order: Assignment

@@ -15,22 +15,31 @@ from fedml.errors import ConfigError, Refused
 from fedml.protocol import codec
 from fedml.protocol.messages import (
     Assignment,
+    Beat,
     Blob,
     Cancel,
+    Command,
     Declined,
+    Errands,
     Failed,
     Forget,
+    Hello,
+    Leaf,
+    Orders,
     Relayed,
+    Roster,
     Scored,
     SiteId,
     Summand,
     Summed,
+    Welcome,
 )
 from fedml.protocol.operations import Receipt
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Cohort, Evaluation, Plan
 from fedml.strategies import FedAvg
 from fedml.strategies.robust import Median
+from fedml.transport.link import Link
 from tests.coordinator.tree import GRACE, LEAVES, Place, Tree, tree
 from tests.coordinator.world import Hub, Site, delta, packed, plan, who
 
@@ -361,6 +370,36 @@ async def test_a_kept_sum_goes_up_though_region_and_leaves_died(tmp_path: Path) 
             await grown.leaves[name].answer(orders[name])
         receipt = await grown.hub.receipt(run)
     assert timeless(receipt) == wanted[0]
+
+
+async def heard(link: Link, kind: type[Command]) -> list[Command]:
+    """Return what a region hears up to the first of a kind, but for greetings and beats."""
+    commands: list[Command] = []
+    async with asyncio.timeout(20):
+        while not commands or not isinstance(commands[-1], kind):
+            commands.append(await link.receive())
+    return [each for each in commands if not isinstance(each, Welcome | Beat)]
+
+
+async def test_orders_name_all_that_is_open_and_come_when_the_region_does(tmp_path: Path) -> None:
+    """Or a sum of all would be held against a part, and be thrown away."""
+    async with tree(tmp_path, {}, grace=LONG) as grown:
+        link = grown.hub.coordinator.link(who("north", "region"))
+        hello = Site(tmp_path, "bern").hello
+        bern, oslo = (Leaf(SiteId(name), True, hello) for name in ("bern", "oslo"))
+        await link.connect(Hello("1", ""))
+        await link.send(Roster((bern, oslo)))
+        run = await grown.hub.submit(plan(cohort=Cohort(quorum=2, deadline=60.0)))
+        (orders,) = await heard(link, Orders)
+        assert isinstance(orders, Orders)
+        assert [lot.site for lot in orders.lots] == ["bern", "oslo"]
+        await link.connect(Hello("1", ""))
+        await link.send(Roster((replace(bern, here=False),)))  # of oslo it knows nothing yet
+        assert await heard(link, Orders) == [orders]
+        await link.send(Roster((bern,)))
+        await grown.until(lambda: "bern" in grown.here())
+        await grown.hub.operator.stop_run(run)
+        assert [type(each) for each in await heard(link, Errands)] == [Errands]
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "orders"])

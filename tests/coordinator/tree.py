@@ -85,22 +85,22 @@ class Tree:
         self.places: dict[str, Place] = {}
         self.leaves: dict[str, Site] = {}
 
-    async def grow(self, leaves: Mapping[str, Sequence[str]]) -> None:
+    async def grow(self, leaves: Mapping[str, Sequence[str]], patience: float = 20.0) -> None:
         """Start regions with these leaves, and wait until the hub has them all."""
         for name, sites in leaves.items():
             self.places[name] = Place(self.folder, name)
             self.places[name].start(self.hub)
             for site in sites:
                 self.leaves[site] = await self._kind(self.folder, site).connect(self.places[name])
-        await self.until(lambda: self.here() == set(self.leaves))
+        await self.until(lambda: self.here() == set(self.leaves), patience)
 
     def here(self) -> set[str]:
         """Return the sites that the hub could ask."""
         return {str(s.site) for s in self.hub.runs.desk.statuses() if s.connected}
 
-    async def until(self, test: Callable[[], bool]) -> None:
+    async def until(self, test: Callable[[], bool], patience: float = 20.0) -> None:
         """Return once `test` holds; who comes and goes makes no event that a test could await."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(patience):
             while not test():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
