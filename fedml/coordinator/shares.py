@@ -116,6 +116,7 @@ class ShareHost:
         self._inbox.put_nowait(orders)
         if self._work is None:
             self._work = asyncio.create_task(self._play())
+            self._work.add_done_callback(partial(_tell_bug, orders.order.task))
 
     async def answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
         """Take in a leaf's answer."""
@@ -156,16 +157,17 @@ class ShareHost:
         self._holds.hold(held)
         try:
             share = await self._begin()
-        except FedmlError as error:
-            _log.error("a round cannot be shared", reason=str(error), task=self._order.task)
-            return await self._fail(str(error))
-        else:
             while True:
                 item = await self._inbox.get()
                 for step in await self._decide(share, item):
                     await insist(partial(self._carry_out, step), _waits)
                 self._intake.taken(item)
                 del item  # or an update would stay mapped while we wait
+        except FedmlError as error:
+            _log.error("a round cannot be shared", reason=str(error), task=self._order.task)
+            for lot in self.lots.values():
+                self._relay(lot, Failed(lot.task, str(error)))
+            await self._fail(str(error))
         finally:
             self._holds.let_go(held)
 
@@ -308,6 +310,11 @@ class ShareHost:
                 for summand in summed.summands:
                     self._relay(self.lots.get(summand.task), Failed(summand.task, reason))
                 return
+
+
+def _tell_bug(task: TaskId, work: asyncio.Task[None]) -> None:
+    if not work.cancelled() and (error := work.exception()):
+        _log.error("a bug ended a region's share of a round", task=task, exc_info=error)
 
 
 def _waits(reason: str) -> None:

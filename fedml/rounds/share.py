@@ -187,7 +187,7 @@ class Summing:
                 gone = [x for x in gone if task in (None, x.task)]
                 return self._lose(gone, reason, final=final)
             case DeadlinePassed():
-                return self._lose([*self._waiting.values()], _LATE)
+                return self._lose([*self._waiting.values()], _LATE) or self._settle()
 
     def _count(self, lot: Lot, update: Update, digest: str) -> list[Step]:
         try:

@@ -119,7 +119,7 @@ async def back(grown: Tree, name: str, orders: Mapping[str, Assignment] | None =
     place.start(grown.hub, grace=LONG)
     for leaf in LEAVES[name]:
         kept = [orders[leaf].task] if orders else []
-        await grown.leaves[leaf].connect(place, *kept)  # type: ignore[arg-type]
+        await grown.leaves[leaf].connect(place, *kept)
 
 
 async def test_a_tree_comes_to_the_flat_receipts_in_any_order(tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ async def test_a_name_that_is_taken_stays_with_whom_it_is(tmp_path: Path) -> Non
         for name in ("bern", "lima", "riga"):
             await Site(tmp_path / "thief", name).connect(place)
         await grown.until(lambda: "riga" in grown.here())
-        regions = {info.site: info.region for info in await grown.hub.operator.list_sites()}
+        regions = {str(info.site): info.region for info in await grown.hub.operator.list_sites()}
         assert regions["bern"] == "north"
         assert regions["lima"] == ""
         assert regions["riga"] == "south"

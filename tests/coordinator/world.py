@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -152,6 +152,12 @@ async def hub(folder: Path, registry: Registry | None = None) -> AsyncIterator[H
         await a_hub.close()
 
 
+class Doors(Protocol):
+    """Whatever a site dials: a hub, or a region."""
+
+    coordinator: MemoryCoordinator
+
+
 class Site:
     """A site played by the test: it hears orders and answers as it is told."""
 
@@ -164,7 +170,7 @@ class Site:
         """Return where the site keeps what it sends."""
         return BlobStore.in_transit(folder / "sites" / self.name, 2**24)
 
-    async def connect(self, a_hub: Hub, *kept: TaskId) -> Site:
+    async def connect(self, a_hub: Doors, *kept: TaskId) -> Self:
         self.link = a_hub.coordinator.link(who(self.name))
         await self.link.connect(replace(self.hello, kept=kept))
         assert isinstance(await self.link.receive(), Welcome)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -107,7 +107,7 @@ class Fleet(Federation):
         self._read: dict[str, int] = {}  # how much of each log was looked at
         self.port, self.enrolment_port = free_ports(2)
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         return self
 
     @property

@@ -149,6 +149,8 @@ def test_whatever_happens_a_task_is_in_one_sealed_sum_or_lost_or_waited_for(
                     assert tasks in sealed
                 case Lose(gone):
                     lost.add(gone.task)
+                case Ask() | Pass():
+                    pass
         inside = [task for tasks in sealed for task in tasks]
         assert len(inside) == len(set(inside))  # none counts twice
         assert set(inside) <= asked
@@ -195,6 +197,20 @@ def test_what_is_summed_with_one_that_is_taken_back_is_asked_for_anew() -> None:
         Discard(frozenset({LOTS[1].task, LOTS[2].task})),
         Ask(LOTS[2]),
     ]
+
+
+def test_at_the_deadline_what_there_is_is_sealed() -> None:
+    share = Summing(1, BRIEF)
+    share.ask(LOTS[:3])
+    share.handle(arrived(NAMES[0]))
+    share.take_back([LOTS[1].task])
+    lost, sealed = share.handle(DeadlinePassed())
+    assert lost == Lose(LOTS[2], "no answer in time for its region")
+    assert isinstance(sealed, Seal)
+    share.ask(LOTS[3:5])
+    share.handle(arrived(NAMES[3]))
+    share.take_back([LOTS[4].task])  # and nobody is waited for
+    assert len(seals(share.handle(DeadlinePassed()))) == 1
 
 
 def test_a_share_after_a_restart_knows_its_sealed_sums() -> None:
