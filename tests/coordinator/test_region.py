@@ -482,6 +482,23 @@ async def test_hub_and_regions_die_and_the_round_goes_on(tmp_path: Path) -> None
     assert timeless(receipt) == wanted[0]
 
 
+async def test_a_leaf_that_failed_is_not_summed_once_its_region_is_back(tmp_path: Path) -> None:
+    async with tree(tmp_path, grace=LONG) as grown:
+        run = await grown.hub.submit(plan_of(quorum=4))
+        orders = {name: await site.order() for name, site in grown.leaves.items()}
+        await act(grown.leaves["oslo"], orders["oslo"], "fails")
+        await grown.until(lambda: "1 lost" in grown.hub.runs.info(run).detail)
+        await grown.places["north"].crash()
+        await back(grown, "north", orders)
+        for name in ("bern", "riga"):
+            assert await grown.leaves[name].order() == orders[name]
+        for name in ("bern", "riga", *SOUTH):
+            await grown.leaves[name].answer(orders[name])
+        receipt = await grown.hub.receipt(run)
+    assert receipt.missing == {"oslo": "out of memory"}
+    assert len(receipt.counted) == 5
+
+
 async def test_a_leaf_that_is_not_back_after_its_region_died_is_lost_alone(tmp_path: Path) -> None:
     async with tree(tmp_path, grace=LONG) as grown:
         run = await grown.hub.submit(plan_of(quorum=4))
