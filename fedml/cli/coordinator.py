@@ -69,8 +69,9 @@ def run(folder: Dir) -> None:
     Example: fedml coordinator run ./hub
     """
     from fedml.cli.program import serve_forever
-    from fedml.coordinator.regional import Regional, is_region
+    from fedml.coordinator.regional import Regional
     from fedml.coordinator.service import Service
+    from fedml.coordinator.settings import is_region
 
     serve_forever(Regional(folder) if is_region(folder) else Service(folder))
 
@@ -88,7 +89,8 @@ def join(
     """
     import asyncio
 
-    from fedml.coordinator.regional import PARENT, join_parent
+    from fedml.coordinator.regional import join_parent
+    from fedml.coordinator.settings import PARENT
     from fedml.identity.certificates import Credentials
 
     name = asyncio.run(join_parent(folder, token)).name

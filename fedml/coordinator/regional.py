@@ -22,7 +22,7 @@ from fedml.coordinator.desks import Enrolment, Federation
 from fedml.coordinator.folder import Folder
 from fedml.coordinator.region import Region
 from fedml.coordinator.service import HEAPS, KEPT, allow_files, registrar_of, tls_of
-from fedml.coordinator.settings import read_settings
+from fedml.coordinator.settings import PARENT, is_region, read_settings
 from fedml.errors import ConfigError
 from fedml.identity.certificates import Credentials, Identity, identity_in
 from fedml.identity.enrolment import Registrar, Token
@@ -34,14 +34,8 @@ from fedml.transport.renewal import keep_certified
 from fedml.transport.rpc import GrpcLink, join
 from fedml.transport.server import serve
 
-PARENT = Path("parent")  # key and certificate by which it is known to its parent
 _SHARES = Path("shares")  # of rounds that are open
 _log = structlog.get_logger()
-
-
-def is_region(folder: Path) -> bool:
-    """True if the coordinator in `folder` has joined a parent."""
-    return (folder / PARENT / "identity.json").exists()
 
 
 async def join_parent(folder: Path, token: str) -> Identity:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedml import durable
-from fedml.coordinator.regional import PARENT, is_region
-from fedml.coordinator.settings import Settings, read_settings
+from fedml.coordinator.settings import PARENT, Settings, is_region, read_settings
 from fedml.doctor import books, machine, papers
 from fedml.doctor.finding import Finding, attempt, is_sound
 from fedml.doctor.line import line

@@ -11,9 +11,9 @@ import pytest
 
 from fedml.cli.demo.federation import free_ports
 from fedml.coordinator.folder import create
-from fedml.coordinator.regional import PARENT, Regional, is_region, join_parent
+from fedml.coordinator.regional import Regional, join_parent
 from fedml.coordinator.service import Service
-from fedml.coordinator.settings import Settings
+from fedml.coordinator.settings import PARENT, Settings, is_region
 from fedml.errors import ConfigError
 from fedml.identity.certificates import Credentials
 from fedml.transport.rpc import OperationsClient, join

@@ -13,9 +13,8 @@ import pytest
 from fedml import durable
 from fedml.cli.demo.federation import free_ports
 from fedml.coordinator.folder import create
-from fedml.coordinator.regional import PARENT
 from fedml.coordinator.service import Service
-from fedml.coordinator.settings import Settings
+from fedml.coordinator.settings import PARENT, Settings
 from fedml.identity.audit import AuditLog
 from fedml.identity.certificates import DAY, Authority, Credentials, new_key_and_csr
 from fedml.transport.rpc import OperationsClient

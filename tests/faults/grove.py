@@ -9,8 +9,7 @@ from pathlib import Path
 
 from fedml.cli.demo.federation import free_ports
 from fedml.coordinator.folder import create
-from fedml.coordinator.regional import PARENT
-from fedml.coordinator.settings import Settings
+from fedml.coordinator.settings import PARENT, Settings
 from fedml.identity.certificates import Authority, Credentials, new_key_and_csr
 from fedml.protocol.messages import SiteId
 from fedml.rounds import Plan
