@@ -225,7 +225,10 @@ async def test_a_stop_reaches_the_leaves(tmp_path: Path) -> None:
         await grown.leaves["bern"].answer(orders["bern"])
         await grown.hub.operator.stop_run(run)
         for name, site in grown.leaves.items():
-            assert (await site.next_of(Cancel, Forget)).task == orders[name].task  # type: ignore[union-attr]
+            told = await site.next_of(Cancel, Forget)
+            assert isinstance(told, Cancel)
+            assert told.task == orders[name].task
+            assert await site.next(Forget) == Forget(orders[name].task, False)
         assert (await grown.hub.end(run)).state == "stopped"
         await grown.until(lambda: not any(place.shares() for place in grown.places.values()))
 
