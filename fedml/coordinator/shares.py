@@ -111,7 +111,16 @@ class ShareHost:
             return None
 
     def take(self, orders: Orders) -> None:
-        """Begin with orders, or hear of more, or again of those that are open."""
+        """Begin with orders, or hear of more, or again of those that are open.
+
+        Others under the same ids, as from a parent whose folder was made anew, are not taken:
+        what is kept for these must never answer those.
+        """
+        if orders.order != self._order:
+            reason = "its region keeps another order under this id; a next attempt has another"
+            for lot in orders.lots:
+                self._relay(lot, Failed(lot.task, reason))
+            return
         self.lots.update({lot.task: lot for lot in orders.lots})
         self._inbox.put_nowait(orders)
         if self._work is None:

@@ -598,6 +598,23 @@ async def test_a_region_cannot_hand_in_a_sum_for_leaves_of_another(tmp_path: Pat
     assert not receipt.missing
 
 
+async def test_other_orders_under_the_same_ids_are_not_answered_with_what_is_kept(
+    tmp_path: Path,
+) -> None:
+    async with tree(tmp_path, {"north": NORTH}) as grown:
+        cohort = Cohort(quorum=3, deadline=60.0)
+        run = await grown.hub.submit(plan(cohort=cohort))
+        order = await grown.leaves["bern"].order()
+        region = grown.places["north"].region
+        (share,) = region._shares.values()
+        orders = Orders(replace(share._order, deadline=7.0), tuple(share.lots.values()))
+        share.take(orders)
+        receipt = await grown.hub.receipt(run)
+    assert order.deadline == 60.0
+    assert set(receipt.missing) == set(NORTH)
+    assert "keeps another order under this id" in receipt.missing["bern"]
+
+
 async def test_a_tree_has_two_levels(tmp_path: Path) -> None:
     async with tree(tmp_path, {"north": ("bern",)}) as grown:
         place = grown.places["north"]
