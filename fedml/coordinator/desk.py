@@ -235,6 +235,8 @@ class Desk:
 
     def whose(self, door: SiteId, task: TaskId) -> SiteId:
         """Return the leaf of region `door` that was given a task; the caller if there is none."""
+        if not self._seat(door).is_region:
+            return door
         seats = self._seats.items()
         found = (site for site, seat in seats if seat.via == door and task in seat.outstanding)
         return next(found, door)
