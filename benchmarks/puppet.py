@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fedml.site.backoff import Backoff
 
 from fedml import __version__, pages
 from fedml.coordinator.service import allow_files
@@ -35,7 +36,6 @@ from fedml.protocol.messages import (
     Trained,
     Welcome,
 )
-from fedml.site.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.rpc import GrpcLink
 
