@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fedml.site.backoff import Backoff
 
 from fedml import __version__, pages
 from fedml.coordinator.service import allow_files
@@ -36,6 +35,7 @@ from fedml.protocol.messages import (
     Trained,
     Welcome,
 )
+from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.rpc import GrpcLink
 
