@@ -343,12 +343,13 @@ class _Sum:
         return kinds
 
     def exported(self) -> dict[str, Params]:
-        """Return what was added, exactly, each piece under the name of its kind."""
+        """Return what was added, exactly and uncopied, each piece under the name of its kind."""
         assert not self._there, "sums on an accelerator stay there"
         lifts, kinds = self._lifted(), self._kinds()
+        self._lifts = 0
         pieces = {}
         for dtype, sums in self._sums.items():
-            exact = {torch.int64: torch.sub(sums, lifts)}
+            exact = {torch.int64: sums.sub_(lifts)}
             pieces[f"sum.{dtype}"] = Params.over(kinds[f"sum.{dtype}"], exact)
         if _MOST_OF in kinds:
             pieces[_MOST_OF] = Params.over(kinds[_MOST_OF], self._most)

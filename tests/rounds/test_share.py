@@ -112,6 +112,18 @@ def test_sums_of_any_split_in_any_order_are_the_flat_sum_to_the_bit(
     assert same(close, flat())
 
 
+def test_a_total_can_be_asked_for_again_and_goes_on() -> None:
+    reduction = WeightedMean().start()
+    reduction.add(update(NAMES[0]))
+    first = {name: part.digest() for name, part in reduction.total()[0].items()}
+    assert {name: part.digest() for name, part in reduction.total()[0].items()} == first
+    reduction.add(update(NAMES[1]))
+    plain = WeightedMean().start()
+    for name in NAMES[:2]:
+        plain.add(update(name))
+    assert reduction.result().delta.digest() == plain.result().delta.digest()
+
+
 def test_a_region_s_sum_and_sites_of_one_s_own_add_up() -> None:
     share = Summing(1, BRIEF)
     share.ask(LOTS[:3])
