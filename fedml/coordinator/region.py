@@ -8,6 +8,7 @@ the leaves are told besides (cancel, forget) comes from the parent too, who keep
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -93,8 +94,9 @@ class Region:
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
         for place in sorted(folder.iterdir()):
             orders = ShareHost.kept(place)
-            if orders is None:
-                _log.warning("orders do not read; the parent is asked for them", folder=str(place))
+            if orders is None:  # they come again, or their round is over and nobody asks
+                _log.warning("orders do not read and are thrown away", folder=str(place))
+                await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
             else:
                 self._shares[orders.order.task] = self._host(orders)
         sending = asyncio.create_task(self._send())

@@ -427,12 +427,14 @@ async def test_a_sum_that_is_damaged_is_made_again(harm: str, tmp_path: Path) ->
                 (folder / "1.safetensors").unlink()
             case _:
                 (folder / "orders").write_bytes(b"\xff")
+                (folder.parent / "cancel-0.1.1").mkdir()  # of a round that nobody remembers
         grown.hub.coordinator.start()
         await back(grown, "north", orders)
         for name in SOUTH:
             await grown.leaves[name].answer(orders[name])
         again = [asyncio.create_task(answer_always(grown.leaves[name])) for name in NORTH]
         receipt = await grown.hub.receipt(run)
+        assert "cancel-0.1.1" not in [path.name for path in folder.parent.iterdir()]
         for task in again:
             task.cancel()
         await asyncio.gather(*again, return_exceptions=True)
