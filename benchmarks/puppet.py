@@ -35,7 +35,7 @@ from fedml.protocol.messages import (
     Trained,
     Welcome,
 )
-from fedml.site.backoff import Backoff
+from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.rpc import GrpcLink
 

@@ -69,15 +69,39 @@ def run(folder: Dir) -> None:
     Example: fedml coordinator run ./hub
     """
     from fedml.cli.program import serve_forever
+    from fedml.coordinator.regional import Regional
     from fedml.coordinator.service import Service
+    from fedml.coordinator.settings import is_region
 
-    serve_forever(Service(folder))
+    serve_forever(Regional(folder) if is_region(folder) else Service(folder))
+
+
+@app.command()
+def join(
+    folder: Dir,
+    token: Annotated[str, typer.Argument(help="What the parent's 'invite --role region' printed.")],
+) -> None:
+    """Make a coordinator a region: a site to its parent, a coordinator to sites of its own.
+
+    From the next 'fedml coordinator run' on, its sites take part in the parent's runs.
+
+    Example: fedml coordinator join ./north fedml1.eyJ…
+    """
+    import asyncio
+
+    from fedml.coordinator.regional import join_parent
+    from fedml.coordinator.settings import PARENT
+    from fedml.identity.certificates import Credentials
+
+    name = asyncio.run(join_parent(folder, token)).name
+    parent = Credentials.load(folder / PARENT).address
+    typer.echo(f"{folder} is now the region {name} of {parent}; run it, and invite its sites")
 
 
 @app.command()
 def invite(
     name: Annotated[str, typer.Argument(help="The newcomer's name, for ever in its certificate.")],
-    role: Annotated[str, typer.Option(help="site, operator or viewer.")] = "site",
+    role: Annotated[str, typer.Option(help="site, region, operator or viewer.")] = "site",
     hours: Annotated[float, typer.Option(help="How long the token lives.")] = 24.0,
     profile: ProfileOption = None,
     as_json: JsonOption = False,
@@ -89,8 +113,8 @@ def invite(
     from fedml.cli.console import emit
     from fedml.errors import ConfigError
 
-    if role not in ("site", "operator", "viewer"):
-        raise ConfigError(f"role {role!r}: use site, operator or viewer")
+    if role not in ("site", "region", "operator", "viewer"):
+        raise ConfigError(f"role {role!r}: use site, region, operator or viewer")
 
     async def go(coordinator: Operations) -> Invitation:
         return await coordinator.invite(name, role, hours * 3600)  # type: ignore[arg-type]
@@ -131,6 +155,7 @@ def sites(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
         call(profile, go),
         {
             "site": lambda s: s.site,
+            "region": lambda s: s.region,
             "connected": lambda s: "yes" if s.connected else "no",
             "seen": lambda s: when(s.seen),
             "device": lambda s: s.device,

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import structlog
 from structlog.contextvars import bind_contextvars
 
-from fedml.errors import ConfigError, FedmlError, Untrusted
-from fedml.identity.certificates import Credentials, identity_in
+from fedml.errors import ConfigError, Untrusted
+from fedml.identity.certificates import Credentials
 from fedml.protocol.messages import Blob, Serving
 from fedml.releases.session import rehearse
 from fedml.releases.shelf import Shelf
@@ -27,13 +27,13 @@ from fedml.site.policy import read_policy
 from fedml.site.settings import read_settings
 from fedml.transport.chunks import BlobStore
 from fedml.transport.link import Link
-from fedml.transport.rpc import GrpcLink, renew
+from fedml.transport.renewal import keep_certified
+from fedml.transport.rpc import GrpcLink
 
 T = TypeVar("T")
 ROOT, SHELF, IDENTITY = Path("trust/root.json"), Path("shelf"), Path("identity")
 _FIRST_ROOT, _ROOT_LIMIT = "1.root.json", 2**20
 _LARGEST_FILE = 64 * 2**30  # bytes
-_RENEWAL_LEAST, _RENEWAL_CHECK = 1.0, 3600.0  # seconds
 _log = structlog.get_logger()
 
 
@@ -125,7 +125,7 @@ class Site:
             ports = (settings.rest_port, settings.grpc_port, settings.serve_host)
             async with Server(engine, *ports, unready=daemon.unready) as server:
                 _log.info("serving", rest_port=server.rest_port, grpc_port=server.grpc_port)
-                renewal = asyncio.create_task(_keep_certified(link, folder / IDENTITY))
+                renewal = asyncio.create_task(keep_certified(link, folder / IDENTITY))
                 self._daemon = daemon
                 try:
                     await daemon.run()
@@ -139,26 +139,3 @@ class Site:
         if self._daemon is not None:
             bind_contextvars(site=self._name)  # whoever heard the signal knows no names
             await self._daemon.drain()
-
-
-async def _keep_certified(link: GrpcLink, folder: Path) -> None:
-    """Renew the certificate once two thirds of its life are over, by the coordinator's clock.
-
-    The connection that is open goes on with the old one, as long as that lives.
-    """
-    pause = _RENEWAL_LEAST
-    while True:
-        identity = identity_in(Credentials.load(folder).certificate)
-        life = identity.expires - identity.issued
-        wait = identity.issued + life * 2 / 3 - link.now()
-        if wait <= 0:
-            try:
-                renewed = await renew(link, folder)
-                link.use(Credentials.load(folder))
-                pause = _RENEWAL_LEAST
-                _log.info("certificate renewed", life=round(renewed.expires - renewed.issued))
-            except FedmlError as error:
-                _log.warning("certificate not renewed yet", reason=str(error))
-                pause = min(2 * pause, life / 30)  # it may only have met the daemon's first dial
-            wait = pause
-        await asyncio.sleep(min(max(wait, _RENEWAL_LEAST), _RENEWAL_CHECK))

@@ -49,7 +49,7 @@ def join(
     from fedml.transport.rpc import join as enrol
 
     async def go() -> Identity:
-        identity = _broken_off(folder, token) or await enrol(token, folder / "identity")
+        identity = _broken_off(folder, token) or await enrol(token, folder / "identity", "site")
         durable.replace(folder / ROOT, await first_root(folder))
         return identity
 

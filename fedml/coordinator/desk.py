@@ -1,7 +1,8 @@
 """The desk: which sites are here, what each was told, and what has not been answered.
 
 An assignment stays outstanding until its round takes it back, so a site that was away, or a
-coordinator that was, finds it again when the stream is back.
+coordinator that was, finds it again when the stream is back. A leaf, which is a site behind a
+region, has a seat like any other; its door is its region's stream (`branches`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from fedml.protocol.messages import (
     Failed,
     Forget,
     Hello,
+    Leaf,
+    Relayed,
     ReleaseNotice,
+    Roster,
     RunId,
     Scored,
     Serving,
     SiteEvent,
     SiteId,
+    Summed,
     TaskId,
     Trained,
     Welcome,
@@ -43,10 +48,12 @@ from fedml.rounds.selection import SiteStatus
 from fedml.transport.desks import Send
 from fedml.transport.pulse import Pulse
 
-Answer = Declined | Failed | Trained | Scored
+Answer = Declined | Failed | Trained | Scored | Summed
+Hear = Callable[[SiteEvent], None]
 _OFFERS = 3  # updates that a site may offer for a task: one, and two more after a mishap
 _BEATS_IN_ONE_GO = 100  # a few milliseconds, then others have their turn
 _SILENT_BEATS = 3  # heartbeats without a word after which a stream counts as dead
+_WIDEST = 8  # bytes of a sum's element, over the least that one of the model has, times slots
 _log = structlog.get_logger()
 
 
@@ -62,7 +69,10 @@ class _Offers:
 class _Seat:
     """One site's place at the desk."""
 
-    send: Send | None = None  # None while the site is away
+    send: Send | None = None  # None while the site, or its region, is away
+    via: str = ""  # the region of a leaf
+    absent: bool = False  # a leaf that is not connected to its region, which is here
+    is_region: bool = False
     hello: Hello | None = None
     seen: float = 0.0
     outstanding: dict[TaskId, Assignment] = field(default_factory=dict)
@@ -70,6 +80,11 @@ class _Seat:
     offers: dict[TaskId, _Offers] = field(default_factory=dict)
     farewell: asyncio.TimerHandle | None = None
     pulse: Pulse = field(default_factory=Pulse)
+
+    @property
+    def here(self) -> bool:
+        """True if the site is connected, to us or to its region."""
+        return self.send is not None and not self.absent
 
 
 class Desk:
@@ -103,6 +118,7 @@ class Desk:
         """Give `site` a task, now or when it is back."""
         seat = self._seat(site)
         seat.outstanding[assignment.task] = assignment
+        seat.settled.discard(assignment.task)
         self._push(seat, assignment)
         failpoints.reach("task.assigned")
 
@@ -113,13 +129,30 @@ class Desk:
         if seat.outstanding.pop(task, None):
             self._push(seat, Cancel(task, reason))
 
-    def forget(self, site: SiteId, task: TaskId, *, counted: bool) -> None:
-        """Tell `site` that a task's round is over."""
+    def forget(self, site: SiteId, task: TaskId, *, counted: bool, run: str = "") -> None:
+        """Tell `site` that a task's round is over, and `run` too unless it is empty."""
         seat = self._seat(site)
         seat.outstanding.pop(task, None)
         seat.settled.discard(task)
-        self._push(seat, Forget(task, counted))
+        self._push(seat, Forget(task, counted, run))
         failpoints.reach("task.forgotten")
+
+    def dismiss(self, leaf: SiteId, run: RunId, task: TaskId | None) -> None:
+        """A run has given up on a leaf's task, on all if it is None: its region shall know.
+
+        What a site that dials us itself still says of it does no harm, but what is in a sum cannot
+        be taken out of it.
+        """
+        seat = self._seat(leaf)
+        for order in [*seat.outstanding.values()] if seat.via else ():
+            if order.run == run and task in (None, order.task):
+                self.cancel(leaf, order.task, "it is no longer waited for")
+
+    def remind(self, site: SiteId, task: TaskId) -> None:
+        """Ask for a task again, if it is asked for at all."""
+        seat = self._seat(site)
+        if task in seat.outstanding:
+            self._push(seat, seat.outstanding[task])
 
     def settle(self, site: SiteId, task: TaskId) -> None:
         """The answer to a task was taken in: the site keeps it, and is not asked for it again."""
@@ -139,7 +172,7 @@ class Desk:
                     self.cancel(site, order.task, reason)
                     self._push(seat, Forget(order.task, False))
             for task in [task for task, offers in seat.offers.items() if offers.run == run]:
-                offered += [(site, digest) for digest in self.leftovers(site, task)]
+                offered += [(self.door(site), it) for it in self.leftovers(site, task)]
         return offered
 
     def conclude(self, run: RunId) -> None:
@@ -161,19 +194,21 @@ class Desk:
         return tuple(
             SiteStatus(
                 site,
-                seat.send is not None,
+                seat.here,
                 seat.hello.recipes if seat.hello else (),
                 seat.hello.datasets if seat.hello else (),
                 seat.hello.runs_at_once if seat.hello else 0,
+                region=seat.via,
             )
             for site, seat in sorted(self._seats.items())
+            if not seat.is_region
         )
 
     def sites(self) -> tuple[SiteInfo, ...]:
         """What operators see of every site seen so far."""
         infos = []
         for site, seat in sorted(self._seats.items()):
-            info = SiteInfo(site, seat.send is not None, seat.seen)
+            info = SiteInfo(site, seat.here, seat.seen, region=seat.via)
             if seat.hello is not None:
                 hello = seat.hello
                 info = replace(
@@ -186,27 +221,69 @@ class Desk:
             infos.append(info)
         return tuple(infos)
 
-    def model_of(self, site: SiteId, digest: str) -> bool:
-        """True if an outstanding task of `site` names this blob as its model, or a parcel of it."""
-        orders = self._seat(site).outstanding.values()
-        blobs = (b for a in orders for b in (a.model, *(parcel.blob for parcel in a.parcels)))
-        return any(blob.digest == digest for blob in blobs)
-
     def owes(self, site: SiteId, task: TaskId) -> bool:
         """True while a task of `site` is wanted, answered or not."""
         return task in self._seat(site).outstanding
 
+    def roster(self) -> tuple[Leaf, ...]:
+        """Return who was here so far, as a region tells it to its parent."""
+        return tuple(
+            Leaf(site, seat.here, seat.hello)
+            for site, seat in self._seats.items()
+            if seat.hello is not None
+        )
+
+    def door(self, site: SiteId) -> SiteId:
+        """Return by whose stream and uploads a site is reached: its own, or its region's."""
+        return SiteId(self._seat(site).via or site)
+
+    def whose(self, door: SiteId, task: TaskId) -> SiteId:
+        """Return the leaf of region `door` that was given a task; the caller if there is none."""
+        if not self._seat(door).is_region:
+            return door
+        seats = self._seats.items()
+        found = (site for site, seat in seats if seat.via == door and task in seat.outstanding)
+        return next(found, door)
+
+    def owed(self, door: SiteId) -> list[tuple[SiteId, Assignment]]:
+        """Return all that the leaves of a region are asked for and have not answered."""
+        return [
+            (site, order)
+            for site, seat in self._seats.items()
+            if seat.via == door
+            for task, order in seat.outstanding.items()
+            if task not in seat.settled
+        ]
+
+    def order(self, site: SiteId, task: TaskId) -> Assignment | None:
+        """Return what a task was that is not over yet."""
+        return self._seat(site).outstanding.get(task)
+
+    def model_of(self, door: SiteId, digest: str) -> bool:
+        """True if an outstanding task of the site, or of a region's leaf, names this blob.
+
+        As its model, or as a parcel of it.
+        """
+        seats = [self._seat(door)]
+        if seats[0].is_region:
+            seats += [seat for seat in self._seats.values() if seat.via == door]
+        orders = (order for seat in seats for order in seat.outstanding.values())
+        blobs = (b for a in orders for b in (a.model, *(parcel.blob for parcel in a.parcels)))
+        return any(blob.digest == digest for blob in blobs)
+
     def objection(self, site: SiteId, task: TaskId, blob: Blob) -> str:
         """Say why `site` may not hand in this blob for a task; "" if it may.
 
-        It may have as many bytes as `largest_update` says. A task has one update, so few are
-        taken; each has its own count, so that no other task ever stands in its way.
+        It may have as many bytes as `largest_update` says; a region's sum more, for it is wider,
+        as int64 is than float16. A task has one update, so few are taken; each has its own
+        count, so that no other task, of this run or another, ever stands in its way.
         """
         seat = self._seat(site)
         order = seat.outstanding.get(task)
         if order is None or order.kind != "train":
             return "no update is expected"
-        if blob.size > (most := largest_update(order)):
+        wide = _WIDEST * order.model.size + 2**20
+        if blob.size > (most := wide if seat.via else largest_update(order)):
             return f"at most {most} bytes are expected"
         offers = seat.offers.setdefault(task, _Offers(order.run)).digests
         if blob.digest not in offers and len(offers) >= _OFFERS:
@@ -230,39 +307,64 @@ class Desk:
     # --- one site's stream --------------------------------------------------------------------
 
     async def attend(
-        self, site: SiteId, hello: Hello, events: AsyncIterator[SiteEvent], send: Send
+        self,
+        site: SiteId,
+        hello: Hello,
+        events: AsyncIterator[SiteEvent],
+        send: Send,
+        region: Hear | None = None,
     ) -> None:
-        """Serve one stream until its events end or it falls silent. A newer stream wins."""
+        """Serve one stream until its events end or it falls silent. A newer stream wins.
+
+        A region's events are for `region`.
+        """
         bind_contextvars(site=site)
-        seat = self._sit(site, hello, send)
+        self.sit(Leaf(site, True, hello), send)
+        seat = self._seat(site)
+        seat.is_region = region is not None
         pulse = seat.pulse = Pulse()
         try:
             while True:
                 event = await pulse.next(anext(events), _SILENT_BEATS * self._heartbeat)
                 seat.seen = time.time()
-                self._hear(site, seat, event)
+                region(event) if region else self._hear(site, seat, event)
         except TimeoutError:
             _log.warning("site silent", seconds=round(pulse.silence, 1))
         except (StopAsyncIteration, Unreachable):
             pass
         finally:
-            self._leave(site, seat, send)
+            self.leave(site, send, f"away for more than {self._grace:g} s")
 
     async def _beat(self) -> None:
         """Speak to all sites, many in one go: waking up for each costs more than its beat."""
         while True:
             await asyncio.sleep(self._heartbeat)
             for place, seat in enumerate(list(self._seats.values()), 1):
-                self._push(seat, Beat())
+                if not seat.via:
+                    self._push(seat, Beat())
                 if place % _BEATS_IN_ONE_GO == 0:
                     await asyncio.sleep(0)
 
-    def _sit(self, site: SiteId, hello: Hello, send: Send) -> _Seat:
-        seat = self._seat(site)
+    def sit(self, leaf: Leaf, send: Send, via: str = "") -> bool:
+        """Take a site in, and tell it all it has to know; False if it is here by another door."""
+        site, hello, seat = leaf.site, leaf.hello, self._seat(leaf.site)
+        if via and (seat.is_region or (seat.send is not None and seat.via != via)):
+            return False
         if seat.farewell is not None:
             seat.farewell.cancel()
-        self._count(seat.send is None)
-        seat.send, seat.hello, seat.seen, seat.farewell = send, hello, time.time(), None
+        before, known = seat.here, bool(via) and seat.send is send
+        seat.send, seat.via, seat.absent, seat.farewell = send, via, not leaf.here, None
+        self._count(seat.here - before)
+        if leaf.hello.version:  # else its region has not heard of it either since it started
+            seat.hello, seat.seen = hello, time.time()
+        self._welcome(seat, hello, send, known=known)
+        if seat.here and not (via and before):
+            _log.info("site connected", version=hello.version, **({"leaf": site} if via else {}))
+        self._changed()
+        return True
+
+    def _welcome(self, seat: _Seat, hello: Hello, send: Send, *, known: bool) -> None:
+        """Tell a site what it has to know; its orders are `known` at a region that was here."""
         send(Welcome(__version__, self._heartbeat, time.time()))
         for task in hello.kept:
             if task not in seat.outstanding and not self._is_open(task):  # else asked for soon
@@ -271,13 +373,30 @@ class Desk:
             if self._is_over(run):
                 send(_over(run))
         for task, assignment in seat.outstanding.items():
-            if task not in seat.settled:
+            if task not in seat.settled and not known:
                 send(assignment)
         for model in self._models():
             send(ReleaseNotice(model))
-        _log.info("site connected", version=hello.version)
-        self._changed()
-        return seat
+
+    def hear(self, leaf: SiteId, event: SiteEvent) -> None:
+        """Take in what a leaf has said to its region."""
+        seat = self._seat(leaf)
+        seat.seen = time.time()
+        self._hear(leaf, seat, event)
+
+    def summed(self, door: SiteId, event: Summed) -> None:
+        """Take in a region's sum, unless it holds what is not asked for: then ask for the rest."""
+        orders = [
+            self.order(s.site, s.task) if self._seat(s.site).via == door else None
+            for s in event.summands
+        ]
+        asked = [order for order in orders if order is not None]
+        if asked and len(asked) == len(orders) and len({(o.run, o.round) for o in asked}) == 1:
+            self._answered(door, asked[0], event)
+        else:
+            for summand, order in zip(event.summands, orders, strict=True):
+                if order is not None:
+                    self.remind(summand.site, summand.task)
 
     def _hear(self, site: SiteId, seat: _Seat, event: SiteEvent) -> None:
         match event:
@@ -293,19 +412,32 @@ class Desk:
                 log = _log.info if event.state == "live" else _log.warning
                 log("release at site", model=event.model, version=event.version,
                     state=event.state, detail=event.detail)  # fmt: skip
-            case Hello() | Beat():
+            case Hello() | Beat() | Roster() | Relayed() | Summed():
                 pass
 
-    def _leave(self, site: SiteId, seat: _Seat, send: Send) -> None:
+    def leave(self, site: SiteId, send: Send, reason: str) -> None:
+        """A stream has ended; if the site is not back in time its tasks are lost for `reason`."""
+        seat = self._seat(site)
         if seat.send is not send:
             return  # a newer stream has the seat
+        self._count(-seat.here)
         seat.send = None
-        _log.info("site disconnected")
-        loop = asyncio.get_running_loop()
-        reason = f"away for more than {self._grace:g} s"
-        seat.farewell = loop.call_later(self._grace, self._lost, site, reason)
-        self._count(-1)
+        _log.info("site disconnected", **({"leaf": site} if seat.via else {}))
+        self._watch(site, seat, reason)
         self._changed()
+
+    def expect(self, site: SiteId) -> None:
+        """Have a site's tasks count as lost if it is not here in time."""
+        seat = self._seat(site)
+        if not seat.here and seat.farewell is None:
+            self._watch(site, seat, f"away for more than {self._grace:g} s")
+
+    def _watch(self, site: SiteId, seat: _Seat, reason: str) -> None:
+        def gone() -> None:
+            seat.farewell = None
+            self._lost(site, reason)
+
+        seat.farewell = asyncio.get_running_loop().call_later(self._grace, gone)
 
     def _seat(self, site: SiteId) -> _Seat:
         return self._seats.setdefault(site, _Seat())

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from fedml import failpoints
 from fedml.coordinator.archive import Archive
+from fedml.coordinator.branches import Branches
+from fedml.coordinator.desk import Desk
 from fedml.coordinator.folder import Folder
 from fedml.coordinator.runs import Runs
 from fedml.errors import ConfigError, FedmlError, Refused
@@ -29,26 +31,36 @@ from fedml.transport.pulse import Pulse
 
 @dataclass(frozen=True)
 class Federation:
-    """Sites speak here. A site gets the blobs it was assigned and released ones, no others."""
+    """Sites speak here. A site gets the blobs it was assigned and released ones, no others.
+
+    So does a region, of which there are some at a coordinator that has `branches`.
+    """
 
     folder: Folder
-    runs: Runs
+    desk: Desk
     blobs: BlobStore
     released: BlobStore
+    branches: Branches | None = None
 
     async def attend(
         self, site: Identity, hello: Hello, events: AsyncIterator[SiteEvent], send: Send
     ) -> None:
         """Serve one site's stream until it ends."""
-        await self.runs.desk.attend(SiteId(site.name), hello, events, send)
+        name = SiteId(site.name)
+        if site.role != "region":
+            await self.desk.attend(name, hello, events, send)
+        elif self.branches is not None:
+            await self.branches.attend(name, hello, events, send)
+        else:
+            raise Refused(f"{site} calls a region, and a tree has two levels: join its parent")
 
     def pulse(self, site: Identity) -> Pulse:
         """Return what heeds the site's signs of life that are no events."""
-        return self.runs.desk.pulse(SiteId(site.name))
+        return self.desk.pulse(SiteId(site.name))
 
     async def outgoing(self, site: Identity, digest: str) -> BlobStore:
         """Return the store with a model the site was assigned, or with a released file."""
-        if self.runs.desk.model_of(SiteId(site.name), digest):
+        if self.desk.model_of(SiteId(site.name), digest):
             return self.blobs
         if self.released.has(digest):
             return self.released
@@ -56,7 +68,7 @@ class Federation:
 
     async def incoming(self, site: Identity, task: TaskId, blob: Blob) -> BlobStore | None:
         """Return the store for a task's update, if the site owes one and it is not too large."""
-        desk, name = self.runs.desk, SiteId(site.name)
+        desk, name = self.desk, self.desk.whose(SiteId(site.name), task)
         if desk.is_settled(name, task):
             return None
         if objection := desk.objection(name, task, blob):

@@ -5,6 +5,7 @@ ca/                authority, sealer   blobs/                   what is on its w
 enrolment/         tokens, revoked     releases/                the signed repository
 operator/          the first profile   registry/                MLflow, unless elsewhere
 audit.jsonl        who did what        press/                   bundles in the making
+parent/  shares/   a region's papers for its parent, and its rounds that are open
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -19,26 +19,16 @@ import structlog
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from fedml import failpoints, telemetry
-from fedml.coordinator.desk import Answer, Desk, largest_update
+from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
+from fedml.coordinator.intake import Intake
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.coordinator.patience import insist
 from fedml.coordinator.post import Post
-from fedml.errors import FedmlError, MalformedMessage, Refused
 from fedml.params import read
-from fedml.protocol.messages import (
-    Assignment,
-    Blob,
-    Declined,
-    Failed,
-    RunId,
-    Scored,
-    SiteId,
-    TaskId,
-    Trained,
-)
+from fedml.protocol.messages import Assignment, Blob, RunId, SiteId
 from fedml.protocol.operations import Receipt, RunInfo
-from fedml.protocol.tasks import Report, Task, Update
+from fedml.protocol.tasks import Task
 from fedml.rounds.hosting import (
     Candidate,
     Command,
@@ -52,13 +42,12 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
-from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
+from fedml.rounds.round import CancelTask, SendTask, SiteLost, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
 from fedml.strategies import ServerState
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
-_LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
 _log = structlog.get_logger()
 Register = Callable[[Run, Candidate], Awaitable[int]]
 
@@ -86,8 +75,7 @@ class Host:
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._post = Post(holds, run.plan.wire)
         self._state: tuple[ServerState, Blob] | None = None  # the last one that was committed
-        self._uploads: Counter[str] = Counter()  # not folded in yet, by digest
-        self._asked_again: set[TaskId] = set()
+        self._intake = Intake(desk, holds, self.tell, self._wait)
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
         self._looking: asyncio.TimerHandle | None = None
@@ -121,56 +109,9 @@ class Host:
         self.tell(SiteLost(site, reason))
 
     async def answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
-        """Turn a site's answer into an event; a malformed update counts as the site's failure."""
+        """Turn a site's answer into an event."""
         bind_contextvars(run=order.run, round=order.round)
-        match answer:
-            case Declined(task, reason, for_now):
-                self.tell(SiteLost(site, _line(reason), final=not for_now, task=task))
-            case Failed(task, reason):
-                self.tell(SiteLost(site, _line(reason), task=task))
-            case Scored(task, totals, count, epsilon):
-                report = Report(task, order.round, site, totals, count, epsilon)
-                self.tell(ReportArrived(report))
-            case Trained():
-                await self._trained(site, order, answer)
-
-    async def _trained(self, site: SiteId, order: Assignment, answer: Trained) -> None:
-        task, digest, whole = answer.task, answer.sent.digest, answer.update.digest
-        self._holds.hold(digest)
-        self._uploads[digest] += 1
-        try:
-            reading = partial(asyncio.to_thread, self._read_update, site, order, answer)
-            update = await insist(reading, self._wait)  # unpacking takes room on the disk
-        except (FedmlError, OSError) as error:
-            self._let_go(digest)
-            gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
-            if gone and task not in self._asked_again and self._desk.owes(site, task):
-                self._asked_again.add(task)
-                self._desk.assign(site, order)
-            else:
-                self.tell(SiteLost(site, f"update refused: {_line(str(error))}", task=task))
-        else:
-            self._holds.hold(whole)  # which is the same, unless it came as a parcel
-            self._uploads[whole] += 1
-            self._let_go(digest)
-            failpoints.reach("update.read")
-            self.tell(UpdateArrived(update, whole))
-
-    def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
-        parts = self._post.opened(order, answer, largest_update(order))
-        if "delta" not in parts:
-            raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
-        delta = parts.pop("delta")
-        return Update(
-            task=answer.task,
-            round=order.round,
-            site=site,
-            delta=delta,
-            weight=answer.weight,
-            slots=parts,
-            metrics=answer.metrics,
-            epsilon=answer.epsilon,
-        )
+        await self._intake.answered(site, order, answer)
 
     async def play(self) -> End:
         """Carry out the run's commands until it ends."""
@@ -193,8 +134,9 @@ class Host:
                 event = await self._inbox.get()
                 self.at_rest.clear()
                 commands.extend(await self._decide(event))
-                if isinstance(event, UpdateArrived):
-                    self._taken(event.update.site, event.update.task, event.digest)
+                self._intake.taken(event)
+                if isinstance(event, SiteLost):
+                    self._desk.dismiss(event.site, self.run.id, event.task)
                 del event  # or an update would stay mapped while we wait
         finally:
             self._leave()
@@ -205,8 +147,7 @@ class Host:
             timer.cancel()
         if self._looking is not None:
             self._looking.cancel()
-        for digest in list(self._uploads.elements()):
-            self._let_go(digest)
+        self._intake.close()
         self._post.close()
         if self._state is not None:
             self._holds.let_go(self._state[1].digest)
@@ -269,7 +210,7 @@ class Host:
                 counted = was_counted(self.run.receipts[-1], site)
                 self._desk.forget(site, task, counted=counted)
                 for digest in self._desk.leftovers(site, task):
-                    self._holds.store.abandon(digest, site)
+                    self._holds.store.abandon(digest, self._desk.door(site))
                     self._holds.discard(digest)
             case Candidate():
                 await self._candidate(command)
@@ -335,15 +276,6 @@ class Host:
         self._state = (mapped, blob)
         return mapped, path
 
-    def _taken(self, site: SiteId, task: TaskId, digest: str) -> None:
-        """The run has made of an update what it will: if it counts, it is part of the sum."""
-        self._let_go(digest)
-        self._desk.settle(site, task)
-
-    def _let_go(self, digest: str) -> None:
-        self._uploads[digest] -= 1
-        self._holds.let_go(digest)
-
     async def _candidate(self, candidate: Candidate) -> None:
         """Register the model once; a replay after a crash finds the version noted."""
         if not self._journal.runs[self.run.id].version:
@@ -405,12 +337,6 @@ class Host:
             return
         self._expected = frozenset()
         self.tell(SitesChanged(()))  # who is here is looked up when it is handled
-
-
-def _line(reason: str) -> str:
-    """Return a site's words as one short line: they go to operators' terminals."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in reason)
-    return " ".join(plain.split())[:_LONGEST_REASON]
 
 
 def was_counted(receipt: Receipt, site: SiteId) -> bool:

@@ -20,6 +20,7 @@ from fedml.protocol.parcels import fits, form_of, pack, unpack
 from fedml.protocol.tasks import Brief
 from fedml.rounds.plan import Wire
 from fedml.strategies import ServerState
+from fedml.transport.chunks import BlobStore
 
 Sent = tuple[Blob, tuple[Parcel, ...]]
 
@@ -113,29 +114,29 @@ class Post:
         for blob in blobs:
             self._holds.let_go(blob.digest)
 
-    def opened(self, order: Assignment, answer: Trained, most: int) -> dict[str, Params]:
-        """Return the parts of an update that has come, of `most` bytes at most, as mapped files.
 
-        Raises `MalformedUpdate` for one that is packed otherwise than the order wants it, and
-        `MalformedMessage` if it is not what it says, `NoRoom` on a full disk.
-        """
-        store = self._holds.store
-        path = store.path(answer.sent.digest)
-        if not answer.parcels:
-            return read(path)
-        parcel, blob = answer.parcels[0], answer.update
-        wanted = form_of(order.up)
-        if len(answer.parcels) > 1 or parcel.base or parcel.form != wanted:
-            got = [parcel.form for parcel in answer.parcels]
-            raise MalformedUpdate(f"it comes as {got}, the order wants {wanted or 'it whole'!r}")
-        if blob.size > most:
-            raise MalformedUpdate(f"its parcel stands for {blob.size} bytes, limit {most}")
-        draft = store.folder / f".{secrets.token_hex(8)}.draft"
-        unpack(path, parcel.form, blob, draft, written=_written)
-        try:
-            return read(draft)
-        finally:
-            draft.unlink()  # it is mapped: its bytes go when nobody looks at them any more
+def opened(store: BlobStore, order: Assignment, answer: Trained, most: int) -> dict[str, Params]:
+    """Return the parts of an update that has come, of `most` bytes at most, as mapped files.
+
+    Raises `MalformedUpdate` for one that is packed otherwise than the order wants it, and
+    `MalformedMessage` if it is not what it says, `NoRoom` on a full disk.
+    """
+    path = store.path(answer.sent.digest)
+    if not answer.parcels:
+        return read(path)
+    parcel, blob = answer.parcels[0], answer.update
+    wanted = form_of(order.up)
+    if len(answer.parcels) > 1 or parcel.base or parcel.form != wanted:
+        got = [parcel.form for parcel in answer.parcels]
+        raise MalformedUpdate(f"it comes as {got}, the order wants {wanted or 'it whole'!r}")
+    if blob.size > most:
+        raise MalformedUpdate(f"its parcel stands for {blob.size} bytes, limit {most}")
+    draft = store.folder / f".{secrets.token_hex(8)}.draft"
+    unpack(path, parcel.form, blob, draft, written=_written)
+    try:
+        return read(draft)
+    finally:
+        draft.unlink()  # it is mapped: its bytes go when nobody looks at them any more
 
 
 def _written() -> None:

@@ -29,6 +29,7 @@ from fedml.protocol.operations import RunDetail, RunInfo
 from fedml.releases.manifest import WEIGHTS
 from fedml.rounds.plan import Plan
 from fedml.rounds.run import Run
+from fedml.rounds.selection import needs_each
 from fedml.transport.chunks import BlobStore
 
 T = TypeVar("T")
@@ -123,6 +124,12 @@ class Runs:
                 f"recipe {plan.recipe.name}: the plan names {plan.recipe.digest[:12]}, this "
                 f"coordinator has {here.digest[:12]}; install the same version at both"
             )
+        if not plan.strategy.reducer.linear:
+            listed = plan.cohort.sites
+            for status in self.desk.statuses():
+                if status.region and (not listed or status.site in listed):
+                    way_out = ", or name in cohort.sites only sites that dial this coordinator"
+                    raise ConfigError(needs_each(plan, status.region) + way_out)
         if plan.parent:
             await self._archive.do(lambda registry: registry.get(plan.model, plan.parent))
         async with self._order:
@@ -322,8 +329,8 @@ class Runs:
 
     async def _fail(self, id: RunId, reason: str) -> None:
         _log.error("run failed", reason=reason)
-        for site, digest in self.desk.abandon(id, f"the run failed: {reason}"):
-            self._holds.store.abandon(digest, site)
+        for door, digest in self.desk.abandon(id, f"the run failed: {reason}"):
+            self._holds.store.abandon(digest, door)
             self._holds.discard(digest)
         if opened := self._journal.runs[id].opened:  # perhaps not assigned again since a restart
             for site in opened.opening.asked:

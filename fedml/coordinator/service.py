@@ -12,6 +12,7 @@ import torch
 
 from fedml import durable, health, pages
 from fedml.coordinator.archive import Archive
+from fedml.coordinator.branches import Branches
 from fedml.coordinator.desks import Enrolment, Federation, Operations
 from fedml.coordinator.folder import Folder
 from fedml.coordinator.runs import Runs
@@ -25,7 +26,7 @@ from fedml.transport.server import ServerTls, serve
 _FILES = 65_536  # as many as we ask for
 _FILES_A_SITE = 3  # its connection, its update as it comes, the same as it is read
 _FEW_FILES = 1000 * _FILES_A_SITE + 500
-_KEPT, _HEAPS = 2**24, 2  # freed bytes that each heap keeps for the chunks to come; heaps
+KEPT, HEAPS = 2**24, 2  # freed bytes that each heap keeps for the chunks to come; heaps
 _RENEWAL = 3600.0  # seconds between looks at the release metadata's expiry
 _log = structlog.get_logger()
 
@@ -46,7 +47,7 @@ class Service:
         """
         path, settings = self._path, read_settings(self._path)  # before the lock: it makes folders
         allow_files()
-        pages.keep_freed(_KEPT, arenas=_HEAPS)
+        pages.keep_freed(KEPT, arenas=HEAPS)
         torch.set_num_threads(1)  # on a busy machine its threads wait for each other, 8 ms a time
         with durable.lock(path, "a coordinator"):
             folder = Folder.open(path)
@@ -57,7 +58,7 @@ class Service:
             listening = serve(
                 _desks(folder, runs, archive, blobs),
                 folder.access,
-                _tls(folder),
+                tls_of(folder),
                 address=f"{settings.bind}:{settings.port}",
                 enrolment_address=f"{settings.bind}:{settings.enrolment_port}",
             )
@@ -97,23 +98,28 @@ def allow_files() -> None:
 
 
 def _desks(folder: Folder, runs: Runs, archive: Archive, blobs: BlobStore) -> Desks:
+    registrar = registrar_of(folder)
+    released = BlobStore(folder.releases.folder / "blobs", blobs.limit_bytes)
+    return Desks(
+        federation=Federation(folder, runs.desk, blobs, released, Branches(runs.desk)),
+        operations=Operations(folder, runs, archive, registrar),
+        enrolment=Enrolment(folder, registrar),
+    )
+
+
+def registrar_of(folder: Folder) -> Registrar:
+    """Return the desk for newcomers, which tells them where to dial."""
     settings = folder.settings
-    registrar = Registrar(
+    return Registrar(
         folder.authority,
         folder.invitations,
         folder.revocations,
         f"{settings.host}:{settings.enrolment_port}",
         f"{settings.host}:{settings.port}",
     )
-    released = BlobStore(folder.releases.folder / "blobs", blobs.limit_bytes)
-    return Desks(
-        federation=Federation(folder, runs, blobs, released),
-        operations=Operations(folder, runs, archive, registrar),
-        enrolment=Enrolment(folder, registrar),
-    )
 
 
-def _tls(folder: Folder) -> ServerTls:
+def tls_of(folder: Folder) -> ServerTls:
     """Issue a server certificate for this start; the authority is what sites trust."""
     hosts = list(dict.fromkeys((folder.settings.host, "localhost", "127.0.0.1")))
     certificate, key = folder.authority.issue_server(hosts, time.time())

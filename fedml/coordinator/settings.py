@@ -9,6 +9,7 @@ from pathlib import Path
 from fedml import settings
 from fedml.errors import ConfigError
 
+PARENT = Path("parent")  # in a region's folder: the papers by which its parent knows it
 _PORTS = ("port", "enrolment_port", "health_port")
 
 
@@ -54,6 +55,11 @@ class Settings:
             raise ConfigError(f"runs_at_once {self.runs_at_once}: must be 1 or more")
         if not 0 <= self.drain < math.inf:
             raise ConfigError(f"drain {self.drain}: give the seconds, 0 or more")
+
+
+def is_region(folder: Path) -> bool:
+    """True if the coordinator in `folder` has joined a parent."""
+    return (folder / PARENT / "identity.json").exists()
 
 
 def read_settings(folder: Path) -> Settings:

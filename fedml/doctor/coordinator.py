@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedml import durable
-from fedml.coordinator.settings import Settings, read_settings
+from fedml.coordinator.settings import PARENT, Settings, is_region, read_settings
 from fedml.doctor import books, machine, papers
 from fedml.doctor.finding import Finding, attempt, is_sound
 from fedml.doctor.line import line
@@ -16,6 +16,7 @@ from fedml.identity.certificates import Credentials
 _FILES = 3500  # for a thousand sites
 _LOGS = ("journal.jsonl", "audit.jsonl", "enrolment/tokens.jsonl", "enrolment/revoked.jsonl")
 _RENEWAL = "renew it: fedml operator renew"
+_REGION = "the region renews it by itself: run it, and see that it reaches its parent"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -34,6 +35,8 @@ async def examine_coordinator(folder: Path, clock: Callable[[], float]) -> list[
         *attempt("disk", lambda: machine.disk(folder, _need(folder))),
         *_books(folder, now),
     ]
+    if is_region(folder):
+        findings += papers.credentials(Credentials.load(folder / PARENT), now, renewal=_REGION)
     if who and (folder / "operator" / "identity.json").exists():
         findings += await examine_profile(folder / "operator", clock)
     return findings
@@ -56,7 +59,8 @@ async def examine_profile(folder: Path, clock: Callable[[], float]) -> list[Find
 def _secrets(folder: Path) -> list[Path]:
     keys = (folder / "releases" / "keys").glob("*.pem")
     seal = folder / "ca" / "receipts.json"
-    return [folder / "ca" / "ca.json", *sorted(keys), *([seal] if seal.exists() else [])]
+    more = [path for path in (seal, folder / PARENT / "identity.json") if path.exists()]
+    return [folder / "ca" / "ca.json", *sorted(keys), *more]
 
 
 def _ports(settings: Settings, who: str) -> list[Finding]:

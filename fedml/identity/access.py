@@ -26,6 +26,7 @@ _ANYONE = frozenset({"Federation/Renew", "Federation/Ping"})
 
 ALLOWED: Mapping[Role, frozenset[str]] = {
     "site": _FEDERATE | _ANYONE,
+    "region": _FEDERATE | _ANYONE,
     "operator": _READ | _CHANGE | _ANYONE,
     "viewer": _READ | _ANYONE,
 }

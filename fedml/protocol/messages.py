@@ -1,8 +1,9 @@
 """What sites and the coordinator say to each other, as frozen dataclasses.
 
 Commands go to a site (`Command`), events come from it (`SiteEvent`); tensors travel apart, as
-`Blob`s named by digest. Nothing else leaves a site: this file is the whole list. It imports no
-torch, so that a site's daemon, which never looks into a tensor, stays small.
+`Blob`s named by digest. Nothing else leaves a site: this file is the whole list. A region, which
+is a coordinator to its leaves and a site to its parent, says a few things besides. No torch here,
+so that a site's daemon, which never looks into a tensor, stays small.
 
 Each value checks itself at birth and raises `ConfigError` with the bad value; a codec or a
 host that meets foreign input turns that into its own error.
@@ -289,7 +290,43 @@ class Beat:
     """I am alive; sent both ways on a quiet stream."""
 
 
-Command = Welcome | Assignment | Cancel | Forget | ReleaseNotice | Beat
+@dataclass(frozen=True)
+class Lot:
+    """One leaf's part in `Orders`: the task that it would get from us, and its seed."""
+
+    site: SiteId
+    task: TaskId
+    seed: int
+
+
+@dataclass(frozen=True)
+class Orders:
+    """To a region: one order for many of its leaves, but for what each one's lot says.
+
+    The order's own task is that of the round, the leaf left out. The lots are all that are open:
+    when the region comes back, or is reminded, it hears of them anew.
+    """
+
+    order: Assignment
+    lots: tuple[Lot, ...]
+
+
+@dataclass(frozen=True)
+class Errand:
+    """To a region: an encoded `Command` for one of its leaves."""
+
+    site: SiteId
+    command: bytes
+
+
+@dataclass(frozen=True)
+class Errands:
+    """To a region: what else its leaves shall hear."""
+
+    errands: tuple[Errand, ...]
+
+
+Command = Welcome | Assignment | Cancel | Forget | ReleaseNotice | Beat | Orders | Errands
 
 
 # --- events: all that a site ever sends -------------------------------------------------------
@@ -398,4 +435,58 @@ class Scored:
     epsilon: float = 0.0
 
 
-SiteEvent = Hello | Accepted | Declined | Failed | Trained | Scored | Serving | Beat
+@dataclass(frozen=True)
+class Leaf:
+    """A site behind a region, whether it is connected there, and what it said of itself.
+
+    To the tasks that it keeps the region adds those that it keeps for it.
+    """
+
+    site: SiteId
+    here: bool
+    hello: Hello
+
+
+@dataclass(frozen=True)
+class Roster:
+    """From a region: leaves that came, went or changed; at first all that it knows."""
+
+    leaves: tuple[Leaf, ...]
+
+
+@dataclass(frozen=True)
+class Relayed:
+    """From a region: an encoded `SiteEvent` of one of its leaves."""
+
+    site: SiteId
+    event: bytes
+
+
+@dataclass(frozen=True)
+class Summand:
+    """A leaf's update in its region's sum, as its `Trained` told of it, with its own digest."""
+
+    site: SiteId
+    task: TaskId
+    weight: float
+    digest: str
+    metrics: Scores = field(default_factory=dict)
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class Summed:
+    """From a region: the exact sum of its leaves' updates is on its disk, and uploaded as `total`.
+
+    `reach` is, for each part of an update, what bounds every element of its sum, in grid steps.
+    """
+
+    total: Blob
+    summands: tuple[Summand, ...]
+    reach: Mapping[str, int]
+
+
+SiteEvent = (
+    Hello | Accepted | Declined | Failed | Trained | Scored | Serving | Beat
+    | Roster | Relayed | Summed
+)  # fmt: skip

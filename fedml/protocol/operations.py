@@ -11,7 +11,7 @@ from fedml.protocol.messages import DatasetCard, RunId, Scores, Serving, SiteId
 RunState = Literal[
     "scheduled", "queued", "waiting", "running", "evaluating", "done", "failed", "stopped"
 ]
-Role = Literal["site", "operator", "viewer"]
+Role = Literal["site", "region", "operator", "viewer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,10 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """What the coordinator knows of a site; `seen` is in seconds since the epoch, 0 for never."""
+    """What the coordinator knows of a site; `seen` is in seconds since the epoch, 0 for never.
+
+    `region` is the regional coordinator that it is reached through, "" if it dials us itself.
+    """
 
     site: SiteId
     connected: bool
@@ -118,6 +121,7 @@ class SiteInfo:
     version: str = ""
     datasets: tuple[DatasetCard, ...] = ()
     serving: tuple[Serving, ...] = ()
+    region: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedml.errors import MalformedUpdate
 from fedml.params import Params
-from fedml.protocol.messages import RunId, Scores, SiteId, TaskId
+from fedml.protocol.messages import RunId, Scores, SiteId, Summand, TaskId
 from fedml.stacked import Stacked
 
 Slots = Mapping[str, Params]  # an algorithm's extra state, each slot shaped like the model
@@ -114,6 +114,19 @@ class Stack:
             {name: [values[row] for row in rows] for name, values in self.metrics.items()},
             [self.epsilons[row] for row in rows] if self.epsilons else (),
         )
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Many sites' updates to one round as one exact sum; which ones is in `summands`.
+
+    `parts` and `reach` are as the region's reduction made them, see `strategies.SumReduction`.
+    """
+
+    round: int
+    summands: tuple[Summand, ...]
+    parts: Mapping[str, Params]
+    reach: Mapping[str, int]
 
 
 @dataclass(frozen=True)

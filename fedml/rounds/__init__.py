@@ -22,6 +22,7 @@ from fedml.rounds.round import (
     SendTask,
     SiteLost,
     StackArrived,
+    SumArrived,
     UpdateArrived,
     WakeAt,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "SitesChanged",
     "StackArrived",
     "StopAsked",
+    "SumArrived",
     "Tick",
     "UpdateArrived",
     "WakeAt",

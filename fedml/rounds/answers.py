@@ -8,10 +8,19 @@ from dataclasses import replace
 from typing import Protocol
 
 from fedml.errors import MalformedMessage, MalformedUpdate
+from fedml.params import Params
 from fedml.protocol.messages import Scores
 from fedml.protocol.parcels import rounded
-from fedml.protocol.tasks import Brief, Report, Stack, Update
-from fedml.strategies import NUMBER, Aggregate, Reducer, add_stack, number, numbers
+from fedml.protocol.tasks import Brief, Report, Stack, Sum, Update
+from fedml.strategies import (
+    NUMBER,
+    Aggregate,
+    Reducer,
+    SumReduction,
+    add_stack,
+    number,
+    numbers,
+)
 
 _MOST_NAMES, _LONGEST_NAME = 64, 64  # of metrics and scores; receipts keep them for good
 _HUGE = 1e300  # a sum of totals below this cannot overflow
@@ -26,6 +35,9 @@ class Answers(Protocol):
 
     def add_stack(self, stack: Stack, brief: Brief) -> Mapping[int, str]:
         """Check and take in each row as `add` would; return why the others were not, by row."""
+
+    def add_sum(self, total: Sum, brief: Brief) -> None:
+        """Check and take in a region's sum, or raise `MalformedMessage` and stay as it was."""
 
     def result(self) -> Aggregate | Scores:
         """Return what all answers come to; raises `MalformedMessage` if that is nothing."""
@@ -94,6 +106,23 @@ class Updates:
             if not part.is_finite():
                 raise MalformedUpdate(f"its norm is {part.norm()}: training diverged")
 
+    def add_sum(self, total: Sum, brief: Brief) -> None:
+        """Refuse a sum that is not of such updates as `add` takes; it cannot look at each."""
+        if not isinstance(self._reduction, SumReduction):
+            raise MalformedUpdate("it is a sum, and the reducer needs each update")
+        for summand in total.summands:
+            _check_names(summand.metrics)
+        single = numbers(brief)
+        layouts = {name: brief.params.layout for name in ("", *self._reports)}
+        layouts.update(dict.fromkeys(single & self._reports, NUMBER))
+        self._reduction.add_sum(total, layouts)
+
+    def total(self) -> tuple[Mapping[str, Params], Mapping[str, int]]:
+        """Return the sum of all that was taken in; see `SumReduction`."""
+        if not isinstance(self._reduction, SumReduction):
+            raise MalformedUpdate("the reducer has no sums")
+        return self._reduction.total()
+
     def result(self) -> Aggregate:
         """Return the cohort's updates as one."""
         return self._reduction.result()
@@ -119,6 +148,10 @@ class Reports:
     def add_stack(self, stack: Stack, brief: Brief) -> Mapping[int, str]:
         """Refuse all: a stack holds updates."""
         return dict.fromkeys(range(len(stack)), "it is an update, not a report")
+
+    def add_sum(self, total: Sum, brief: Brief) -> None:
+        """Refuse it: it holds updates."""
+        raise MalformedMessage("it is a sum of updates, not a report")
 
     def result(self) -> Scores:
         """Return each score's mean over the rows of the sites that report it.

@@ -46,7 +46,8 @@ class Committed:
 
 
 Event = (
-    rounds.UpdateArrived | rounds.StackArrived | rounds.ReportArrived | rounds.SiteLost
+    rounds.UpdateArrived | rounds.StackArrived | rounds.SumArrived
+    | rounds.ReportArrived | rounds.SiteLost
     | SitesChanged | Tick | StopAsked | Committed
 )  # fmt: skip
 

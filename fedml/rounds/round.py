@@ -17,7 +17,7 @@ from typing import Literal
 from fedml.errors import ConfigError, MalformedMessage, QuorumLost, RoundFailed
 from fedml.protocol.messages import RunId, Scores, SiteId, TaskId
 from fedml.protocol.operations import Counted
-from fedml.protocol.tasks import Brief, Report, Stack, Task, Update
+from fedml.protocol.tasks import Brief, Report, Stack, Sum, Task, Update
 from fedml.rounds.answers import Answers, Reports, Updates
 from fedml.strategies import Aggregate, Reducer
 
@@ -41,6 +41,15 @@ class StackArrived:
 
     stack: Stack
     digests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SumArrived:
+    """A region's leaves answered, in one; that they are its leaves was checked by the host."""
+
+    total: Sum
+    region: SiteId
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class DeadlinePassed:
     """The time asked for by `WakeAt` has come."""
 
 
-Event = UpdateArrived | StackArrived | ReportArrived | SiteLost | DeadlinePassed
+Event = UpdateArrived | StackArrived | SumArrived | ReportArrived | SiteLost | DeadlinePassed
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -220,6 +229,8 @@ class Round:
                 self._count(update, update.weight, digest)
             case StackArrived(stack, digests):
                 self._count_stack(stack, digests or ("",) * len(stack))
+            case SumArrived(total):
+                self._count_sum(total)
             case ReportArrived(report):
                 self._count(report, report.count, "")
             case SiteLost(site, reason, final, task):
@@ -270,6 +281,28 @@ class Round:
         for number in refused:
             del self._counted[due.sites[number]]
         self._waiting.difference_update(due.sites)
+
+    def _count_sum(self, total: Sum) -> None:
+        """Count all of a sum's sites or none: what is no longer waited for cannot be taken out."""
+        assert self._brief is not None, "handle() before open()"
+        due = [s for s in total.summands if s.task == self.opening.task_id(s.site)]
+        due = [s for s in due if s.site in self._waiting]
+        if not due:
+            return
+        try:
+            if total.round != self.opening.number:
+                raise MalformedMessage(f"it is for round {total.round}")
+            if len({s.site for s in due}) < len(total.summands):
+                raise MalformedMessage("its region's sum holds others that are not waited for")
+            self._answers.add_sum(total, self._brief)
+        except MalformedMessage as error:
+            for each in due:
+                self._lose(each.site, f"answer refused: {error}")
+            return
+        for each in due:
+            self._waiting.discard(each.site)
+            counted = Counted(each.site, each.weight, each.digest, each.epsilon)
+            self._counted[each.site] = counted
 
     def _due(self, stack: Stack) -> list[int]:
         """Return the rows that answer a task of ours, of each site the first."""

@@ -188,6 +188,7 @@ class Run:
             case (
                 rounds.UpdateArrived()
                 | rounds.StackArrived()
+                | rounds.SumArrived()
                 | rounds.ReportArrived()
                 | rounds.SiteLost()
             ):

@@ -22,7 +22,8 @@ class SiteStatus:
     """What the host knows of a site right now.
 
     `runs_at_once` is in how many runs it takes part at a time, 0 for any number; `busy` says why
-    it cannot take part in one run now, though it may later.
+    it cannot take part in one run now, though it may later. `region` is the one that it is reached
+    through, which hands up sums only.
     """
 
     site: SiteId
@@ -31,6 +32,7 @@ class SiteStatus:
     datasets: tuple[DatasetCard, ...] = ()
     runs_at_once: int = 0
     busy: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,14 @@ def draw(plan: Plan, number: int, pool: Selection) -> Selection:
     return Selection(tuple(sorted(drawn)), left_out)
 
 
+def needs_each(plan: Plan, region: str) -> str:
+    """Say why a site behind `region` cannot take part in a plan whose reducer is not linear."""
+    return (
+        f"region {region} sends the sum of its sites' updates and reducer "
+        f"{type(plan.strategy.reducer).__name__} needs each of them: use reducer=weighted-mean"
+    )
+
+
 def _objection(plan: Plan, site: SiteId, status: SiteStatus | None) -> str:
     if plan.cohort.sites and site not in plan.cohort.sites:
         return "not among the plan's sites"
@@ -149,6 +159,8 @@ def _objection(plan: Plan, site: SiteId, status: SiteStatus | None) -> str:
         return "never seen"
     if not status.connected:
         return "not connected"
+    if status.region and not plan.strategy.reducer.linear:
+        return needs_each(plan, status.region)
     if plan.recipe not in status.recipes:
         others = [r.digest[:12] for r in status.recipes if r.name == plan.recipe.name]
         has = f"has {', '.join(others)}" if others else "does not have that recipe"

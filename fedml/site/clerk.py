@@ -32,12 +32,12 @@ from fedml.protocol.messages import (
     TaskId,
     Trained,
 )
-from fedml.site.backoff import Backoff
 from fedml.site.door import Door, Ledgers
 from fedml.site.foreman import Foreman
 from fedml.site.gate import Permit, check_room, decide
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
+from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore, transit_blob
 from fedml.transport.link import Link
 

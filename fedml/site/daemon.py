@@ -1,47 +1,44 @@
 """The site daemon: keeps one stream to the coordinator open and does what it is asked, if it may.
 
-It only dials out. Orders go to the `clerk`; here is what keeps the conversation alive.
+It only dials out. Orders go to the `clerk`; `transport.conversation` keeps the stream alive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import math
-import random
 import secrets
-import time
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
 from fedml import __version__, durable, pages, telemetry
-from fedml.errors import FedmlError, NoRoom, Unreachable, Untrusted
-from fedml.identity.clocks import difference
+from fedml.errors import FedmlError, NoRoom, Unreachable
 from fedml.protocol.messages import (
     Assignment,
     Beat,
     Cancel,
     Command,
     DatasetCard,
+    Errands,
     Forget,
     Hello,
+    Orders,
     ReleaseNotice,
     RunId,
     Serving,
-    SiteEvent,
     Welcome,
 )
-from fedml.site.backoff import Backoff
 from fedml.site.clerk import Clerk
 from fedml.site.door import open_ledgers
 from fedml.site.policy import Policy
 from fedml.site.settings import Settings
-from fedml.transport.link import SILENCE, Link
+from fedml.transport.backoff import Backoff
+from fedml.transport.conversation import Conversation
+from fedml.transport.link import Link
 
 _PIECE = 2**20  # bytes of a data file hashed at a time
-_SILENT_BEATS = 3  # heartbeats without a sign of life after which the coordinator is called anew
 _KEPT, _HEAPS = 2**24, 2  # freed bytes that each heap keeps for the chunks to come; heaps
 _log = structlog.get_logger()
 
@@ -74,8 +71,13 @@ class Daemon:
         self._clerk: Clerk | None = None
         self._draining = False
         self._updating: set[asyncio.Task[None]] = set()
-        self._most = math.inf  # seconds between dials, less the jitter of `Backoff`
-        self._proven_at = math.inf  # loop time; from then on the connection was worth dialling
+        self._conversation = Conversation(
+            link,
+            self._backoff,
+            hello=self._hello,
+            obey=self._obey,
+            progress=lambda: self._clerk.answered if self._clerk else 0,
+        )
 
     async def run(self) -> None:
         """Serve the coordinator for ever: connect, obey, reconnect with backoff and jitter.
@@ -93,13 +95,13 @@ class Daemon:
                 self._policy,
                 ledgers,
                 self._link,
-                self._tell,
+                self._conversation.tell,
                 self._backoff,
             )
             try:
                 await clerk.start()
                 self._clerk = clerk
-                await self._keep_connected(clerk)
+                await self._conversation.keep()
             finally:
                 await self._stop(clerk)
 
@@ -115,55 +117,8 @@ class Daemon:
             return "the site is going down"
         return "" if self._clerk is not None else "the site is starting"
 
-    async def _keep_connected(self, clerk: Clerk) -> None:
-        loop, waits = asyncio.get_running_loop(), iter(self._backoff)
-        while True:
-            self._proven_at, answered = math.inf, clerk.answered
-            try:
-                await self._link.connect(await self._hello(clerk))
-                await self._converse(clerk)
-            except (Unreachable, Untrusted) as error:
-                # a coordinator that dies as often as it starts is no conversation either
-                if loop.time() >= self._proven_at or clerk.answered > answered:
-                    waits = iter(self._backoff)
-                wait = min(next(waits), self._most * random.uniform(0.5, 1.0))
-                # what may not be trusted is an alarm, but no reason to leave the ward without us
-                log = _log.error if isinstance(error, Untrusted) else _log.info
-                log("reconnecting", reason=str(error), seconds=round(wait, 1))
-            await asyncio.sleep(wait)
-
-    async def _converse(self, clerk: Clerk) -> None:
-        """Obey commands until the stream is down or silent; raises `Unreachable`."""
-        silence = SILENCE
-        beats: asyncio.Task[None] | None = None
-        try:
-            while True:
-                command = await self._link.receive(silence)
-                if isinstance(command, Welcome):
-                    self._welcome(command)
-                    silence = _SILENT_BEATS * command.heartbeat
-                    # it asks for a word as often, so it stands half as many dials
-                    self._most = max(2 * command.heartbeat, self._backoff.first)
-                    self._proven_at = asyncio.get_running_loop().time() + command.heartbeat
-                    beats = beats or asyncio.create_task(self._beat(command.heartbeat))
-                else:
-                    self._obey(command, clerk)
-        finally:
-            if beats is not None:
-                beats.cancel()
-            await self._link.close()
-
-    def _welcome(self, command: Welcome) -> None:
-        _log.info("connected", coordinator_version=command.version)
-        if command.now and (off := difference(time.time() - command.now)):
-            _log.warning(f"{off}; nothing of a run depends on it, certificates and releases do")
-
-    async def _beat(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            await self._tell(Beat())
-
-    def _obey(self, command: Command, clerk: Clerk) -> None:
+    def _obey(self, command: Command) -> None:
+        clerk = self._at_work()
         match command:
             case Assignment():
                 clerk.take(command)
@@ -177,8 +132,8 @@ class Daemon:
                 job = asyncio.create_task(self._update(model))
                 self._updating.add(job)
                 job.add_done_callback(self._updating.discard)
-            case Welcome() | Beat():
-                pass
+            case Welcome() | Beat() | Orders() | Errands():
+                pass  # the last two are for regions
 
     async def _update(self, model: str) -> None:
         if self._endpoint is None:
@@ -194,16 +149,14 @@ class Daemon:
             now = next((s for s in self._endpoint.serving() if s.model == model), None)
             version, digest = (now.version, now.digest) if now else (0, "")
             serving = Serving(model, version, digest, "refused", str(error))
-        await self._tell(serving)
+        await self._conversation.tell(serving)
 
-    async def _tell(self, event: SiteEvent) -> None:
-        """Send if the stream is up; if not, `_converse` hears why and we are asked again."""
-        try:
-            await self._link.send(event)
-        except FedmlError as error:
-            _log.debug("not sent", what=type(event).__name__, reason=str(error))
+    def _at_work(self) -> Clerk:
+        assert self._clerk is not None, "nobody is spoken to before the clerk is there"
+        return self._clerk
 
-    async def _hello(self, clerk: Clerk) -> Hello:
+    async def _hello(self) -> Hello:
+        clerk = self._at_work()
         return Hello(
             __version__,
             self._policy.device,

@@ -11,6 +11,7 @@ from fedml.strategies.base import (
     ServerState,
     Statistic,
     Strategy,
+    SumReduction,
     add_stack,
     number,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "ServerState",
     "Statistic",
     "Strategy",
+    "SumReduction",
     "WeightedMean",
     "add_stack",
     "build",

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedml.errors import ConfigError, MalformedUpdate
 from fedml.params import Layout, Params
 from fedml.protocol.messages import Scores
-from fedml.protocol.tasks import Brief, Slots, Stack, Update
+from fedml.protocol.tasks import Brief, Slots, Stack, Sum, Update
 
 NUMBER = Layout((("value", torch.float64, ()),))  # of a slot that is one number
 
@@ -84,6 +84,23 @@ def add_stack(reduction: Reduction, stack: Stack) -> Mapping[int, str]:
         except MalformedUpdate as error:
             refused[row] = str(error)
     return refused
+
+
+@runtime_checkable
+class SumReduction(Reduction, Protocol):
+    """A reduction that is exact in parts: sums of parts add up to the bits of one whole sum."""
+
+    def total(self) -> tuple[Mapping[str, Params], Mapping[str, int]]:
+        """Return the sum of what was added as `Sum.parts` and `Sum.reach`.
+
+        Raises `MalformedUpdate` if it does not fit.
+        """
+
+    def add_sum(self, total: Sum, layouts: Mapping[str, Layout]) -> None:
+        """Take in all of its summands, or raise `MalformedUpdate` and stay as it was.
+
+        `layouts` are those of an update's parts, "" for the delta.
+        """
 
 
 class Reducer(Protocol):

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedml import pages
 from fedml.errors import MalformedUpdate
 from fedml.params import Layout, Params
-from fedml.protocol.tasks import Stack, Update
+from fedml.protocol.tasks import Stack, Sum, Update
 from fedml.stacked import Stacked
 from fedml.strategies.base import Aggregate
 
@@ -35,6 +35,7 @@ _INT64 = 2**63
 _LIFT = 1.5 * 2.0**52
 _LIFTED = int(torch.tensor(_LIFT, dtype=torch.float64).view(torch.int64))
 _LEAST, _MOST = 2.0**-8, 1e15  # of all weights together, so the grid stays fine; of each weight
+_DELTA, _MOST_OF = "delta", "most"  # in the names of a sum's parts
 _HUGE = 1e300  # of a metric times its weight: a sum of these cannot overflow
 
 
@@ -114,10 +115,47 @@ class _RunningMean:
         return refused
 
     def _sums_for(self, parts: Mapping[str, Params]) -> dict[str, _Sum]:
-        if self._parts and parts.keys() != self._parts.keys():
-            names = sorted(parts.keys() ^ self._parts.keys())
+        return self._sums_of({name: part.layout for name, part in parts.items()})
+
+    def _sums_of(self, layouts: Mapping[str, Layout]) -> dict[str, _Sum]:
+        if self._parts and layouts.keys() != self._parts.keys():
+            names = sorted(layouts.keys() ^ self._parts.keys())
             raise MalformedUpdate(f"slots {names} are reported by some sites and not by others")
-        return self._parts or {name: _Sum(part.layout) for name, part in parts.items()}
+        return self._parts or {name: _Sum(layout) for name, layout in layouts.items()}
+
+    def total(self) -> tuple[Mapping[str, Params], Mapping[str, int]]:
+        for part in self._parts.values():
+            part.check()
+        named = {name or _DELTA: part for name, part in self._parts.items()}
+        parts = {
+            f"{kind}/{name}": values
+            for name, part in named.items()
+            for kind, values in part.exported().items()
+        }
+        return parts, {name: part.reach for name, part in named.items()}
+
+    def add_sum(self, total: Sum, layouts: Mapping[str, Layout]) -> None:
+        weights = [summand.weight for summand in total.summands]
+        for weight in weights:
+            check_weight(weight)
+        sums = self._sums_of(layouts)
+        more: dict[str, dict[str, Params]] = {name: {} for name in sums}
+        for key, values in total.parts.items():
+            kind, _, name = key.partition("/")
+            if (name := "" if name == _DELTA else name) not in more:
+                raise MalformedUpdate(f"a sum of {key!r:.70}, which sites do not report")
+            more[name][kind] = values
+        reach = {name: total.reach.get(name or _DELTA, -1) for name in sums}
+        for name, part in sums.items():
+            part.check_sums(more[name], reach[name])
+        for name, part in sums.items():  # nothing can fail from here on
+            part.add_sums(more[name], reach[name])
+        self._parts = sums
+        self._weights += weights
+        for summand in total.summands:
+            for metric, value in summand.metrics.items():
+                if is_sane(value, summand.weight):
+                    self._metrics.setdefault(metric, []).append((value, summand.weight))
 
     def result(self) -> Aggregate:
         if self._total is None:
@@ -190,7 +228,7 @@ class _Sum:
                 self._sums[dtype] = torch.zeros(size, dtype=torch.int64)
         self._there: dict[torch.dtype, Tensor] = {}  # sums of what lies on an accelerator
         self._most: dict[torch.dtype, Tensor] = {}
-        self._reach = 0  # sum of all peaks, in grid steps: no element's sum can be beyond it
+        self.reach = 0  # sum of all peaks, in grid steps: no element's sum can be beyond it
         self._touched = False  # whether anything was added to the sums on the CPU
         self._lifts = 0  # how often the sums hold the bits of _LIFT, to be taken off at the end
         self._scratch: NDArray[np.float64] = np.empty(0)
@@ -229,7 +267,7 @@ class _Sum:
             raise MalformedUpdate("its layout differs from the first update's")
 
     def add(self, part: Params, weight: float, peak: int) -> None:
-        self._reach += peak
+        self.reach += peak
         self._touched = True
         lift = peak < 2**51
         self._lifts += lift
@@ -258,7 +296,7 @@ class _Sum:
 
     def add_rows(self, part: Stacked, weights: Sequence[float], peaks: int) -> None:
         """Add rows where they lie: neither they nor their sum comes to the CPU, but the mean."""
-        self._reach += peaks
+        self.reach += peaks
         for dtype in self._sums:
             values = part.buffers[dtype]
             near = _is_near(values)
@@ -284,15 +322,69 @@ class _Sum:
 
     def check(self) -> None:
         """Raise unless the sum of all that was added surely fits."""
-        if self._reach >= _INT64:
+        if self.reach >= _INT64:
             raise MalformedUpdate(
-                f"the updates add up to {self._reach / GRID:.3g}, the sum holds "
+                f"the updates add up to {self.reach / GRID:.3g}, the sum holds "
                 f"{_INT64 / GRID:.3g}; lower the learning rate or the weights"
             )
 
+    def _lifted(self) -> int:
+        """Return what the lifts have added to every sum, as it wraps."""
+        return (self._lifts * _LIFTED + _INT64) % 2**64 - _INT64
+
+    def _kinds(self) -> dict[str, Layout]:
+        """Return how the exported sum is laid out: the sums of each dtype, and the maxima."""
+        fields, kinds = self.layout.fields, {}
+        for dtype in self._sums:
+            whole = ((name, torch.int64, shape) for name, d, shape in fields if d == dtype)
+            kinds[f"sum.{dtype}"] = Layout(tuple(whole))
+        if integers := tuple(field for field in fields if not field[1].is_floating_point):
+            kinds[_MOST_OF] = Layout(integers)
+        return kinds
+
+    def exported(self) -> dict[str, Params]:
+        """Return what was added, exactly and uncopied, each piece under the name of its kind."""
+        assert not self._there, "sums on an accelerator stay there"
+        lifts, kinds = self._lifted(), self._kinds()
+        self._lifts = 0
+        pieces = {}
+        for dtype, sums in self._sums.items():
+            exact = {torch.int64: sums.sub_(lifts)}
+            pieces[f"sum.{dtype}"] = Params.over(kinds[f"sum.{dtype}"], exact)
+        if _MOST_OF in kinds:
+            pieces[_MOST_OF] = Params.over(kinds[_MOST_OF], self._most)
+        return pieces
+
+    def check_sums(self, pieces: Mapping[str, Params], reach: int) -> None:
+        """Raise `MalformedUpdate` unless `add_sums` can take what another has exported."""
+        if {kind: piece.layout for kind, piece in pieces.items()} != self._kinds():
+            raise MalformedUpdate("a sum whose layout is not the model's")
+        if not 0 <= reach < _INT64:
+            raise MalformedUpdate(f"a sum that reaches {reach} steps")
+        for kind, piece in pieces.items():
+            if kind == _MOST_OF:
+                continue
+            for _, values in piece.windows(torch.int64):
+                if values.numel():
+                    low, high = (int(end) for end in values.aminmax())
+                    if max(-low, high) > reach:
+                        raise MalformedUpdate(f"a sum beyond the {reach} steps that it names")
+
+    def add_sums(self, pieces: Mapping[str, Params], reach: int) -> None:
+        """Add what another has exported; only `check_sums` says no."""
+        self.reach += reach
+        self._touched = True
+        for dtype, sums in self._sums.items():
+            for start, values in pieces[f"sum.{dtype}"].windows(torch.int64):
+                sums[start : start + len(values)] += values
+        if _MOST_OF in pieces:
+            for dtype, values in pieces[_MOST_OF].buffers.items():
+                most = self._most.get(dtype)
+                self._most[dtype] = values.clone() if most is None else torch.maximum(most, values)
+
     def mean(self, weight: float) -> Params:
         """Return the mean. A long one takes the place of its sum, of which nothing is left."""
-        lifts = (self._lifts * _LIFTED + _INT64) % 2**64 - _INT64
+        lifts = self._lifted()
         buffers = dict(self._most)
         for dtype in list(self._sums):
             sums, memory = self._sums.pop(dtype), self._memory.pop(dtype, None)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import grpc
 
 from fedml import durable
-from fedml.errors import Unreachable, Untrusted
+from fedml.errors import ConfigError, Unreachable, Untrusted
 from fedml.identity.certificates import (
     Credentials,
     Identity,
@@ -379,13 +379,13 @@ class OperationsClient:
         await self._line.close()
 
 
-async def join(text: str, folder: Path) -> Identity:
+async def join(text: str, folder: Path, role: Role | None = None) -> Identity:
     """Spend a join token: make a key, have it certified, keep both in `folder`; return who we are.
 
     The first handshake already trusts only the authority in the token. The key is on the disk
     before the token is spent, so after a crash the same call goes on. Raises `ConfigError` on a
-    token that does not read, `Untrusted` if another coordinator answers, `PermissionDenied` if
-    the token was used by another, expired or is unknown.
+    token that does not read or is for another `role`, `Untrusted` if another coordinator answers,
+    `PermissionDenied` if the token was used by another, expired or is unknown.
     """
     token = Token.parse(text)
     pending = folder / "joining.key"
@@ -401,6 +401,13 @@ async def join(text: str, folder: Path) -> Identity:
     finally:
         await line.close()
     identity = identity_of(admission.certificate, time.time())
+    if role not in (None, identity.role):
+        pending.unlink()
+        more = "" if role == "site" else f" --role {role}"
+        raise ConfigError(
+            f"the token is for a {identity.role}, and is spent now; it takes one for a {role}: "
+            f"'fedml coordinator invite {identity.name}{more}'"
+        )
     Credentials(admission.address, token.ca, admission.certificate, key).save(folder)
     pending.unlink()
     return identity

@@ -22,7 +22,7 @@ from fedml.identity.access import Access
 from fedml.identity.certificates import Identity, identity_of
 from fedml.protocol import codec
 from fedml.protocol.messages import Command
-from fedml.protocol.operations import RunDetail
+from fedml.protocol.operations import Receipt, RunDetail
 from fedml.protocol.requests import (
     Done,
     DownloadRequest,
@@ -45,7 +45,8 @@ from fedml.transport.reception import Reception
 from fedml.transport.terms import SERVER_OPTIONS, status_of
 
 T = TypeVar("T")
-PAGE = 200  # receipts in one piece of a run's details
+PAGE = 200  # receipts in one piece of a run's details, and fewer if they tell of many sites
+SITES = 5000  # that the receipts of one piece tell of, some 150 bytes each
 GRACE = 0.2  # seconds that calls in flight get when the server stops; all of them may be repeated
 
 _VERSION = re.compile(r"/(fedml\.v[0-9]{1,4})\.")  # how every call begins
@@ -301,7 +302,21 @@ async def _each(items: Awaitable[Sequence[object]]) -> AsyncGenerator[object]:
 
 async def _pages(detail: Awaitable[RunDetail]) -> AsyncGenerator[RunDetail]:
     whole = await detail
-    yield replace(whole, receipts=whole.receipts[:PAGE], seals=whole.seals[:PAGE])
-    for start in range(PAGE, len(whole.receipts), PAGE):
-        here = slice(start, start + PAGE)
-        yield RunDetail(whole.info, "", whole.receipts[here], whole.seals[here])
+    first, start = replace(whole, receipts=(), seals=()), 0
+    while True:
+        end = _page_end(whole.receipts, start)
+        page = replace(first, receipts=whole.receipts[start:end], seals=whole.seals[start:end])
+        yield page
+        if end >= len(whole.receipts):
+            return
+        first, start = RunDetail(whole.info, ""), end
+
+
+def _page_end(receipts: Sequence[Receipt], start: int) -> int:
+    """Return where the page that begins with a receipt ends; it has one at least."""
+    told = 0
+    for place, receipt in enumerate(receipts[start : start + PAGE], start):
+        told += len(receipt.asked) + len(receipt.left_out)
+        if told > SITES and place > start:
+            return place
+    return min(start + PAGE, len(receipts))

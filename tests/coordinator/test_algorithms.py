@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedml.errors import Contradiction, Untrusted
+from fedml.errors import Contradiction
 from fedml.learning.trainer import Trainer
 from fedml.params import decode
 from fedml.protocol.messages import Assignment, Privacy, Trained, Training
@@ -17,7 +17,7 @@ from fedml.protocol.tasks import Brief, Slots, Task
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Cohort, Plan
 from fedml.strategies import measures, strategies
-from fedml.transport.chunks import BlobStore
+from tests.coordinator.tree import tree
 from tests.coordinator.world import Hub, Site, first_params, packed, plan
 from tests.simulation.worlds import engine, holdings, recipe
 
@@ -40,15 +40,11 @@ class Learner(Site):
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder, name)
-        self.models = BlobStore.in_transit(folder / "models" / name, 2**24)
         self.memory: Slots = {}
 
     async def learn(self, order: Assignment) -> Trained:
-        for store in (self.store, self.models):  # this hub names some blobs by each of two hashes
-            with suppress(Untrusted):
-                await self.link.download(order.model, store)
-                break
-        parts = decode(store.path(order.model.digest).read_bytes())
+        await self.link.download(order.model, self.store)
+        parts = decode(self.store.path(order.model.digest).read_bytes())
         brief = Brief(parts.pop(""), order.rule, order.settings, parts)
         task = Task(order.task, order.run, order.round, self.name, "train", brief)
         rows = holdings()[self.name].train
@@ -111,6 +107,39 @@ async def test_it_comes_to_the_bytes_of_its_simulation(name: str, tmp_path: Path
     a_plan = plan_of(name)
     models = await play(tmp_path, MemoryRegistry(tmp_path / "registry"), a_plan)
     assert len({first_params().digest(), *models}) == 4  # it moves in every round
+    with one_thread():
+        candidate = engine(a_plan).play().candidate
+    assert candidate is not None
+    assert models == [receipt.model for receipt in candidate.receipts[:3]]
+
+
+async def play_as_a_tree(folder: Path, a_plan: Plan) -> list[str]:
+    """Return each round's model, of a run over two regions of which one dies within round 2."""
+    names = [str(name) for name in holdings()]
+    leaves = {"north": names[:2], "south": names[2:]}
+    async with tree(folder, leaves, Learner, grace=20.0) as grown:
+        sites = [site for site in grown.leaves.values() if isinstance(site, Learner)]
+        run = await grown.hub.submit(a_plan)
+        for number in (1, 2, 3):
+            orders = [await site.order() for site in sites]
+            if number == 2:
+                place = grown.places["north"]
+                await place.crash()
+                place.start(grown.hub, grace=20.0)
+                for site, order in zip(sites[:2], orders, strict=False):
+                    await site.connect(place, order.task)
+                    assert await site.order() == order
+            for site, order in zip(sites[::-1], orders[::-1], strict=True):
+                await site.learn(order)
+        receipts = [await grown.hub.receipt(run, number) for number in (1, 2, 3)]
+    assert all(len(receipt.counted) == 4 for receipt in receipts)
+    return [receipt.model for receipt in receipts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_it_comes_to_the_same_bytes_over_two_regions(name: str, tmp_path: Path) -> None:
+    a_plan = plan_of(name)
+    models = await play_as_a_tree(tmp_path, a_plan)
     with one_thread():
         candidate = engine(a_plan).play().candidate
     assert candidate is not None

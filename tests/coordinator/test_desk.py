@@ -348,6 +348,9 @@ async def test_an_answer_that_was_taken_in_is_kept_and_not_asked_for_again() -> 
     office.desk.assign(BERN, ORDER)
     office.desk.settle(BERN, ORDER.task)
     assert office.desk.is_settled(BERN, ORDER.task)
+    office.desk.assign(BERN, ORDER)  # asked for anew
+    assert not office.desk.is_settled(BERN, ORDER.task)
+    office.desk.settle(BERN, ORDER.task)
     again = await office.attend(hello=Hello("1", "cpu", kept=(ORDER.task,)))
     assert not again.those(Assignment)
     assert not again.those(Forget)

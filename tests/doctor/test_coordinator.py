@@ -14,9 +14,9 @@ from fedml import durable
 from fedml.cli.demo.federation import free_ports
 from fedml.coordinator.folder import create
 from fedml.coordinator.service import Service
-from fedml.coordinator.settings import Settings
+from fedml.coordinator.settings import PARENT, Settings
 from fedml.identity.audit import AuditLog
-from fedml.identity.certificates import Credentials
+from fedml.identity.certificates import DAY, Authority, Credentials, new_key_and_csr
 from fedml.transport.rpc import OperationsClient
 from tests.doctor.ward import bad, found, print_of
 
@@ -106,3 +106,20 @@ async def test_an_address_that_only_this_machine_reaches(tmp_path: Path) -> None
     hub = tmp_path / "hub"
     create(hub, Settings(host="hub.example.org", port=0, enrolment_port=0))
     assert (await found(hub))["bind"].state == "warn"
+
+
+async def test_a_region_s_certificate_is_looked_at_too(tmp_path: Path) -> None:
+    hub, now = tmp_path / "north", time.time()
+    create(hub, Settings(port=0, enrolment_port=0))
+    assert "certificate" not in await found(hub)
+    authority = Authority.create(tmp_path / "ca", now)
+    key, csr = new_key_and_csr("north")
+    certificate = authority.issue(csr, "north", "region", now - 25 * DAY)
+    papers = Credentials("localhost:1", authority.certificate, certificate, key)
+    papers.save(hub / PARENT)
+    finding = (await found(hub))["certificate"]
+    assert finding.state == "warn"
+    assert finding.found.startswith("region north, ")
+    assert "the region renews it by itself" in finding.advice
+    (hub / PARENT / "identity.json").chmod(0o644)
+    assert "identity.json" in str(bad(await found(hub)))

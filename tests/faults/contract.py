@@ -13,7 +13,7 @@ from fedml import durable, failpoints
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt, RunDetail
 from fedml.rounds import Plan
-from tests.faults.fleet import COORDINATOR, PATIENCE, Fleet
+from tests.faults.fleet import PATIENCE, Fleet
 from tests.faults.oracle import models, undisturbed
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _nobody_is_left_behind(fleet: Fleet) -> None:
     """Of the fleet's processes there are its programs and one worker a site; none is a zombie."""
 
     def strangers() -> list[str]:
-        ours = {fleet.pid(name) for name in (COORDINATOR, *fleet.sites)}
+        ours = {fleet.pid(name) for name in fleet.programs}
         workers = {w.pid for site in fleet.sites if (w := fleet.worker(site))}
         found = []
         for process in psutil.process_iter():
@@ -161,7 +161,7 @@ def _nobody_is_left_behind(fleet: Fleet) -> None:
 
 
 def _nobody_met_a_bug(fleet: Fleet) -> None:
-    for name in (COORDINATOR, *fleet.sites):
+    for name in fleet.programs:
         said = fleet.news(name)
         for sign in ("Traceback", "a bug", "stands still", '"exception"'):
             assert sign not in said, f"{name}: {next(x for x in said.splitlines() if sign in x)}"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -107,15 +107,24 @@ class Fleet(Federation):
         self._read: dict[str, int] = {}  # how much of each log was looked at
         self.port, self.enrolment_port = free_ports(2)
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         return self
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """All that runs, by name."""
+        return (COORDINATOR, *self.sites)
+
+    def above(self, site: str) -> Path:
+        """Return the folder of the coordinator that a site dials."""
+        return self.hub
 
     # --- its making -----------------------------------------------------------------------------
 
     def found(self, addresses: Mapping[str, str] = _NONE) -> Fleet:
         """Make all folders and start all programs; a site in `addresses` dials what is there."""
         self.make(addresses)
-        for name in (COORDINATOR, *self.sites):
+        for name in self.programs:
             self.launch(name)
         self.until_all_are_here()
         return self
@@ -135,7 +144,7 @@ class Fleet(Federation):
         self.certify(name, address, time.time())
         files.write(site_settings.Settings(name, address, rest_port=0, grpc_port=0),
                     folder / "site.toml")  # fmt: skip
-        root = self.hub / "releases" / "metadata" / "1.root.json"
+        root = self.above(name) / "releases" / "metadata" / "1.root.json"
         durable.replace(folder / "trust" / "root.json", root.read_bytes())
         durable.replace(folder / "policy.toml", self._policy.encode())
         for part, count in (("train", TRAIN), ("held_out", HELD_OUT)):
@@ -143,7 +152,7 @@ class Fleet(Federation):
 
     def certify(self, name: str, address: str, issued: float, life: float = 30 * DAY) -> None:
         """Give a site a new key and certificate, which lives `life` seconds from `issued` on."""
-        authority = Authority.load(self.hub / "ca")
+        authority = Authority.load(self.above(name) / "ca")
         key, csr = new_key_and_csr(name)
         certificate = authority.issue(csr, name, "site", issued, days=life / DAY)
         papers = Credentials(address, authority.certificate, certificate, key)
@@ -290,7 +299,7 @@ class Fleet(Federation):
         """Wait for the end of a run, and return it; no program may end meanwhile."""
 
         def look() -> bool:
-            for name in (COORDINATOR, *self.sites):
+            for name in self.programs:
                 assert self.is_running(name), f"{name} ended: {self.log(name)[-1000:]}"
             return self.has_ended(run)
 

@@ -367,8 +367,8 @@ def test_an_operator_may_read_that_a_score_is_undefined() -> None:
         (lambda m: setattr(m.training, "lr", -1.0), "training.lr -1.0"),
         (lambda m: setattr(m, "rule", "x" * 65_537), "Assignment.rule: 65537 bytes, limit 65536"),
         (
-            lambda m: m.settings.update({str(i): 0.0 for i in range(1001)}),
-            "Assignment.settings: 1001 entries, limit 1000",
+            lambda m: m.settings.update({str(i): 0.0 for i in range(10_001)}),
+            "Assignment.settings: 10001 entries, limit 10000",
         ),
     ],
 )

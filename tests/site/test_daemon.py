@@ -47,8 +47,8 @@ from fedml.protocol.messages import (
     Trained,
     Welcome,
 )
-from fedml.site.backoff import Backoff
 from fedml.site.policy import Dataset
+from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.link import Link
 from tests.site.wire import (

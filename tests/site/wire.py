@@ -29,10 +29,10 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.protocol.requests import Admission, Pong
-from fedml.site.backoff import Backoff
 from fedml.site.daemon import Daemon, Endpoint
 from fedml.site.policy import AllowedRecipe, Dataset, Policy
 from fedml.site.settings import Settings
+from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.link import SILENCE
 

@@ -149,21 +149,57 @@ class Beat(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Lot(_message.Message):
+    __slots__ = ("site", "task", "seed")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    task: str
+    seed: int
+    def __init__(self, site: _Optional[str] = ..., task: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Orders(_message.Message):
+    __slots__ = ("order", "lots")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    LOTS_FIELD_NUMBER: _ClassVar[int]
+    order: Assignment
+    lots: _containers.RepeatedCompositeFieldContainer[Lot]
+    def __init__(self, order: _Optional[_Union[Assignment, _Mapping]] = ..., lots: _Optional[_Iterable[_Union[Lot, _Mapping]]] = ...) -> None: ...
+
+class Errand(_message.Message):
+    __slots__ = ("site", "command")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    command: bytes
+    def __init__(self, site: _Optional[str] = ..., command: _Optional[bytes] = ...) -> None: ...
+
+class Errands(_message.Message):
+    __slots__ = ("errands",)
+    ERRANDS_FIELD_NUMBER: _ClassVar[int]
+    errands: _containers.RepeatedCompositeFieldContainer[Errand]
+    def __init__(self, errands: _Optional[_Iterable[_Union[Errand, _Mapping]]] = ...) -> None: ...
+
 class Command(_message.Message):
-    __slots__ = ("welcome", "assignment", "cancel", "forget", "release_notice", "beat")
+    __slots__ = ("welcome", "assignment", "cancel", "forget", "release_notice", "beat", "orders", "errands")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
     RELEASE_NOTICE_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    ERRANDS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     assignment: Assignment
     cancel: Cancel
     forget: Forget
     release_notice: ReleaseNotice
     beat: Beat
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., release_notice: _Optional[_Union[ReleaseNotice, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
+    orders: Orders
+    errands: Errands
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., release_notice: _Optional[_Union[ReleaseNotice, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., orders: _Optional[_Union[Orders, _Mapping]] = ..., errands: _Optional[_Union[Errands, _Mapping]] = ...) -> None: ...
 
 class DatasetCard(_message.Message):
     __slots__ = ("name", "rows", "digest")
@@ -275,8 +311,72 @@ class Scored(_message.Message):
     epsilon: float
     def __init__(self, task: _Optional[str] = ..., totals: _Optional[_Mapping[str, float]] = ..., count: _Optional[float] = ..., epsilon: _Optional[float] = ...) -> None: ...
 
+class Leaf(_message.Message):
+    __slots__ = ("site", "here", "hello")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    HERE_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    here: bool
+    hello: Hello
+    def __init__(self, site: _Optional[str] = ..., here: _Optional[bool] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ...) -> None: ...
+
+class Roster(_message.Message):
+    __slots__ = ("leaves",)
+    LEAVES_FIELD_NUMBER: _ClassVar[int]
+    leaves: _containers.RepeatedCompositeFieldContainer[Leaf]
+    def __init__(self, leaves: _Optional[_Iterable[_Union[Leaf, _Mapping]]] = ...) -> None: ...
+
+class Relayed(_message.Message):
+    __slots__ = ("site", "event")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    event: bytes
+    def __init__(self, site: _Optional[str] = ..., event: _Optional[bytes] = ...) -> None: ...
+
+class Summand(_message.Message):
+    __slots__ = ("site", "task", "weight", "digest", "metrics", "epsilon")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    task: str
+    weight: float
+    digest: str
+    metrics: _containers.ScalarMap[str, float]
+    epsilon: float
+    def __init__(self, site: _Optional[str] = ..., task: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ...) -> None: ...
+
+class Summed(_message.Message):
+    __slots__ = ("total", "summands", "reach")
+    class ReachEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SUMMANDS_FIELD_NUMBER: _ClassVar[int]
+    REACH_FIELD_NUMBER: _ClassVar[int]
+    total: Blob
+    summands: _containers.RepeatedCompositeFieldContainer[Summand]
+    reach: _containers.ScalarMap[str, int]
+    def __init__(self, total: _Optional[_Union[Blob, _Mapping]] = ..., summands: _Optional[_Iterable[_Union[Summand, _Mapping]]] = ..., reach: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
 class SiteEvent(_message.Message):
-    __slots__ = ("hello", "accepted", "declined", "failed", "trained", "scored", "serving", "beat")
+    __slots__ = ("hello", "accepted", "declined", "failed", "trained", "scored", "serving", "beat", "roster", "relayed", "summed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     DECLINED_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +385,9 @@ class SiteEvent(_message.Message):
     SCORED_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    RELAYED_FIELD_NUMBER: _ClassVar[int]
+    SUMMED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     accepted: Accepted
     declined: Declined
@@ -293,7 +396,10 @@ class SiteEvent(_message.Message):
     scored: Scored
     serving: Serving
     beat: Beat
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., declined: _Optional[_Union[Declined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
+    roster: Roster
+    relayed: Relayed
+    summed: Summed
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., declined: _Optional[_Union[Declined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., relayed: _Optional[_Union[Relayed, _Mapping]] = ..., summed: _Optional[_Union[Summed, _Mapping]] = ...) -> None: ...
 
 class Counted(_message.Message):
     __slots__ = ("site", "weight", "digest", "epsilon")
@@ -464,7 +570,7 @@ class ModelVersion(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., run: _Optional[str] = ..., state: _Optional[str] = ..., digest: _Optional[str] = ..., created: _Optional[float] = ..., scores: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[_Mapping[str, float]] = ..., manifest: _Optional[str] = ...) -> None: ...
 
 class SiteInfo(_message.Message):
-    __slots__ = ("site", "connected", "seen", "device", "version", "datasets", "serving")
+    __slots__ = ("site", "connected", "seen", "device", "version", "datasets", "serving", "region")
     SITE_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
@@ -472,6 +578,7 @@ class SiteInfo(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DATASETS_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     site: str
     connected: bool
     seen: float
@@ -479,7 +586,8 @@ class SiteInfo(_message.Message):
     version: str
     datasets: _containers.RepeatedCompositeFieldContainer[DatasetCard]
     serving: _containers.RepeatedCompositeFieldContainer[Serving]
-    def __init__(self, site: _Optional[str] = ..., connected: _Optional[bool] = ..., seen: _Optional[float] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ...) -> None: ...
+    region: str
+    def __init__(self, site: _Optional[str] = ..., connected: _Optional[bool] = ..., seen: _Optional[float] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., region: _Optional[str] = ...) -> None: ...
 
 class Invitation(_message.Message):
     __slots__ = ("token", "name", "role", "expires")

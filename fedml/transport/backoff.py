@@ -1,4 +1,4 @@
-"""How long a site waits before it tries again."""
+"""How long a site, or a region, waits before it dials again."""
 
 from __future__ import annotations
 
