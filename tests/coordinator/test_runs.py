@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fedml import failpoints
+from fedml.cli.card import card_of
 from fedml.coordinator.settings import Settings
 from fedml.errors import ConfigError, Contradiction, Refused, Unreachable
 from fedml.params import Params
@@ -579,6 +580,7 @@ async def test_a_crash_on_the_way_to_the_registry_registers_one_version(tmp_path
             assert a_hub.runs.info(run).version == 0
         else:
             assert (await a_hub.end(run)).version == 1
+            told = await card_of(a_hub.operator, await a_hub.operator.show_model("cancer", 1))
         await a_hub.close()
     [version] = registry.list("cancer")
     assert digests == {version.digest}
@@ -587,6 +589,7 @@ async def test_a_crash_on_the_way_to_the_registry_registers_one_version(tmp_path
     assert manifest.lineage.epsilon == dict.fromkeys(("bern", "kyoto", "quito"), 0.25)
     card = (registry.bundle("cancer", 1) / "privacy.txt").read_text()
     assert card.startswith("cancer/1, trained in 1 round at 3 sites. Rows stayed at their sites")
+    assert card == told  # what an operator is shown is what was signed
     assert "privacy.txt" in manifest.files  # and so it is signed
     assert not bundle(first, run).parent.parent.exists()
 
