@@ -55,6 +55,8 @@ class Net:
                 return nn.Sequential(*layers, nn.Linear(8, 10))
             case "tiny-mlp":
                 return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 10))
+            case _:
+                pass
         return nn.Sequential(
             nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
         )  # fmt: skip

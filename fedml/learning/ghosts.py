@@ -24,7 +24,7 @@ from torch.nn import functional
 _PIECE = 2**22  # numbers of a scratch pad, at most, unless one row takes more
 _CACHED = 2**18  # numbers of a convolution's patches at a time, unless one row has more
 
-Sums = Mapping[nn.Parameter, Tensor]  # float64, of a parameter's shape
+Sums = Mapping[Tensor, Tensor]  # float64, of a parameter's shape
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Outer:
     """
 
     def __init__(
-        self, taken: Tensor, told: Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None
+        self, taken: Tensor, told: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> None:
         self._taken, self._told = taken.double(), told.double()
         self._weight, self._bias = weight, bias
@@ -80,7 +80,9 @@ class Outer:
     def squares(self) -> Tensor:
         """Return norms by the Gram matrices of both sides: exact where there is one term."""
         own = self._own(self._taken)
-        terms = torch.linalg.vector_norm(self._told, dim=2).square() * own  # of each t alone
+        terms: Tensor = (
+            torch.linalg.vector_norm(self._told, dim=2).square() * own
+        )  # of each t alone
         if terms.shape[1] == 1:
             return terms[:, 0]
         pairs = torch.bmm(self._told, self._told.mT)
@@ -88,13 +90,14 @@ class Outer:
             pairs *= torch.bmm(self._taken, self._taken.mT) + float(self._bias is not None)
         found = pairs.sum((1, 2))
         numbers = terms.shape[1] ** 2 + self._taken.shape[2] + self._told.shape[2]
-        return found.clamp(min=0) + _lost(numbers) * terms.sqrt().sum(1).square()
+        exact: Tensor = found.clamp(min=0) + _lost(numbers) * terms.sqrt().sum(1).square()
+        return exact
 
     def _own(self, taken: Tensor) -> Tensor:
         """Return what each t of `taken`, with a 1 for the bias, brings to a square."""
         if self._weight is None:
             return taken.new_ones(taken.shape[:2])
-        squares = torch.linalg.vector_norm(taken, dim=2).square()
+        squares: Tensor = torch.linalg.vector_norm(taken, dim=2).square()
         return squares + 1.0 if self._bias is not None else squares
 
     def add(self, factors: Tensor, kept: Tensor | slice, sums: Sums) -> None:
@@ -109,7 +112,7 @@ class Outer:
 class Lookup:
     """Of an embedding: told[u, t] at the place taken[u, t] of the table."""
 
-    def __init__(self, taken: Tensor, told: Tensor, table: nn.Parameter) -> None:
+    def __init__(self, taken: Tensor, told: Tensor, table: Tensor) -> None:
         self._taken, self._told, self._table = taken, told.double(), table
 
     def squares(self) -> Tensor:
@@ -121,7 +124,8 @@ class Lookup:
         ]
         terms = torch.linalg.vector_norm(self._told, dim=2).sum(1).square()
         numbers = self._taken.shape[1] ** 2 + self._told.shape[2]
-        return torch.cat(parts).clamp(min=0) + _lost(numbers) * terms
+        exact: Tensor = torch.cat(parts).clamp(min=0) + _lost(numbers) * terms
+        return exact
 
     def add(self, factors: Tensor, kept: Tensor | slice, sums: Sums) -> None:
         """Add each term to its place."""
@@ -133,9 +137,9 @@ class Written:
     """Of whatever parameters: each unit's gradient as it is, [units, ...] by parameter."""
 
     def __init__(self) -> None:
-        self._parts: dict[nn.Parameter, Tensor] = {}
+        self._parts: dict[Tensor, Tensor] = {}
 
-    def put(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+    def put(self, parameter: Tensor, gradients: Tensor) -> None:
         """Take more of a parameter's gradients, from another of its uses."""
         held = self._parts.get(parameter)
         self._parts[parameter] = gradients if held is None else held + gradients

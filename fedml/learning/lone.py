@@ -65,7 +65,12 @@ class _Watch(TorchFunctionMode):
         if len(self._calls) != 1:
             return False
         func, args, kwargs, result = self._calls[0]
-        usual = {"weight": None, "size_average": None, "ignore_index": -100, "reduce": None}
+        usual: dict[str, object] = {
+            "weight": None,
+            "size_average": None,
+            "ignore_index": -100,
+            "reduce": None,
+        }
         usual |= {"reduction": "mean", "label_smoothing": 0.0}
         return (
             func is functional.cross_entropy

@@ -76,4 +76,5 @@ def means(values: Tensor, rows: Rows) -> Tensor:
     """Return the mean of a row's `values` for each person."""
     groups = groups_of(rows).to(values.device)
     _, owners, counts = groups.unique(return_inverse=True, return_counts=True)
-    return values.new_zeros(len(counts)).index_add_(0, owners, values) / counts
+    mean: Tensor = values.new_zeros(len(counts)).index_add_(0, owners, values) / counts
+    return mean

@@ -61,7 +61,9 @@ class PrivateGradient:
         sizes = [descent.gradients[name].numel() for name in names]
         self._flat = torch.zeros(sum(sizes), dtype=torch.float64, device=rows.x.device)
         parts = [descent.trainable[name] for name in names], self._flat.split(sizes)
-        self._sums = {p: total.view(p.shape) for p, total in zip(*parts, strict=True)}
+        self._sums: dict[Tensor, Tensor] = {
+            p: total.view(p.shape) for p, total in zip(*parts, strict=True)
+        }
         self._filled = _joined([descent.gradients[name] for name in names], self._flat)
 
     def fill(self) -> None:

@@ -150,7 +150,8 @@ class RowGradients:
             ghosts = self._ghosts(taps, example, target, None, _products)
             squares = torch.stack([ghost.squares() for ghost in ghosts]).sum(0)
             factors = torch.rand(len(example), dtype=torch.float64, device=example.device)
-            sums = {p: p.new_zeros(p.shape, dtype=torch.float64) for p in self._parameters}
+            wide = [p.new_zeros(p.shape, dtype=torch.float64) for p in self._parameters]
+            sums: dict[Tensor, Tensor] = dict(zip(self._parameters, wide, strict=True))
             for ghost in ghosts:
                 ghost.add(factors, slice(None), sums)
             pairs = zip(example, target, strict=True)
@@ -235,9 +236,9 @@ def _write(seen: Seen, units: Units | None, written: Written) -> int:
     return sum(parameter.numel() for parameter in trainable(seen.layer))
 
 
-def _gradients(layer: nn.Module, taken: Tensor, told: Tensor) -> Mapping[nn.Parameter, Tensor]:
+def _gradients(layer: nn.Module, taken: Tensor, told: Tensor) -> Mapping[Tensor, Tensor]:
     """Return each row's gradients of one of a layer's calls, [rows, ...] by parameter."""
-    found: dict[nn.Parameter, Tensor] = {}
+    found: dict[Tensor, Tensor] = {}
     own = trainable(layer)
     if isinstance(layer, nn.Embedding):
         places, lines = _lookups(layer, Seen(layer, [taken], [told]), None)
@@ -246,14 +247,15 @@ def _gradients(layer: nn.Module, taken: Tensor, told: Tensor) -> Mapping[nn.Para
         return {layer.weight: table.scatter_add_(1, index, lines)}
     if not isinstance(layer, _OURS):
         kind = next(kind for kind in _THEIRS if isinstance(layer, kind))
-        theirs: Mapping[nn.Parameter, Tensor] = _SAMPLERS[kind](layer, [taken], told)
+        theirs: Mapping[Tensor, Tensor] = _SAMPLERS[kind](layer, [taken], told)
         return theirs
     if layer.weight in own:
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             found[layer.weight] = write_convolution(layer, taken, told)
         else:
             found[layer.weight] = torch.bmm(_lines([told]).mT, _lines([taken]))
-    if layer.bias is not None and layer.bias in own:
+    bias = layer.bias
+    if isinstance(bias, Tensor) and bias in own:
         is_linear = isinstance(layer, nn.Linear)
-        found[layer.bias] = _lines([told]).sum(1) if is_linear else told.flatten(2).sum(2)
+        found[bias] = _lines([told]).sum(1) if is_linear else told.flatten(2).sum(2)
     return found

@@ -52,7 +52,8 @@ class Taps:
 
         Raises `TaskFailed` where rows cannot be told apart.
         """
-        self._calls = calls = []
+        calls: list[_Call] = []
+        self._calls = calls
         try:
             total = losses(self.model(x)).sum()
         finally:
@@ -90,7 +91,7 @@ class Taps:
         self._calls.append(call)
 
 
-def trainable(module: nn.Module) -> set[nn.Parameter]:
+def trainable(module: nn.Module) -> set[Tensor]:
     """Return the parameters of the module itself, not of its children, that are trained."""
     return {p for p in module._parameters.values() if p is not None and p.requires_grad}
 

@@ -31,7 +31,7 @@ class _Pad:
     def __init__(self, half: int) -> None:
         words = torch.empty(2 * half, dtype=torch.int32)
         self.half, self.first, self.second = half, words[:half], words[half:]
-        self.bytes = memoryview(words.numpy()).cast("B")
+        self.bytes = memoryview(np.asarray(words.numpy()).data).cast("B")
         self.radius, self.angle, self.sine = torch.empty(3, half, dtype=torch.float64)
 
 

@@ -162,8 +162,9 @@ def volumes() -> nn.Module:
 
 def half_frozen() -> nn.Module:
     net = perceptron()
-    net[0].bias.requires_grad_(False)
-    net[2].weight.requires_grad_(False)
+    parameters = dict(net.named_parameters())
+    parameters["0.bias"].requires_grad_(False)
+    parameters["2.weight"].requires_grad_(False)
     return net
 
 
@@ -215,7 +216,7 @@ def made(name: str) -> tuple[nn.Module, RowGradients, Tensor, Tensor]:
 def clipped(
     rows: RowGradients, model: nn.Module, x: Tensor, y: Tensor, units: Units | None = None
 ) -> Tensor:
-    sums = {
+    sums: dict[Tensor, Tensor] = {
         p: torch.zeros(p.shape, dtype=torch.float64) for p in model.parameters() if p.requires_grad
     }
     rows.add_clipped(x, y, CLIP, sums, units=units)
@@ -235,7 +236,8 @@ def by_autograd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def cut(gradients: Tensor) -> Tensor:
     """Return the sum of rows, each scaled down to the clip."""
     norms = gradients.norm(dim=1)
-    return (CLIP * (1 - MARGIN) / norms).clamp(max=1.0) @ gradients
+    factors: Tensor = (CLIP * (1 - MARGIN) / norms).clamp(max=1.0)
+    return factors @ gradients
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -267,7 +269,7 @@ def test_the_sum_is_that_of_opacus_hooks(name: str) -> None:
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         torch.autograd.backward([functional.cross_entropy(wrapped(x), y, reduction="sum")])
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    gradients = [p.grad_sample.flatten(1).double() for p in parameters]  # type: ignore[attr-defined]
+    gradients = [p.grad_sample.flatten(1).double() for p in parameters]
     right = cut(torch.cat(gradients, 1))
     assert float((found - right).norm() / right.norm()) < 1e-6
 
@@ -291,7 +293,7 @@ def test_terms_that_cancel_do_not_hide_a_unit_s_norm() -> None:
     told = torch.cat([torch.full((1, 1, 200), 1e3), torch.full((1, 1, 200), -1e3)], 1)
     weight = nn.Parameter(torch.zeros(200, 200))
     ghost = Outer(taken, told, weight, None)
-    sums = {weight: torch.zeros(200, 200, dtype=torch.float64)}
+    sums: dict[Tensor, Tensor] = {weight: torch.zeros(200, 200, dtype=torch.float64)}
     factors = clip_factors(ghost.squares().sqrt(), CLIP)
     ghost.add(factors, slice(None), sums)
     assert float(sums[weight].norm()) <= CLIP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -49,7 +50,10 @@ LINES = [
 
 
 def job(
-    folder: Path, train: list[str], held_out: list[str], kind: str = "train"
+    folder: Path,
+    train: list[str],
+    held_out: list[str],
+    kind: Literal["train", "evaluate"] = "train",
 ) -> dict[str, object]:
     recipe = folder / "wards.py"
     recipe.write_text(RECIPE)
