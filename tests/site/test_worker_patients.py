@@ -17,6 +17,7 @@ from fedml.protocol.messages import Privacy, Training
 from fedml.site.worker import _work
 from tests.site.wire import ORDER
 
+Kind = Literal["train", "evaluate"]
 RECIPE = """
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def job(
     folder: Path,
     train: list[str],
     held_out: list[str],
-    kind: Literal["train", "evaluate"] = "train",
+    kind: Kind = "train",
 ) -> dict[str, object]:
     recipe = folder / "wards.py"
     recipe.write_text(RECIPE)
@@ -100,7 +101,7 @@ def test_scores_count_patients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
-def test_a_patient_in_both_files_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_patient_in_both_files_is_refused(tmp_path: Path, kind: Kind) -> None:
     with pytest.raises(ConfigError, match="1 patients have rows to train on and rows held out"):
         _work(job(tmp_path, LINES[:13], LINES[13:], kind), tmp_path)
     assert not (tmp_path / "outcome.json").exists()
