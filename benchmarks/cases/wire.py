@@ -61,7 +61,7 @@ def encodings(quick: bool, say: Say) -> Reading:
     torch.set_num_threads(1)
     before, after, delta = learned.models(128 if quick else 1984)
     say(f"  a network of {before.layout.bytes / _MB:.0f} MB; figures are for 100 MB of it")
-    times, extra = 3 if quick else 5, dict[str, float]()
+    times, extra = 2 if quick else 3, dict[str, float]()
     for way, words, params in (("down", DOWN, after), ("up", UP, delta)):
         costs = {word: _cost(word, params, before, times) for word in words}
         for word, cost in costs.items():
