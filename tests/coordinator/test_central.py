@@ -21,7 +21,7 @@ CENTRAL = Privacy("site_central", 3.0, 1e-5, clip=1.0, rounds=2)
 
 async def hand_in(site: Site, order: Assignment) -> None:
     """Answer as a site does under site_central: an update of bounded norm and weight 1."""
-    data = world.packed({"delta": world.delta(1e-3)})
+    data = world.packed({"delta": world.delta(1e-3 + 1e-4 * world.SITES.index(site.name))})
     trained = replace(site.trained(order, data), weight=1.0, metrics={})
     await site.link.upload(trained.update, site.store, order.task)
     await site.send(trained)

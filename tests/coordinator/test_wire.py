@@ -78,7 +78,7 @@ class Place(Hub):
     @classmethod
     def at(cls, folder: Path) -> Place:
         settings = Settings(heartbeat=10.0, grace=10.0)
-        return cls(folder / "hub", MemoryRegistry(folder / "registry"), settings, in_transit=True)
+        return cls(folder / "hub", MemoryRegistry(folder / "registry"), settings)
 
     async def begin(self, wire: Wire, **changes: object) -> RunId:
         a_plan = plan(wire=wire, cohort=Cohort(quorum=2, deadline=60.0), **changes)

@@ -98,17 +98,12 @@ class Hub:
         path: Path,
         registry: Registry,
         settings: Settings | None = None,
-        *,
-        in_transit: bool = False,
     ) -> None:
-        """`in_transit`: blobs are named by BLAKE3, as in production."""
         self.path, self.registry = path, registry
         if not path.exists():
             create(path, settings or Settings(heartbeat=10.0, grace=GRACE))
         folder = Folder.open(path)
-        kind = BlobStore.in_transit if in_transit else BlobStore
-        blobs = kind(path / "blobs", 2**24)
-        blobs.sweep(())
+        blobs = BlobStore.in_transit(path / "blobs", 2**24)
         archive = Archive(lambda: registry)
         self.runs = Runs(folder, archive, blobs)
         registrar = Registrar(
