@@ -415,7 +415,7 @@ def test_a_row_whose_gradient_is_not_finite_counts_as_zero() -> None:
 def test_private_moments_are_the_reference_s() -> None:
     """Over many sites with the same rows: mean and variance of the first step, and of noise."""
     recipe, count = Toy(), 400
-    rows = Rows(*(part[:30] for part in (sites((30,))[SiteId("site-00")].train.__dict__.values())))
+    rows = sites((30,))[SiteId("site-00")].train.take(range(30))
     training = Training(lr=1.0, steps=1, batch_size=10)
     plan = replace(toy_plan(training), privacy=PRIVATE)
     holdings = {SiteId(f"s{k:03d}"): Holding(rows, rows) for k in range(count)}
