@@ -1,0 +1,164 @@
+"""What sites and the coordinator say to each other in secure aggregation SA1, as values.
+
+M0 to M8 of the protocol, in the order in which they are sent. Each carries the context of its
+round, so none can be taken for another's. What a site sends here reveals nothing of its update
+but what `Unmasking` does, and that only together with `threshold` sites.
+
+Each value checks its shape at birth and raises `ConfigError`; signatures and membership are
+checked by the session that takes the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedml.errors import ConfigError
+from fedml.protocol.messages import SiteId, check_id
+
+KEY = DIGEST = 32  # bytes
+SIGNATURE = 64
+SHARE = 33  # a number below 2^256 + 297
+BOX = 12 + 2 * SHARE + 16  # nonce, a share of each secret, tag
+
+
+def check_length(what: str, value: bytes, length: int) -> None:
+    """Raise `ConfigError` unless `value` has `length` bytes."""
+    if len(value) != length:
+        raise ConfigError(f"{what}: {len(value)} bytes, expected {length}")
+
+
+def _check_all(what: str, values: Mapping[SiteId, bytes], length: int) -> None:
+    for site, value in values.items():
+        check_length(f"{what} of {check_id('site', site)}", value, length)
+
+
+@dataclass(frozen=True)
+class Advert:
+    """M0, from a site: its two X25519 keys for this round, signed with its pinned identity."""
+
+    context: bytes
+    site: SiteId
+    box_key: bytes  # others encrypt shares to it
+    mask_key: bytes  # pairwise masks come from it
+    signature: bytes
+
+    def __post_init__(self) -> None:
+        check_id("site", self.site)
+        check_length("context", self.context, DIGEST)
+        check_length("box key", self.box_key, KEY)
+        check_length("mask key", self.mask_key, KEY)
+        check_length("signature", self.signature, SIGNATURE)
+
+
+@dataclass(frozen=True)
+class Adverts:
+    """M1, to each site: the adverts of all that sent one."""
+
+    context: bytes
+    adverts: tuple[Advert, ...]
+
+    def __post_init__(self) -> None:
+        check_length("context", self.context, DIGEST)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """M2, from a site: for each other site a box that only it can open, and a commitment.
+
+    A box holds shares of the seed of the site's own mask and of its private mask key.
+    """
+
+    context: bytes
+    site: SiteId
+    boxes: Mapping[SiteId, bytes]
+    commitment: bytes  # to the seed, so that a wrong one is noticed
+
+    def __post_init__(self) -> None:
+        check_id("site", self.site)
+        check_length("context", self.context, DIGEST)
+        check_length("commitment", self.commitment, DIGEST)
+        _check_all("box", self.boxes, BOX)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """M3, to a site: the boxes made for it, by sender; its masks are for these and no others."""
+
+    context: bytes
+    boxes: Mapping[SiteId, bytes]
+
+    def __post_init__(self) -> None:
+        check_length("context", self.context, DIGEST)
+        _check_all("box", self.boxes, BOX)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """M4, from a site: its masked vector is there; the words travel apart, as a blob."""
+
+    context: bytes
+    site: SiteId
+
+    def __post_init__(self) -> None:
+        check_id("site", self.site)
+        check_length("context", self.context, DIGEST)
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """M5, to each site that is in the sum: whose vectors are."""
+
+    context: bytes
+    sites: tuple[SiteId, ...]
+
+    def __post_init__(self) -> None:
+        check_length("context", self.context, DIGEST)
+        for site in self.sites:
+            check_id("site", site)
+
+
+@dataclass(frozen=True)
+class Consent:
+    """M6, from a site: its signature under the survivors that it was told, and under no others."""
+
+    context: bytes
+    site: SiteId
+    signature: bytes
+
+    def __post_init__(self) -> None:
+        check_id("site", self.site)
+        check_length("context", self.context, DIGEST)
+        check_length("signature", self.signature, SIGNATURE)
+
+
+@dataclass(frozen=True)
+class Consents:
+    """M7, to each site in the sum: signatures of enough sites under the same survivors."""
+
+    context: bytes
+    signatures: Mapping[SiteId, bytes]
+
+    def __post_init__(self) -> None:
+        check_length("context", self.context, DIGEST)
+        _check_all("signature", self.signatures, SIGNATURE)
+
+
+@dataclass(frozen=True)
+class Unmasking:
+    """M8, from a site: shares of survivors' seeds and of the others' mask keys, never of both."""
+
+    context: bytes
+    site: SiteId
+    seeds: Mapping[SiteId, bytes]
+    keys: Mapping[SiteId, bytes]
+
+    def __post_init__(self) -> None:
+        check_id("site", self.site)
+        check_length("context", self.context, DIGEST)
+        _check_all("share", self.seeds, SHARE)
+        _check_all("share", self.keys, SHARE)
+
+
+FromSite = Advert | Shares | Masked | Consent | Unmasking
+ToSite = Adverts | Boxes | Survivors | Consents

@@ -1,0 +1,19 @@
+"""Secure aggregation SA1: the coordinator learns the sum of the sites' vectors, and no vector."""
+
+from fedml.secagg.coordinator import Coordinator
+from fedml.secagg.masking import Grid, Part, Total
+from fedml.secagg.site import Site
+from fedml.secagg.terms import Demands, Member, Roster, Terms, least_threshold
+
+__all__ = [
+    "Coordinator",
+    "Demands",
+    "Grid",
+    "Member",
+    "Part",
+    "Roster",
+    "Site",
+    "Terms",
+    "Total",
+    "least_threshold",
+]
