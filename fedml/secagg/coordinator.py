@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from fedml.errors import MalformedMessage, QuorumLost, RoundFailed, Untrusted
 from fedml.protocol.messages import SiteId
 from fedml.protocol.secagg import (
@@ -24,7 +26,7 @@ from fedml.protocol.secagg import (
     ToSite,
     Unmasking,
 )
-from fedml.secagg import keys, session, shares
+from fedml.secagg import session, shares
 from fedml.secagg.masking import Mask, Total, Words
 from fedml.secagg.session import Phase
 from fedml.secagg.terms import Roster, Terms
@@ -49,6 +51,8 @@ class Coordinator:
         self._masked: dict[SiteId, Masked] = {}
         self._consents: dict[SiteId, Consent] = {}
         self._unmaskings: dict[SiteId, Unmasking] = {}
+        self._digest = b""  # of all adverts
+        self._signed = b""  # what consents sign
         self._total: Total | None = None
 
     @property
@@ -84,7 +88,7 @@ class Coordinator:
             case Masked():
                 self._add(message, words)
             case Consent():
-                self._roster.verify(message.site, message.signature, self._consent())
+                self._roster.verify(message.site, message.signature, self._signed)
                 self._consents[message.site] = message
             case Unmasking():
                 if message.seeds.keys() != self._masked.keys() or message.keys.keys() != self._lost:
@@ -102,12 +106,16 @@ class Coordinator:
         match self.phase:
             case Phase.ADVERTISED:
                 adverts = Adverts(context, tuple(self._answered("keys", self._adverts).values()))
+                self._digest = session.digest_of(adverts.adverts)
                 return self._tell(Phase.SHARED, self._adverts, lambda _: adverts)
             case Phase.SHARED:
                 sent = self._answered("shares", self._shares)
                 return self._tell(Phase.MASKED, sent, lambda site: Boxes(context, self._for(site)))
             case Phase.MASKED:
                 survivors = Survivors(context, tuple(self._answered("vectors", self._masked)))
+                self._signed = session.signed_consent(
+                    context, self._digest, self._shares, self._masked
+                )
                 return self._tell(Phase.CONSENTED, self._masked, lambda _: survivors)
             case Phase.CONSENTED:
                 given = self._answered("consents", self._consents)
@@ -157,10 +165,6 @@ class Coordinator:
         """Those whose masks are on the survivors' vectors, but not their own vectors in the sum."""
         return self._shares.keys() - self._masked.keys()
 
-    def _consent(self) -> bytes:
-        digest = session.digest_of(self._adverts.values())
-        return session.signed_consent(self.terms.context, digest, self._shares, self._masked)
-
     def _own_masks(self, replies: list[Unmasking]) -> Iterable[Mask]:
         for site in self._masked:
             seed = self._combine(site, {reply.site: reply.seeds[site] for reply in replies})
@@ -170,14 +174,14 @@ class Coordinator:
             yield Mask(seed, -1)
 
     def _pair_masks(self, replies: list[Unmasking]) -> Iterable[Mask]:
-        adverts = session.digest_of(self._adverts.values())
         for site in sorted(self._lost):
-            private = self._combine(site, {reply.site: reply.keys[site] for reply in replies})
-            if keys.public(private) != self._adverts[site].mask_key:
+            raw = self._combine(site, {reply.site: reply.keys[site] for reply in replies})
+            private = X25519PrivateKey.from_private_bytes(raw)
+            if private.public_key().public_bytes_raw() != self._adverts[site].mask_key:
                 raise RoundFailed(_LIES.format(self.terms.round, "mask key", site))
             for other in self._masked:
                 public = self._adverts[other].mask_key
-                key = session.mask_key(private, public, self.terms.context, adverts)
+                key = session.mask_key(private, public, self.terms.context, self._digest)
                 yield Mask(key, -session.sign_of(self.terms, other, site))
 
     def _combine(self, site: SiteId, held: Mapping[SiteId, bytes]) -> bytes:

@@ -19,17 +19,10 @@ Random = Callable[[int], bytes]  # so many bytes that nobody can guess
 _NONCE = 12
 
 
-def public(private: bytes) -> bytes:
-    """Return the X25519 public key of `private`, both raw."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
-
-
-def agree(private: bytes, other: bytes, context: bytes, purpose: bytes) -> bytes:
+def agree(private: X25519PrivateKey, other: bytes, context: bytes, purpose: bytes) -> bytes:
     """Return the 32 bytes that the holders of two keys share, in this context, for `purpose`."""
     try:
-        secret = X25519PrivateKey.from_private_bytes(private).exchange(
-            X25519PublicKey.from_public_bytes(other)
-        )
+        secret = private.exchange(X25519PublicKey.from_public_bytes(other))
     except ValueError as error:
         raise Untrusted("a site's public key is a point of low order; alarm") from error
     return HKDF(algorithm=SHA256(), length=32, salt=context, info=purpose).derive(secret)

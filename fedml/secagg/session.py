@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import IntEnum
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from fedml.protocol.messages import SiteId
 from fedml.protocol.secagg import Advert
 from fedml.secagg.keys import agree
@@ -60,12 +62,12 @@ def commitment(context: bytes, site: SiteId, seed: bytes) -> bytes:
     return bind("seed", context, site, seed)
 
 
-def mask_key(private: bytes, other: bytes, context: bytes, adverts: bytes) -> bytes:
+def mask_key(private: X25519PrivateKey, other: bytes, context: bytes, adverts: bytes) -> bytes:
     """Return the key of the mask that two sites share: one adds it, the other takes it off."""
     return agree(private, other, context, b"fedml-sa1 mask" + adverts)
 
 
-def box_key(private: bytes, other: bytes, context: bytes, adverts: bytes) -> bytes:
+def box_key(private: X25519PrivateKey, other: bytes, context: bytes, adverts: bytes) -> bytes:
     """Return the key of the boxes between two sites."""
     return agree(private, other, context, b"fedml-sa1 box" + adverts)
 

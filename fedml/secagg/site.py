@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, MutableSet, Set
 from contextlib import contextmanager
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedml.errors import Refused, Untrusted
 from fedml.protocol.messages import SiteId
@@ -52,7 +53,10 @@ class Site:
         self._identity, self._roster, self._random = identity, roster, random
         self._released: MutableSet[str] = set() if released is None else released
         self._check_unreleased()
-        self._seed, self._box_key, self._mask_key = (bytearray(random(32)) for _ in range(3))
+        self._seed = bytearray(random(32))
+        self._box_key: X25519PrivateKey | None = X25519PrivateKey.from_private_bytes(random(32))
+        self._mask_key: X25519PrivateKey | None = X25519PrivateKey.from_private_bytes(random(32))
+        self._public = _raw(self._box_key), _raw(self._mask_key)
         self._mask_keys: dict[SiteId, bytes] = {}  # of U1, public
         self._adverts = b""
         self._channels: dict[SiteId, bytes] = {}
@@ -62,10 +66,9 @@ class Site:
     def advertise(self) -> Advert:
         """M0: return this round's public keys, signed."""
         with self._step(self.terms.context, (Phase.NEW,), Phase.ADVERTISED):
-            context, me = self.terms.context, self.me
-            pair = keys.public(bytes(self._box_key)), keys.public(bytes(self._mask_key))
-            signature = self._identity.sign(session.signed_advert(context, me, *pair))
-            return Advert(context, me, *pair, signature)
+            context, me, public = self.terms.context, self.me, self._public
+            signature = self._identity.sign(session.signed_advert(context, me, *public))
+            return Advert(context, me, *public, signature)
 
     def share(self, message: Adverts) -> Shares:
         """M1 -> M2: check everyone's keys; return shares of this site's secrets for each other."""
@@ -75,16 +78,17 @@ class Site:
             self._adverts = session.digest_of(adverts.values())
             self._mask_keys = {site: advert.mask_key for site, advert in adverts.items()}
             places = {site: self.terms.places[site] for site in adverts}
+            assert self._box_key and self._mask_key, "a session that is over"
             seeds, mask_keys = (
-                shares.split(bytes(secret), self.terms.threshold, [*places.values()], self._below)
-                for secret in (self._seed, self._mask_key)
+                shares.split(secret, self.terms.threshold, [*places.values()], self._below)
+                for secret in (bytes(self._seed), self._mask_key.private_bytes_raw())
             )
             mine = places.pop(self.me)
             self._held = {self.me: (seeds[mine], mask_keys[mine])}
             boxes = {}
             for site, place in places.items():
                 key = session.box_key(
-                    bytes(self._box_key), adverts[site].box_key, message.context, self._adverts
+                    self._box_key, adverts[site].box_key, message.context, self._adverts
                 )
                 self._channels[site] = key
                 about = (message.context, self.me, site)
@@ -139,16 +143,17 @@ class Site:
     def forget(self) -> None:
         """Erase what this session knows: the attempt is over for this site."""
         self.phase = Phase.OVER
-        for secret in (self._seed, self._box_key, self._mask_key):
-            secret[:] = bytes(len(secret))
+        self._seed[:] = bytes(len(self._seed))
+        self._box_key = self._mask_key = None  # OpenSSL wipes a key that nobody holds
         self._channels.clear()
         self._held.clear()
 
     def _masks(self) -> list[Mask]:
+        assert self._mask_key, "a session that is over"
         masks = [Mask(bytes(self._seed), 1)]
         for site in sorted(self._held.keys() - {self.me}):
             key = session.mask_key(
-                bytes(self._mask_key), self._mask_keys[site], self.terms.context, self._adverts
+                self._mask_key, self._mask_keys[site], self.terms.context, self._adverts
             )
             masks.append(Mask(key, session.sign_of(self.terms, self.me, site)))
         return masks
@@ -189,8 +194,7 @@ class Site:
                 raise Untrusted(f"keys of {site}, which is not in the cohort; alarm")
             self._check_advert(advert)
         mine = by_site.get(self.me)
-        pair = keys.public(bytes(self._box_key)), keys.public(bytes(self._mask_key))
-        if mine is None or (mine.box_key, mine.mask_key) != pair:
+        if mine is None or (mine.box_key, mine.mask_key) != self._public:
             raise Untrusted(f"{self.me}: this site's own keys were replaced; alarm")
 
     def _check_advert(self, advert: Advert) -> None:
@@ -222,8 +226,9 @@ class Site:
         self._check_enough("consents", len(signatures))
         if not signatures.keys() <= self._survivors:
             raise Untrusted("consents of sites that are not in the sum; alarm")
+        signed = self._consent()
         for site, signature in signatures.items():
-            self._roster.verify(site, signature, self._consent())
+            self._roster.verify(site, signature, signed)
 
     def _check_unreleased(self) -> None:
         if self.terms.sum in self._released:
@@ -241,3 +246,7 @@ class Site:
         # 16 bytes more than the limit has: what is not uniform in it is below 2^-128
         size = (limit.bit_length() + 7) // 8 + 16
         return int.from_bytes(self._random(size), "big") % limit
+
+
+def _raw(key: X25519PrivateKey) -> bytes:
+    return key.public_key().public_bytes_raw()

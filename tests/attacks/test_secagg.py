@@ -59,7 +59,7 @@ def pair_masks(host: Host, victim: SiteId, private: bytes) -> list[Mask]:
     digest = session.digest_of(adverts.values())
     return [
         Mask(
-            session.mask_key(private, advert.mask_key, terms.context, digest),
+            session.mask_key(of_raw(private), advert.mask_key, terms.context, digest),
             session.sign_of(terms, victim, other),
         )
         for other, advert in adverts.items()
@@ -110,18 +110,26 @@ def test_key_substitution_by_the_coordinator(
     digest = session.digest_of((advert, *forged))
     seeds, masks, boxes = {}, [], {}
     for site, key in mine.items():
-        raw = key.private_bytes_raw()
-        channel = session.box_key(raw, advert.box_key, terms.context, digest)
+        channel = session.box_key(key, advert.box_key, terms.context, digest)
         about = (terms.context, VICTIM, site)
         seeds[site], _ = keys.unseal(channel, about, message.boxes[site])
         back = (terms.context, site, VICTIM)
         boxes[site] = keys.seal(channel, back, (bytes(33), bytes(33)), lambda n: bytes(n))
-        shared = session.mask_key(raw, advert.mask_key, terms.context, digest)
+        shared = session.mask_key(key, advert.mask_key, terms.context, digest)
         masks.append(Mask(shared, session.sign_of(terms, VICTIM, site)))
     victim.receive(Boxes(terms.context, boxes))
     words = np.concatenate([*victim.mask(world.values[VICTIM], world.weights[VICTIM], 1)])
     masks.append(Mask(combined(terms, seeds), 1))
     assert np.array_equal(stripped(words, masks, terms), plain(world, VICTIM, terms))
+
+
+def mask_key_of(site: Site) -> X25519PrivateKey:
+    assert site._mask_key
+    return site._mask_key
+
+
+def of_raw(key: bytes) -> X25519PrivateKey:
+    return X25519PrivateKey.from_private_bytes(key)
 
 
 def public(key: X25519PrivateKey) -> bytes:
@@ -135,7 +143,7 @@ def test_replayed_keys_of_another_round_or_model(
 ) -> None:
     terms = world.terms()
     old = {site: world.site(site, world.terms(**other)) for site in world.sites[1:]}
-    known = {site: bytes(session_._mask_key) for site, session_ in old.items()}  # as if dropped
+    known = {site: mask_key_of(one) for site, one in old.items()}  # as if dropped
     if not defended:
         monkeypatch.setattr(
             session, "signed_advert", lambda _context, site, *pair: b"".join(pair) + site.encode()
@@ -184,7 +192,7 @@ def test_cohort_below_threshold(
         seeds[site] = host.sites[site].unmask(Consents(terms.context, {})).seeds[VICTIM]
     digest = session.digest_of(host.coordinator._adverts.values())
     public = host.coordinator._adverts[VICTIM].mask_key
-    key = session.mask_key(bytes(host.sites[friend]._mask_key), public, terms.context, digest)
+    key = session.mask_key(mask_key_of(host.sites[friend]), public, terms.context, digest)
     masks = [Mask(combined(terms, seeds), 1), Mask(key, session.sign_of(terms, VICTIM, friend))]
     assert np.array_equal(stripped(host.words[VICTIM], masks, terms), plain(world, VICTIM, terms))
 
@@ -224,7 +232,7 @@ def test_two_survivor_lists_in_a_split_view(
     digest = session.digest_of(host.coordinator._adverts.values())
     inside = {
         session.mask_key(
-            bytes(combined(terms, {r.site: r.keys[a] for r in replies if a in r.keys})),
+            of_raw(combined(terms, {r.site: r.keys[a] for r in replies if a in r.keys})),
             host.coordinator._adverts[b].mask_key,
             terms.context,
             digest,
@@ -257,7 +265,7 @@ def test_a_second_unmask_request(
                 host.sites[site].unmask(told)
             with pytest.raises(Untrusted, match="each step is taken once"):
                 consents(host, [site], others)
-            assert not any(host.sites[site]._seed + host.sites[site]._mask_key)
+            assert not any(host.sites[site]._seed) and host.sites[site]._mask_key is None
             assert not host.sites[site]._held
         return
     again = consents(host, others, others)

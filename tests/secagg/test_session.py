@@ -206,7 +206,7 @@ def test_secrets_are_erased_when_a_session_ends() -> None:
     for name, site in host.sites.items():
         assert any(site._seed) and site._held
         host.answer(name, host.inbox[name])
-        assert not any(site._seed) and not any(site._mask_key) and not any(site._box_key)
+        assert not any(site._seed) and site._mask_key is None and site._box_key is None
         assert not site._held and not site._channels
 
 
