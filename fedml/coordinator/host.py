@@ -51,6 +51,7 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
+from fedml.rounds.masked import Relay
 from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
@@ -255,22 +256,27 @@ class Host:
                 self._desk.assign(task.site, await self._assignment(task))
             case CancelTask(task, site, reason):
                 self._desk.cancel(site, task, reason)
+            case Relay():
+                raise AssertionError("a plan with secagg is refused when it is submitted")
             case WakeAt(seconds, token):
                 loop = asyncio.get_running_loop()
                 self._timers.append(loop.call_later(seconds, self.tell, Tick(token)))
             case Commit():
                 return await self._commit(command)
             case ForgetTask(task, site):
-                counted = was_counted(self.run.receipts[-1], site)
-                self._desk.forget(site, task, counted=counted)
-                for digest in self._desk.leftovers(site, task):
-                    self._holds.store.abandon(digest, site)
-                    self._holds.discard(digest)
+                self._forget(task, site)
             case Candidate():
                 await self._candidate(command)
             case End():
                 await self._end(command)
         return []
+
+    def _forget(self, task: TaskId, site: SiteId) -> None:
+        counted = was_counted(self.run.receipts[-1], site)
+        self._desk.forget(site, task, counted=counted)
+        for digest in self._desk.leftovers(site, task):
+            self._holds.store.abandon(digest, site)
+            self._holds.discard(digest)
 
     async def _end(self, end: End) -> None:
         await asyncio.to_thread(self._journal.append, Ended(self.run.id, end.state, end.detail))

@@ -116,6 +116,10 @@ class Runs:
         if not 0 <= starts < _LATEST:
             raise ConfigError(f"starts {starts}: seconds since the epoch, or 0 for now")
         plan = Plan.from_json(text)
+        if plan.secagg.is_on:
+            raise ConfigError(
+                "secagg=sa1: real sites do not mask yet, only simulations do; use secagg=none"
+            )
         here = identify(plan.recipe.name)
         if here != plan.recipe:
             raise ConfigError(

@@ -10,8 +10,10 @@ checked by the session that takes the message.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from fedml.errors import ConfigError
 from fedml.protocol.messages import SiteId, check_id
@@ -31,6 +33,44 @@ def check_length(what: str, value: bytes, length: int) -> None:
 def _check_all(what: str, values: Mapping[SiteId, bytes], length: int) -> None:
     for site, value in values.items():
         check_length(f"{what} of {check_id('site', site)}", value, length)
+
+
+@dataclass(frozen=True)
+class Secagg:
+    """How a run's sums are masked, in mode `sa1`; every site of a round has the same.
+
+    `clip` bounds each number of an update: what is beyond is clipped, and the larger it is, the
+    coarser the sum, by steps of about clip * sites / 2^31. `weight_cap` is the largest weight of
+    a site. `colluders` is how many sites are assumed to help the coordinator. `metrics` bounds
+    the training metrics that are wanted, by name, and `scores` names the scores of evaluations:
+    all others stay at the sites. `patience` is how many seconds an exchange of keys, consents or
+    shares may take.
+    """
+
+    mode: Literal["none", "sa1"] = "none"
+    clip: float = 1.0
+    weight_cap: float = 1.0
+    colluders: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: tuple[str, ...] = ()
+    patience: float = 60.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", tuple(self.scores))
+        if self.mode not in ("none", "sa1"):
+            raise ConfigError(f"secagg.mode {self.mode!r}: use 'none' or 'sa1'")
+        positive = {"clip": self.clip, "weight_cap": self.weight_cap, "patience": self.patience}
+        positive |= {f"metrics.{name}": bound for name, bound in self.metrics.items()}
+        for name, value in positive.items():
+            if not 0 < value < math.inf:
+                raise ConfigError(f"secagg.{name} {value}: must be above 0")
+        if self.colluders < 0:
+            raise ConfigError(f"secagg.colluders {self.colluders}: 0 or more")
+
+    @property
+    def is_on(self) -> bool:
+        """True if sums are masked."""
+        return self.mode != "none"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
+from fedml.rounds.masked import MaskedRound, Relay, Said, terms_of
 from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan
 from fedml.rounds.round import (
     CancelTask,
@@ -40,15 +41,18 @@ __all__ = [
     "Event",
     "ForgetTask",
     "Gate",
+    "MaskedRound",
     "Muster",
     "Opened",
     "Opening",
     "Plan",
     "Pool",
+    "Relay",
     "ReportArrived",
     "Roll",
     "Round",
     "Run",
+    "Said",
     "Selection",
     "SendTask",
     "SiteLost",
@@ -61,4 +65,5 @@ __all__ = [
     "WakeAt",
     "draw",
     "eligible",
+    "terms_of",
 ]

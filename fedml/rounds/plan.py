@@ -17,7 +17,9 @@ from typing import cast
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
+from fedml.protocol.secagg import Secagg
 from fedml.records import Reader, from_record, to_record
+from fedml.secagg.terms import LEAST_COHORT
 from fedml.strategies import Strategy, build, describe, measures, needs_means
 
 
@@ -91,6 +93,7 @@ class Plan:
     cohort: Cohort
     rounds: int
     privacy: Privacy = field(default_factory=Privacy)
+    secagg: Secagg = field(default_factory=Secagg)
     evaluation: Evaluation = field(default_factory=Evaluation)
     gates: tuple[Gate, ...] = ()
     seed: int = 0
@@ -106,7 +109,7 @@ class Plan:
     def check(self) -> None:
         """Raise `Contradiction` with every reason why this plan cannot run."""
         reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
-        reasons += [*_strategy(self), *_reducer(self), *_scoring(self)]
+        reasons += [*_strategy(self), *_reducer(self), *_scoring(self), *_secagg(self)]
         if reasons:
             raise Contradiction(reasons)
 
@@ -234,6 +237,35 @@ def _privacy(plan: Plan) -> Iterator[str]:
             "evaluation with record privacy and privacy.evaluation_epsilon 0: scores are made of "
             "private rows, set evaluation_epsilon above 0 or evaluation.at_end=false and every=0"
         )
+
+
+def _secagg(plan: Plan) -> Iterator[str]:
+    settings, strategy, quorum = plan.secagg, plan.strategy, plan.cohort.quorum
+    if not settings.is_on:
+        return
+    if not strategy.reducer.linear:
+        yield (
+            f"secagg with reducer {type(strategy.reducer).__name__}, which looks at single "
+            "updates: use reducer=weighted-mean, or secagg=none"
+        )
+    if measures(strategy):
+        yield (
+            f"secagg with strategy {type(strategy).__name__}, whose sites report what they make "
+            "of their loss, for which there is no clip: use strategy=fedavg, or secagg=none"
+        )
+    if 0 < quorum < LEAST_COHORT:
+        yield (
+            f"cohort.quorum {quorum} with secagg: of a sum of two each knows the other's update, "
+            f"raise it to {LEAST_COHORT} or more"
+        )
+    if _evaluates(plan) and not settings.scores:
+        yield (
+            "evaluation with secagg and no secagg.scores: no site's own scores are seen, name "
+            "those whose sums are wanted, or set evaluation.at_end=false and every=0"
+        )
+    unseen = sorted({gate.metric for gate in plan.gates} - {*settings.scores})
+    if settings.scores and unseen:
+        yield f"gates on {', '.join(unseen)} with secagg: name them in secagg.scores"
 
 
 def _scoring(plan: Plan) -> Iterator[str]:

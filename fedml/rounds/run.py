@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fedml.errors import ConfigError
 from fedml.params import Params
 from fedml.protocol.messages import RunId, Scores, SiteId
 from fedml.protocol.operations import Receipt, RunState
 from fedml.protocol.tasks import Brief
+from fedml.rounds import masked
 from fedml.rounds import round as rounds
 from fedml.rounds.hosting import (
     Candidate,
@@ -31,6 +33,7 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.plan import Plan
 from fedml.rounds.selection import Muster, Pool, Roll
+from fedml.secagg import Roster
 from fedml.strategies import Aggregate, ServerState, is_personal, reports
 
 Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
@@ -68,7 +71,8 @@ class Run:
             "train": {**barred.get("train", {})},
             "evaluate": {**barred.get("evaluate", {})},
         }
-        self._round: rounds.Round | None = None
+        self._round: rounds.Round | masked.MaskedRound | None = None
+        self._roster: Roster | None = None  # of masked rounds
         self._opened: Opened | None = None
         self._commit: Commit | None = None
         self._waits, self._patience, self._need = 0, "", ""
@@ -167,6 +171,10 @@ class Run:
             key = (receipt.kind, receipt.round)
             self._pardoned[key] = self._pardoned.get(key, 0) + 1
 
+    def enrol(self, roster: Roster) -> None:
+        """Before `open`: whose keys count in masked rounds."""
+        self._roster = roster
+
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event in; return what the host must do now. After the end, nothing."""
         match event:
@@ -188,8 +196,19 @@ class Run:
                 | rounds.StackArrived()
                 | rounds.ReportArrived()
                 | rounds.SiteLost()
+                | masked.Said()
             ):
-                return self._carry(self._round.handle(event), now) if self._round else []
+                return self._carry(self._feed(event), now)
+
+    def _feed(self, event: rounds.Event | masked.Said) -> Sequence[rounds.Command | masked.Command]:
+        """Let the round have an answer; a masked one takes none in the clear, and vice versa."""
+        match self._round:
+            case masked.MaskedRound() as round_:
+                return round_.handle(event)
+            case rounds.Round() as round_ if not isinstance(event, masked.Said):
+                return round_.handle(event)
+            case _:
+                return []
 
     # what comes next
 
@@ -277,7 +296,7 @@ class Run:
         return [rounds.WakeAt(self.plan.patience, self._patience)]
 
     def _tick(self, token: str, now: float) -> list[Command]:
-        if self._round and token == self._round.opening.token:
+        if self._round and self._round.awaits(token):
             return self._carry(self._round.handle(rounds.DeadlinePassed()), now)
         if not self._patience or token != self._patience:
             return []
@@ -299,12 +318,22 @@ class Run:
         brief = self.plan.strategy.brief(self.state)
         if opening.kind == "evaluate" and not is_personal(brief):
             brief = Brief(self.state.params)
-        reducer = self.plan.strategy.reducer
-        self._round, self._opened = rounds.Round(opening, reducer, reports(brief)), opened
+        self._round, self._opened = self._new_round(opening, brief), opened
         self._patience = ""
         return [opened, *self._round.open(brief)]
 
-    def _carry(self, commands: list[rounds.Command], now: float) -> list[Command]:
+    def _new_round(
+        self, opening: rounds.Opening, brief: Brief
+    ) -> rounds.Round | masked.MaskedRound:
+        if not self.plan.secagg.is_on:
+            return rounds.Round(opening, self.plan.strategy.reducer, reports(brief))
+        if self._roster is None:
+            raise ConfigError("secagg=sa1 without a roster of the sites' identity keys")
+        return masked.MaskedRound(opening, self.plan.secagg, self._roster)
+
+    def _carry(
+        self, commands: Sequence[rounds.Command | masked.Command], now: float
+    ) -> list[Command]:
         carried: list[Command] = []
         for command in commands:
             match command:

@@ -6,7 +6,7 @@ learns just enough to take the masks off the sum. No vector of one site is ever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -59,6 +59,18 @@ class Coordinator:
     def survivors(self) -> tuple[SiteId, ...]:
         """Whose vectors are in the sum, in order."""
         return tuple(sorted(self._masked))
+
+    @property
+    def is_hopeless(self) -> bool:
+        """True if too few are left even if all that are waited for answer."""
+        have: Mapping[Phase, Sized] = {
+            Phase.ADVERTISED: self._adverts,
+            Phase.SHARED: self._shares,
+            Phase.MASKED: self._masked,
+            Phase.CONSENTED: self._consents,
+            Phase.UNMASKED: self._unmaskings,
+        }
+        return len(have.get(self.phase, {})) + len(self.waiting) < self.terms.threshold
 
     def take(self, message: FromSite, words: Words | None = None) -> bool:
         """Take a site's message in, a `Masked` with its words; True if it counts.

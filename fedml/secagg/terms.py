@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -108,6 +109,7 @@ class Terms:
     threshold: int
     parts: tuple[Part, ...]
     weight_cap: float = 1.0
+    kind: Literal["train", "evaluate"] = "train"
     settings: str = ""
 
     def __post_init__(self) -> None:
@@ -147,6 +149,7 @@ class Terms:
         """The digest that every key, box and signature of the attempt is bound to."""
         record = {
             "cohort": self.cohort,
+            "kind": self.kind,
             "parts": [[p.name, p.size, float(p.clip).hex(), p.fine] for p in self.parts],
             "settings": self.settings,
             "threshold": self.threshold,
@@ -159,7 +162,7 @@ class Terms:
     @property
     def sum(self) -> str:
         """Names what a site gives shares for once, whatever the attempt."""
-        return f"{self.run}.{self.round}"
+        return f"{self.run}.{self.round}.{self.kind}"
 
 
 @dataclass(frozen=True)

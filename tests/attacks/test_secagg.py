@@ -291,7 +291,7 @@ def test_another_attempt_at_a_sum_whose_shares_were_given(
     first = host.coordinator.finish()._words
     if defended:
         for site in world.sites:
-            with pytest.raises(Refused, match=r"run-1\.3: this site has given shares"):
+            with pytest.raises(Refused, match=r"run-1\.3\.train: this site has given shares"):
                 world.site(site, world.terms(attempt=2))
         return
     again = Host.over(world, world.terms(attempt=2))

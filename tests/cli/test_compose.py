@@ -18,6 +18,7 @@ RUN = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=60"]
 GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in configs().glob("*/*.yaml"))
 NEEDED = {
     "privacy=record": ["privacy.epsilon=3"],
+    "secagg=sa1": ["cohort.quorum=3"],
     "population=files": ["population.files={bern: bern.csv}"],
     "population=column": ["population.column=target"],
     "population=crowd": ["cohort.size=5"],

@@ -27,6 +27,7 @@ WORLD = World(5)
         {"parts": (PARTS[0], Part("metrics", 2, 100.0))},
         {"parts": PARTS[:1]},
         {"weight_cap": 50.0},
+        {"kind": "evaluate"},
         {"settings": "privacy: record"},
     ],
     ids=str,

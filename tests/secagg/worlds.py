@@ -166,6 +166,10 @@ class Host:
 
 def plain(world: World, name: SiteId, terms: Terms) -> Words:
     """Return a site's words as they are without masks: what no attack may get at."""
-    weight = world.weights[name] / terms.weight_cap
-    vector = Vector(terms.grid, world.values[name], weight)
+    return plain_words(world.values[name], world.weights[name] / terms.weight_cap, terms)
+
+
+def plain_words(values: Mapping[str, Floats], weight: float, terms: Terms) -> Words:
+    """Return `values` as words, without masks."""
+    vector = Vector(terms.grid, values, weight)
     return np.concatenate([*mask(vector, terms.grid, [], threads=1)])
