@@ -31,6 +31,8 @@ from fedml.protocol.messages import (
     ReleaseNotice,
     RunId,
     Scored,
+    SecaggSaid,
+    SecaggTold,
     Serving,
     SiteEvent,
     SiteId,
@@ -39,11 +41,13 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.protocol.operations import SiteInfo
+from fedml.protocol.secagg import Masking
 from fedml.rounds.selection import SiteStatus
+from fedml.secagg import Grid
 from fedml.transport.desks import Send
 from fedml.transport.pulse import Pulse
 
-Answer = Declined | Failed | Trained | Scored
+Answer = Declined | Failed | Trained | Scored | SecaggSaid
 _OFFERS = 3  # updates that a site may offer for a task: one, and two more after a mishap
 _BEATS_IN_ONE_GO = 100  # a few milliseconds, then others have their turn
 _SILENT_BEATS = 3  # heartbeats without a word after which a stream counts as dead
@@ -67,6 +71,7 @@ class _Seat:
     seen: float = 0.0
     outstanding: dict[TaskId, Assignment] = field(default_factory=dict)
     settled: set[TaskId] = field(default_factory=set)  # answered, and the answer was taken in
+    told: dict[TaskId, SecaggTold] = field(default_factory=dict)  # the last word on its masking
     offers: dict[TaskId, _Offers] = field(default_factory=dict)
     farewell: asyncio.TimerHandle | None = None
     pulse: Pulse = field(default_factory=Pulse)
@@ -87,11 +92,12 @@ class Desk:
         models: Callable[[], list[str]],
         is_over: Callable[[RunId], bool] = lambda _: False,
         is_open: Callable[[TaskId], bool] = lambda _: False,
+        roster: str = "",
     ) -> None:
         self._heartbeat, self._grace = heartbeat, grace
         self._answered, self._lost, self._changed = answered, lost, changed
         self._was_counted, self._models = was_counted, models
-        self._is_over, self._is_open = is_over, is_open
+        self._is_over, self._is_open, self._roster = is_over, is_open, roster
         self._seats: dict[SiteId, _Seat] = {}
         self._here = 0  # how many seats have a stream
         self._beats: asyncio.Task[None] | None = None
@@ -106,10 +112,18 @@ class Desk:
         self._push(seat, assignment)
         failpoints.reach("task.assigned")
 
+    def tell(self, site: SiteId, told: SecaggTold) -> None:
+        """Say what masking a task's round needs next, now or when the site is back."""
+        seat = self._seat(site)
+        if told.task in seat.outstanding:
+            seat.told[told.task] = told
+            self._push(seat, told)
+
     def cancel(self, site: SiteId, task: TaskId, reason: str) -> None:
         """Take a task back."""
         seat = self._seat(site)
         seat.settled.discard(task)
+        seat.told.pop(task, None)
         if seat.outstanding.pop(task, None):
             self._push(seat, Cancel(task, reason))
 
@@ -118,6 +132,7 @@ class Desk:
         seat = self._seat(site)
         seat.outstanding.pop(task, None)
         seat.settled.discard(task)
+        seat.told.pop(task, None)
         self._push(seat, Forget(task, counted))
         failpoints.reach("task.forgotten")
 
@@ -165,6 +180,7 @@ class Desk:
                 seat.hello.recipes if seat.hello else (),
                 seat.hello.datasets if seat.hello else (),
                 seat.hello.runs_at_once if seat.hello else 0,
+                can_mask=bool(self._roster and seat.hello and seat.hello.roster == self._roster),
             )
             for site, seat in sorted(self._seats.items())
         )
@@ -199,9 +215,9 @@ class Desk:
         """
         seat = self._seat(site)
         order = seat.outstanding.get(task)
-        if order is None or order.kind != "train":
+        if order is None or (order.kind != "train" and not order.masking):
             return "no update is expected"
-        if blob.size > (most := 2 * order.model.size + 2**20):
+        if blob.size > (most := _most(order)):
             return f"at most {most} bytes are expected"
         offers = seat.offers.setdefault(task, _Offers(order.run)).digests
         if blob.digest not in offers and len(offers) >= _OFFERS:
@@ -268,6 +284,8 @@ class Desk:
         for task, assignment in seat.outstanding.items():
             if task not in seat.settled:
                 send(assignment)
+            if task in seat.told:
+                send(seat.told[task])
         for model in self._models():
             send(ReleaseNotice(model))
         _log.info("site connected", version=hello.version)
@@ -276,7 +294,7 @@ class Desk:
 
     def _hear(self, site: SiteId, seat: _Seat, event: SiteEvent) -> None:
         match event:
-            case Declined(task) | Failed(task) | Trained(task) | Scored(task):
+            case Declined(task) | Failed(task) | Trained(task) | Scored(task) | SecaggSaid(task):
                 if task in seat.outstanding:  # else a stranger's task, or one long over
                     self._answered(site, seat.outstanding[task], event)
             case Accepted(task):
@@ -317,6 +335,14 @@ class Desk:
         elif not self._here and self._beats is not None:
             self._beats.cancel()
             self._beats = None
+
+
+def _most(order: Assignment) -> int:
+    """Return how many bytes an answer to `order` may have."""
+    if not order.masking:
+        return 2 * order.model.size + 2**20
+    masking = Masking.from_json(order.masking)
+    return 4 * Grid(len(masking.cohort), masking.parts).length
 
 
 def _over(run: RunId) -> Forget:

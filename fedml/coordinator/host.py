@@ -19,6 +19,7 @@ import structlog
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from fedml import failpoints, telemetry
+from fedml.coordinator import veil
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
@@ -32,6 +33,7 @@ from fedml.protocol.messages import (
     Failed,
     RunId,
     Scored,
+    SecaggSaid,
     SiteId,
     TaskId,
     Trained,
@@ -51,7 +53,7 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
-from fedml.rounds.masked import Relay
+from fedml.rounds.masked import Relay, Said
 from fedml.rounds.round import CancelTask, ReportArrived, SendTask, SiteLost, UpdateArrived, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
@@ -131,15 +133,23 @@ class Host:
             case Scored(task, totals, count, epsilon):
                 report = Report(task, order.round, site, totals, count, epsilon)
                 self.tell(ReportArrived(report))
+            case SecaggSaid():
+                self._said(site, answer)
             case Trained():
                 await self._trained(site, order, answer)
+
+    def _said(self, site: SiteId, answer: SecaggSaid) -> None:
+        try:
+            self.tell(veil.said(site, answer))
+        except MalformedMessage as error:
+            self.tell(SiteLost(site, f"message refused: {error}", task=answer.task))
 
     async def _trained(self, site: SiteId, order: Assignment, answer: Trained) -> None:
         task, digest = answer.task, answer.update.digest
         self._holds.hold(digest)
         self._uploads[digest] += 1
         try:
-            update = await asyncio.to_thread(self._read_update, site, order, answer)
+            event = await asyncio.to_thread(self._read_answer, site, order, answer)
         except (FedmlError, OSError) as error:
             self._let_go(digest)
             gone = isinstance(error, Refused | OSError)  # maybe with another run's equal update
@@ -150,7 +160,19 @@ class Host:
                 self.tell(SiteLost(site, f"update refused: {_line(str(error))}", task=task))
         else:
             failpoints.reach("update.read")
-            self.tell(UpdateArrived(update, digest))
+            self.tell(event)
+
+    def _read_answer(
+        self, site: SiteId, order: Assignment, answer: Trained
+    ) -> UpdateArrived | Said:
+        """Return an update, or masked words, mapped from its file."""
+        if not order.masking:
+            return UpdateArrived(self._read_update(site, order, answer), answer.update.digest)
+        terms = self.run.terms
+        if terms is None:
+            raise MalformedMessage("its round is over")
+        path = self._holds.store.path(answer.update.digest)
+        return veil.masked(site, answer, path, terms)
 
     def _read_update(self, site: SiteId, order: Assignment, answer: Trained) -> Update:
         parts = read(self._holds.store.path(answer.update.digest))
@@ -191,6 +213,8 @@ class Host:
                 commands.extend(await self._decide(event))
                 if isinstance(event, UpdateArrived):
                     self._taken(event.update.site, event.update.task, event.digest)
+                elif isinstance(event, Said) and event.digest:
+                    self._taken(event.message.site, event.task, event.digest)
                 del event  # or an update would stay mapped while we wait
         finally:
             self._leave()
@@ -256,8 +280,8 @@ class Host:
                 self._desk.assign(task.site, await self._assignment(task))
             case CancelTask(task, site, reason):
                 self._desk.cancel(site, task, reason)
-            case Relay():
-                raise AssertionError("a plan with secagg is refused when it is submitted")
+            case Relay(task, site, message):
+                self._desk.tell(site, veil.told(task, message))
             case WakeAt(seconds, token):
                 loop = asyncio.get_running_loop()
                 self._timers.append(loop.call_later(seconds, self.tell, Tick(token)))
@@ -373,6 +397,7 @@ class Host:
             cohort=len(self._asked),
             seed=plan.task_seed(task.round, task.site),
             deadline=plan.cohort.deadline,
+            masking=veil.masking(self.run.terms, plan.secagg) if self.run.terms else "",
         )
 
     async def _encoded(self, brief: Brief) -> Blob:

@@ -189,6 +189,7 @@ class Assignment:
     cohort: int = 1  # how many sites were asked; a site's policy may want a minimum
     seed: int = 0  # of batch order and dropout; never of privacy noise
     deadline: float = 600.0
+    masking: str = ""  # `secagg.Masking` as JSON if the round is masked: the answer must be
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
@@ -239,7 +240,16 @@ class Beat:
     """I am alive; sent both ways on a quiet stream."""
 
 
-Command = Welcome | Assignment | Cancel | Forget | ReleaseNotice | Beat
+@dataclass(frozen=True)
+class SecaggTold:
+    """The coordinator's part in masking a task's round; `data` is a message of `secagg`."""
+
+    task: TaskId
+    word: Literal["adverts", "boxes", "survivors", "consents"]
+    data: bytes
+
+
+Command = Welcome | Assignment | Cancel | Forget | ReleaseNotice | Beat | SecaggTold
 
 
 # --- events: all that a site ever sends -------------------------------------------------------
@@ -282,6 +292,7 @@ class Hello:
     `kept` are the tasks whose results the site still holds, `runs` those of which it has an
     algorithm's own state; it is told which it may forget.
     `runs_at_once` is in how many runs it takes part at a time; 0 is as many as there are.
+    `roster` is the digest, in hex, of the roster of masked rounds that its operator accepted.
     """
 
     version: str
@@ -292,6 +303,7 @@ class Hello:
     kept: tuple[TaskId, ...] = ()
     runs: tuple[RunId, ...] = ()
     runs_at_once: int = 0
+    roster: str = ""
 
 
 @dataclass(frozen=True)
@@ -322,7 +334,8 @@ class Failed:
 class Trained:
     """The update is on the site's disk, charged, and uploaded as `update`.
 
-    Parts of the blob: `delta`, and each slot by its name.
+    Parts of the blob: `delta`, and each slot by its name. Of a masked round, whatever its kind,
+    the blob is masked words, and weight and metrics are in them.
     """
 
     task: TaskId
@@ -342,4 +355,13 @@ class Scored:
     epsilon: float = 0.0
 
 
-SiteEvent = Hello | Accepted | Declined | Failed | Trained | Scored | Serving | Beat
+@dataclass(frozen=True)
+class SecaggSaid:
+    """The site's part in masking a task's round; `data` is a message of `secagg`."""
+
+    task: TaskId
+    word: Literal["advert", "shares", "consent", "unmasking"]
+    data: bytes
+
+
+SiteEvent = Hello | Accepted | Declined | Failed | Trained | Scored | Serving | Beat | SecaggSaid

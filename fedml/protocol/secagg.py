@@ -10,13 +10,16 @@ checked by the session that takes the message.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedml.errors import ConfigError
-from fedml.protocol.messages import SiteId, check_id
+from fedml.durable import dump_json
+from fedml.errors import ConfigError, MalformedMessage
+from fedml.protocol.messages import Privacy, RecipeId, SiteId, Training, check_id
+from fedml.records import from_record, to_record
 
 KEY = DIGEST = 32  # bytes
 SIGNATURE = 64
@@ -71,6 +74,63 @@ class Secagg:
     def is_on(self) -> bool:
         """True if sums are masked."""
         return self.mode != "none"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the masked vector: `size` numbers within +-`clip`; what is beyond is clipped.
+
+    A `fine` part takes two words a number, for a resolution of about 2^-50 of its range: meant
+    for the few numbers of metrics and counts.
+    """
+
+    name: str
+    size: int
+    clip: float
+    fine: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or not 0 < self.clip < math.inf:
+            raise ConfigError(
+                f"part {self.name!r}: size {self.size}, clip {self.clip}; the clip is above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What an order of a masked round says of it, beside what every order does."""
+
+    attempt: int
+    cohort: tuple[SiteId, ...]
+    threshold: int
+    parts: tuple[Part, ...]
+    settings: Secagg
+
+    def to_json(self) -> str:
+        """Return canonical JSON, as it travels in `Assignment.masking`."""
+        return dump_json(to_record(self)).decode()
+
+    @staticmethod
+    def from_json(text: str) -> Masking:
+        """Return what `to_json` wrote; raises `MalformedMessage`."""
+        try:
+            return from_record(Masking, json.loads(text), "masking")
+        except (ValueError, RecursionError, ConfigError) as error:
+            raise MalformedMessage(f"masking: {error}") from error
+
+
+def about(
+    recipe: RecipeId,
+    training: Training,
+    privacy: Privacy,
+    rule: str,
+    settings: Mapping[str, float],
+    secagg: Secagg,
+) -> str:
+    """Return, as canonical text, what else must be the same at all sites of a masked round."""
+    floats = {name: float(value) for name, value in settings.items()}
+    parts = (recipe, training, privacy, rule, floats, secagg)
+    return dump_json([to_record(part) for part in parts]).decode()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fedml.rounds.hosting import (
     Tick,
 )
 from fedml.rounds.masked import MaskedRound, Relay, Said, terms_of
-from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan
+from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan, about_of
 from fedml.rounds.round import (
     CancelTask,
     Opening,
@@ -63,6 +63,7 @@ __all__ = [
     "Tick",
     "UpdateArrived",
     "WakeAt",
+    "about_of",
     "draw",
     "eligible",
     "terms_of",

@@ -63,8 +63,13 @@ Event = Said | rounds.Event
 Command = SendTask | CancelTask | WakeAt | Relay | Close | Fail
 
 
-def terms_of(opening: Opening, brief: Brief, settings: Secagg, roster: Roster) -> Terms:
-    """Return what a round is about, as the coordinator and each site work it out alike."""
+def terms_of(
+    opening: Opening, brief: Brief, settings: Secagg, roster: Roster, about: str = ""
+) -> Terms:
+    """Return what a round is about, as the coordinator and each site work it out alike.
+
+    `about` is what else must be equal: see `protocol.secagg.about`.
+    """
     train = opening.kind == "train"
     parts = vectors.parts_of(brief, settings) if train else vectors.score_parts(settings)
     least = least_threshold(len(opening.asked), settings.colluders)
@@ -79,6 +84,7 @@ def terms_of(opening: Opening, brief: Brief, settings: Secagg, roster: Roster) -
         parts=parts,
         weight_cap=settings.weight_cap,
         kind=opening.kind,
+        settings=about,
     )
 
 
@@ -101,8 +107,9 @@ class MaskedRound:
     fewer sites than the threshold are left at any time; no update is known then.
     """
 
-    def __init__(self, opening: Opening, settings: Secagg, roster: Roster) -> None:
+    def __init__(self, opening: Opening, settings: Secagg, roster: Roster, about: str = "") -> None:
         self.opening, self._settings, self._roster = opening, settings, roster
+        self._about = about
         self._sums: Coordinator | None = None
         self._brief: Brief | None = None
         self._counted: dict[SiteId, Counted] = {}
@@ -120,6 +127,11 @@ class MaskedRound:
             where = f"unmasking the sum of {len(self._counted)} of {asked} sites"
         return where + (f", {lost} lost" if lost else "")
 
+    @property
+    def terms(self) -> Terms:
+        """What the round is about, once it is open."""
+        return self._open_sums().terms
+
     def awaits(self, token: str) -> bool:
         """True if `token` is of a deadline that still matters."""
         return not self._over and token == self._token
@@ -127,7 +139,7 @@ class MaskedRound:
     def open(self, brief: Brief) -> list[SendTask | WakeAt]:
         """Start the round: one task per site, a deadline, and one for the first exchange."""
         opening, self._brief = self.opening, brief
-        terms = terms_of(opening, brief, self._settings, self._roster)
+        terms = terms_of(opening, brief, self._settings, self._roster, self._about)
         self._sums = Coordinator(self._roster, terms)
         tasks = [
             Task(opening.task_id(site), opening.run, opening.number, site, opening.kind, brief)

@@ -17,7 +17,8 @@ from typing import cast
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
-from fedml.protocol.secagg import Secagg
+from fedml.protocol.secagg import Secagg, about
+from fedml.protocol.tasks import Brief
 from fedml.records import Reader, from_record, to_record
 from fedml.secagg.terms import LEAST_COHORT
 from fedml.strategies import Strategy, build, describe, measures, needs_means
@@ -138,6 +139,11 @@ class Plan:
         """Return the seed of a site's batch order in a round; the same for every attempt."""
         text = f"{self.seed}.{number}.{site}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def about_of(plan: Plan, brief: Brief) -> str:
+    """Return what all sites of a masked round must have been told alike, beside the model."""
+    return about(plan.recipe, plan.training, plan.privacy, brief.rule, brief.settings, plan.secagg)
 
 
 def _names(plan: Plan) -> Iterator[str]:

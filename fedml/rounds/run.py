@@ -31,9 +31,9 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
-from fedml.rounds.plan import Plan
+from fedml.rounds.plan import Plan, about_of
 from fedml.rounds.selection import Muster, Pool, Roll
-from fedml.secagg import Roster
+from fedml.secagg import Roster, Terms
 from fedml.strategies import Aggregate, ServerState, is_personal, reports
 
 Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
@@ -125,6 +125,12 @@ class Run:
         """The sites of the round that is open; none between rounds."""
         current = self._round
         return current.opening.asked if current else ()
+
+    @property
+    def terms(self) -> Terms | None:
+        """What the round that is open is about, if it is masked."""
+        current = self._round
+        return current.terms if isinstance(current, masked.MaskedRound) else None
 
     @property
     def barred(self) -> Mapping[str, str]:
@@ -329,7 +335,8 @@ class Run:
             return rounds.Round(opening, self.plan.strategy.reducer, reports(brief))
         if self._roster is None:
             raise ConfigError("secagg=sa1 without a roster of the sites' identity keys")
-        return masked.MaskedRound(opening, self.plan.secagg, self._roster)
+        more = about_of(self.plan, brief)
+        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more)
 
     def _carry(
         self, commands: Sequence[rounds.Command | masked.Command], now: float

@@ -16,9 +16,9 @@ from torch import Tensor
 from fedml.errors import MalformedUpdate, RoundFailed
 from fedml.params import Layout, Params
 from fedml.protocol.messages import Scores
-from fedml.protocol.secagg import Secagg
+from fedml.protocol.secagg import Part, Secagg
 from fedml.protocol.tasks import Brief, Report, Update
-from fedml.secagg.masking import Floats, Part, Total
+from fedml.secagg.masking import Floats, Total
 from fedml.strategies import NUMBER, Aggregate, numbers, reports
 
 _WIDE = (torch.float32, torch.float64)  # what numpy and a `Total` deal in as it is

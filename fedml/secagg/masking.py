@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from fedml.errors import ConfigError, MalformedUpdate, RoundFailed
+from fedml.protocol.secagg import Part
 
 T = TypeVar("T")
 Words = NDArray[np.uint32]
@@ -35,26 +36,6 @@ _TILE = 2**15  # words; with its key stream and scratch it stays in the cache of
 _BLOCK = 4  # words of one AES block
 _ROUND = 1.5 * 2.0**52  # added to a float64, it leaves the nearest whole number in the low bits
 _MOST_SITES = 2**12
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of the vector: `size` numbers within +-`clip`; what is beyond is clipped.
-
-    A `fine` part takes two words a number, for a resolution of about 2^-50 of its range: meant
-    for the few numbers of metrics and counts.
-    """
-
-    name: str
-    size: int
-    clip: float
-    fine: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size < 0 or not 0 < self.clip < math.inf:
-            raise ConfigError(
-                f"part {self.name!r}: size {self.size}, clip {self.clip}; the clip is above 0"
-            )
 
 
 @dataclass(frozen=True)

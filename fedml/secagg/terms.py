@@ -14,9 +14,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedml.errors import ConfigError, Refused, Untrusted
-from fedml.protocol.messages import RunId, SiteId, check_digest, check_id
-from fedml.protocol.secagg import KEY, check_length
-from fedml.secagg.masking import Grid, Part
+from fedml.protocol.messages import Assignment, RunId, SiteId, check_digest, check_id
+from fedml.protocol.secagg import KEY, Masking, Part, about, check_length
+from fedml.secagg.masking import Grid
 
 LEAST_COHORT = 3  # of two, each knows the other's vector from the sum
 
@@ -66,6 +66,23 @@ class Roster:
             raise ConfigError("roster: a site is on it twice; each has one identity key")
         if len({member.key for member in members}) < len(members):
             raise ConfigError("roster: two sites have the same identity key; each needs its own")
+
+    @staticmethod
+    def parse(text: bytes, what: str) -> Roster:
+        """Return the roster in a JSON object of sites' names and keys in hex.
+
+        `what` names it in the `ConfigError` that is raised at anything else.
+        """
+        try:
+            named = json.loads(text)
+            rows = [Member(SiteId(str(n)), bytes.fromhex(key)) for n, key in named.items()]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f'{what}: no roster; it has the form {{"site": "key in hex"}}') from (
+                error
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{what}: {error}") from error
+        return Roster(tuple(rows))
 
     @cached_property
     def keys(self) -> Mapping[SiteId, bytes]:
@@ -158,6 +175,30 @@ class Terms:
         settings = bind(json.dumps(record, separators=(",", ":"), sort_keys=True))
         about = (self.run, self.round, self.attempt, self.model)
         return bind("fedml-sa1", *about, self.roster, settings)
+
+    @staticmethod
+    def of(order: Assignment, masking: Masking, roster: Roster) -> Terms:
+        """Return what a site makes of an order, with its own roster and the model it trains."""
+        return Terms(
+            run=order.run,
+            round=order.round,
+            attempt=masking.attempt,
+            model=order.model.digest,
+            roster=roster.digest,
+            cohort=masking.cohort,
+            threshold=masking.threshold,
+            parts=masking.parts,
+            weight_cap=masking.settings.weight_cap,
+            kind=order.kind,
+            settings=about(
+                order.recipe,
+                order.training,
+                order.privacy,
+                order.rule,
+                order.settings,
+                masking.settings,
+            ),
+        )
 
     @property
     def sum(self) -> str:

@@ -10,6 +10,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fedml.errors import ConfigError
 from fedml.protocol.messages import DatasetCard, SiteId, TaskId
@@ -38,6 +39,7 @@ from fedml.rounds import (
     Tick,
     UpdateArrived,
     WakeAt,
+    about_of,
 )
 from fedml.simulation.executors.base import Answer, CutTask, Executor
 from fedml.simulation.marks import mark_of, marks_of
@@ -63,7 +65,7 @@ def statuses(plan: Plan, sites: Iterable[SiteId]) -> tuple[SiteStatus, ...] | Po
     if isinstance(sites, Pool):
         return sites
     card = DatasetCard(plan.dataset, 1, "0" * 64)
-    return tuple(SiteStatus(site, True, (plan.recipe,), (card,)) for site in sites)
+    return tuple(SiteStatus(site, True, (plan.recipe,), (card,), can_mask=True) for site in sites)
 
 
 @dataclass
@@ -89,7 +91,8 @@ class Engine:
             return
         if isinstance(self.sites, Pool):
             raise ConfigError("secagg with a crowd: use a population whose sites are listed")
-        self._veil = Veil(self.run.plan.secagg, [status.site for status in self.sites])
+        plan, sites = self.run.plan, [status.site for status in self.sites]
+        self._veil = Veil(plan.secagg, sites, partial(about_of, plan))
         self.run.enrol(self._veil.roster)
 
     def play(self) -> Outcome:

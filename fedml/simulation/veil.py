@@ -5,7 +5,7 @@ Identities are made anew for each simulation, and what would cross the network c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,8 +21,14 @@ from fedml.secagg import Demands, Member, Roster, Site, Terms
 class Veil:
     """Masks what simulated sites answer, and speaks for them until the sum is unmasked."""
 
-    def __init__(self, settings: Secagg, sites: Sequence[SiteId]) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: Secagg,
+        sites: Sequence[SiteId],
+        about: Callable[[Brief], str] = lambda _: "",
+    ) -> None:
+        """Mask for `sites`; `about` says what they were told beside the model."""
+        self._settings, self._about = settings, about
         self._identities = {site: Ed25519PrivateKey.generate() for site in sites}
         keys = {s: key.public_key().public_bytes_raw() for s, key in self._identities.items()}
         self.roster = Roster(tuple(Member(site, key) for site, key in keys.items()))
@@ -39,7 +45,8 @@ class Veil:
     def terms(self, brief: Brief) -> Terms:
         """Return what the open round is about, as each site works it out."""
         assert self._opening is not None, "no round is open"
-        return terms_of(self._opening, brief, self._settings, self.roster)
+        about = self._about(brief)
+        return terms_of(self._opening, brief, self._settings, self.roster, about)
 
     def begin(self, task: Task) -> Said | SiteLost:
         """Begin a task's session; return the site's keys for the round."""

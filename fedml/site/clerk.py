@@ -8,7 +8,7 @@ forgotten is never done again, for a second answer to the same order would be a 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +27,16 @@ from fedml.protocol.messages import (
     RecipeId,
     RunId,
     Scored,
+    SecaggTold,
     SiteEvent,
     TaskId,
     Trained,
 )
+from fedml.secagg.terms import LEAST_COHORT, Demands
 from fedml.site.backoff import Backoff
 from fedml.site.foreman import Foreman
 from fedml.site.gate import Permit, check_room, decide
+from fedml.site.masks import Masks
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
 from fedml.transport.chunks import BlobStore, transit_blob
@@ -92,6 +95,9 @@ class Clerk:
         # what a task needs lies in its own folder
         self._blobs = BlobStore.in_transit(folder / "blobs", _LARGEST_BLOB)
         self._foreman = Foreman(policy)
+        demands = Demands(max(LEAST_COHORT, policy.minimum_cohort), policy.colluders)
+        self._masks = Masks(folder, site, demands, tell)
+        self._chores: set[asyncio.Task[None]] = set()
         self._jobs: dict[TaskId, _Job] = {}
         self._draining = False
         self._leaving: set[asyncio.Task[None]] = set()
@@ -123,7 +129,7 @@ class Clerk:
 
     async def stop(self) -> None:
         """Stop working at once; what is on the disk is taken up again by the next clerk."""
-        jobs = [*(job.work for job in self._jobs.values()), *self._leaving]
+        jobs = [*(job.work for job in self._jobs.values()), *self._leaving, *self._chores]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
@@ -141,12 +147,28 @@ class Clerk:
         """Delete an algorithm's own state: its run is over."""
         _guarded(run, lambda: self._memory.conclude(run))
 
+    @property
+    def roster(self) -> str:
+        """The digest of the roster of masked rounds that was accepted here."""
+        return self._masks.roster
+
+    def hear(self, told: SecaggTold) -> None:
+        """Do what the coordinator says of a masked round."""
+        self._chore(self._masks.hear(told))
+
+    def _chore(self, work: Coroutine[None, None, None]) -> None:
+        chore = asyncio.create_task(work)
+        self._chores.add(chore)
+        chore.add_done_callback(self._chores.discard)
+
     def take(self, order: Assignment) -> None:
         """Begin with an order; the same one while it is being answered is a reminder."""
         if self._draining:
             return  # it is sent again when we are back
         if job := self._jobs.get(order.task):
             job.again.set()
+            if order.masking:  # perhaps our keys were lost on the way
+                self._chore(self._masks.advertise(order))
             return
         job = _Job(order, asyncio.create_task(self._answer(order)))
         self._jobs[order.task] = job
@@ -198,6 +220,7 @@ class Clerk:
         failpoints.reach("task.voided")
         self._memory.forget(task, counted=counted)
         self._told.discard(task)
+        self._masks.drop(task)
         if isinstance(result, Trained):
             self._blobs.delete(result.update.digest)
         if order is not None:
@@ -251,6 +274,8 @@ class Clerk:
             return kept
         # finding the noise takes seconds: the stream must beat meanwhile
         permit = await asyncio.to_thread(decide, self._policy, order, self.installed)
+        if order.masking:
+            self._masks.open(order, known=known)
         check_room(self._policy, self._others(order))  # no await until it is ours: no two fit in
         ledger = self._ledgers.get(order.dataset) if permit.event else None
         desk = self._memory.accept(order)  # before the ledger: a reservation is never orphaned
@@ -258,6 +283,8 @@ class Clerk:
         if ledger is not None:
             await self._reserve(ledger, order, permit, desk)
         await self._tell(Accepted(order.task))
+        if order.masking:
+            await self._masks.advertise(order)
         try:
             await self._work(order, permit, desk)
         except TaskFailed:
@@ -271,10 +298,18 @@ class Clerk:
             epsilon = await asyncio.to_thread(lambda: ledger.spent(run=order.run))
             telemetry.EPSILON.labels(order.dataset).set(await asyncio.to_thread(ledger.spent))
         failpoints.reach("work.charged")
+        if order.masking:
+            await self._mask(order, desk)
         result = await asyncio.to_thread(_read_result, order, desk, epsilon)
         self._memory.finish(result)
         failpoints.reach("result.kept")
         return result
+
+    async def _mask(self, order: Assignment, desk: Desk) -> None:
+        """Put the masked words where the update would be, once the others' shares are here."""
+        outcome = durable.read_json(desk.outcome)
+        path = await self._masks.mask(order, desk.folder, outcome["parts"], outcome["weight"])
+        path.replace(desk.update)
 
     def _others(self, order: Assignment) -> set[RunId]:
         """Return the other runs that we hold tasks of, but for those being dropped just now."""
@@ -369,6 +404,8 @@ def _guarded(id: TaskId | RunId, act: Callable[[], None]) -> None:
 def _read_result(order: Assignment, desk: Desk, epsilon: float) -> Result:
     outcome = durable.read_json(desk.outcome)
     try:
+        if order.masking:
+            return Trained(order.task, transit_blob(desk.update), 0.0, {}, epsilon)
         if order.kind == "evaluate":
             return Scored(order.task, outcome["totals"], outcome["count"], epsilon)
         blob = transit_blob(desk.update)

@@ -29,6 +29,7 @@ from fedml.protocol.messages import (
     Hello,
     ReleaseNotice,
     RunId,
+    SecaggTold,
     Serving,
     SiteEvent,
     Welcome,
@@ -168,6 +169,8 @@ class Daemon:
                 clerk.take(command)
             case Cancel(task, reason):
                 clerk.drop(task, reason)
+            case SecaggTold():
+                clerk.hear(command)
             case Forget(task, counted, run):
                 clerk.forget(task, counted=counted)
                 if run:
@@ -212,6 +215,7 @@ class Daemon:
             clerk.kept(),
             clerk.runs(),
             self._policy.runs_at_once,
+            clerk.roster,
         )
 
     async def _stop(self, clerk: Clerk) -> None:

@@ -34,6 +34,8 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"policy minimum_cohort = {policy.minimum_cohort}: "
             f"this round asks only {assignment.cohort} sites"
         )
+    if policy.secagg == "required" and not assignment.masking:
+        raise Refused("policy secagg = 'required': the task's answer would not be masked")
     _check_recipe(policy, assignment.recipe, installed)
     dataset = policy.datasets.get(assignment.dataset)
     if dataset is None:

@@ -29,7 +29,10 @@ from fedml.lifeline import die_with_parent
 from fedml.params import decode, encode
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, SiteId
+from fedml.protocol.secagg import Masking
 from fedml.protocol.tasks import Brief, Slots, Task
+from fedml.rounds import vectors
+from fedml.secagg.masking import Floats
 
 
 def main() -> None:
@@ -86,8 +89,8 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
     failpoints.reach("worker.begun")
     assignment = codec.decode(Assignment, (folder / "assignment").read_bytes())
     recipe = load(assignment.recipe, job["recipe_files"])
-    parts = decode(Path(job["model"]).read_bytes())
-    brief = Brief(parts.pop(""), assignment.rule, assignment.settings, parts)
+    tensors = decode(Path(job["model"]).read_bytes())
+    brief = Brief(tensors.pop(""), assignment.rule, assignment.settings, tensors)
     task = Task(
         assignment.task,
         assignment.run,
@@ -104,7 +107,11 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
     else:
         rows = recipe.read(Path(job["rows"]))
         report = evaluate(recipe, task, rows, assignment.privacy, str(job["device"]), memory)
-        outcome = {"totals": dict(report.totals), "count": report.count}
+        outcome: dict[str, object] = {"totals": dict(report.totals), "count": report.count}
+        if assignment.masking:
+            settings = Masking.from_json(assignment.masking).settings
+            parts = _leave_vector(folder, vectors.scores_of(report, settings))
+            outcome = {"parts": parts, "weight": settings.weight_cap}
         durable.replace(folder / "outcome.json", durable.dump_json(outcome))
 
 
@@ -125,12 +132,23 @@ def _train(
         seed=assignment.seed,
         public_rows=int(job["public_rows"]),
     )
-    _write(folder / "update.safetensors", {"delta": update.delta, **update.slots})
+    outcome: dict[str, object] = {"weight": update.weight, "metrics": dict(update.metrics)}
+    if assignment.masking:
+        settings = Masking.from_json(assignment.masking).settings
+        parts = _leave_vector(folder, vectors.numbers_of(update, task.brief, settings))
+        outcome = {"parts": parts, "weight": update.weight}
+    else:
+        _write(folder / "update.safetensors", {"delta": update.delta, **update.slots})
     if kept:
         _write(folder / "memory.safetensors", kept)
     failpoints.reach("worker.trained")
-    outcome = {"weight": update.weight, "metrics": dict(update.metrics)}
     durable.replace(folder / "outcome.json", durable.dump_json(outcome))
+
+
+def _leave_vector(folder: Path, values: Mapping[str, Floats]) -> list[tuple[str, str, int]]:
+    """Write the numbers that go into a masked sum one after the other; return what they are."""
+    durable.replace(folder / "vector", *(array.tobytes() for array in values.values()))
+    return [(name, str(array.dtype), len(array)) for name, array in values.items()]
 
 
 def _write(path: Path, parts: Mapping[str, Any]) -> None:
