@@ -6,7 +6,7 @@ core's cache, so beside the vector itself nothing of its size is ever held.
 
 Rounding is to the nearest, not random: the same update gives the same words, and the sum is as
 exact as the ring allows. The error of a mean's element is at most n / 2 steps over the weights'
-sum, a step being clip * n / 2^31: 1e-9 for ten sites of half weight and clip 0.5.
+sum, a step being clip * n / 2^31: 2.3e-9 for ten sites of half weight and clip 0.5.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedml.errors import ConfigError, MalformedUpdate, RoundFailed
-from fedml.secagg.masking import SLICE, Grid, Mask, Part, Total, Vector, Words, mask
+from fedml.protocol.secagg import Part
+from fedml.secagg.masking import SLICE, Grid, Mask, Total, Vector, Words, mask
 
 KEY, OTHER = bytes(range(32)), bytes(range(32, 64))
 LONG = Grid(3, (Part("delta", 2 * SLICE + 12345, 0.5), Part("metrics", 3, 10.0, fine=True)))
