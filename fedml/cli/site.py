@@ -244,6 +244,38 @@ def recipes(
     )
 
 
+@app.command()
+def roster(
+    folder: Dir,
+    accept: Annotated[
+        Path | None, typer.Option(help="File with the consortium's roster, to be accepted here.")
+    ] = None,
+) -> None:
+    """Print this site's key for masked rounds, and the roster that was accepted; or accept one.
+
+    A roster is a JSON object of sites and keys. Compare its digest with the other operators', by
+    telephone: the coordinator has no say in it. The daemon reads it when it starts.
+
+    Example: fedml site roster ./bern --accept roster.json
+    """
+    from fedml.errors import ConfigError
+    from fedml.protocol.messages import SiteId
+    from fedml.site import masks
+    from fedml.site.settings import read_settings
+
+    name = SiteId(read_settings(folder).name)
+    if accept is not None:
+        if not accept.is_file():
+            raise ConfigError(f"--accept {accept}: no such file")
+        masks.accept(folder, name, accept.read_bytes(), str(accept))
+    key = masks.identity(folder).public_key().public_bytes_raw().hex()
+    typer.echo(f'{{"{name}": "{key}"}}')
+    if (found := masks.accepted(folder)) is not None:
+        typer.echo(f"accepted here: roster {found.digest.hex()}")
+        for member in found.members:
+            typer.echo(f"  {member.site} {member.key.hex()}")
+
+
 def serve_only(folder: Path, rest_port: int, grpc_port: int) -> None:
     """Serve a site's shelf without a coordinator or any training."""
     from fedml.serving.standalone import run as serve

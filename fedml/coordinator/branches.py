@@ -37,6 +37,7 @@ from fedml.protocol.messages import (
     ReleaseNotice,
     Roster,
     Scored,
+    SecaggTold,
     SiteEvent,
     SiteId,
     Summed,
@@ -113,7 +114,7 @@ class _Branch:
                 self._asked.add(_round(task, site))
             case Cancel() | Forget():
                 self._errands.append(Errand(site, codec.encode_command(command)))
-            case Welcome() | Beat() | ReleaseNotice() | Orders() | Errands():
+            case Welcome() | Beat() | ReleaseNotice() | Orders() | Errands() | SecaggTold():
                 return  # the region's own, or not for leaves
         if not self._flushing:
             self._flushing = True

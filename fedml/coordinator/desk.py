@@ -35,6 +35,8 @@ from fedml.protocol.messages import (
     Roster,
     RunId,
     Scored,
+    SecaggSaid,
+    SecaggTold,
     Serving,
     SiteEvent,
     SiteId,
@@ -44,11 +46,13 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.protocol.operations import SiteInfo
+from fedml.protocol.secagg import Masking
 from fedml.rounds.selection import SiteStatus
+from fedml.secagg import Grid
 from fedml.transport.desks import Send
 from fedml.transport.pulse import Pulse
 
-Answer = Declined | Failed | Trained | Scored | Summed
+Answer = Declined | Failed | Trained | Scored | Summed | SecaggSaid
 Hear = Callable[[SiteEvent], None]
 _OFFERS = 3  # updates that a site may offer for a task: one, and two more after a mishap
 _BEATS_IN_ONE_GO = 100  # a few milliseconds, then others have their turn
@@ -77,6 +81,7 @@ class _Seat:
     seen: float = 0.0
     outstanding: dict[TaskId, Assignment] = field(default_factory=dict)
     settled: set[TaskId] = field(default_factory=set)  # answered, and the answer was taken in
+    told: dict[TaskId, SecaggTold] = field(default_factory=dict)  # the last word on its masking
     offers: dict[TaskId, _Offers] = field(default_factory=dict)
     farewell: asyncio.TimerHandle | None = None
     pulse: Pulse = field(default_factory=Pulse)
@@ -102,11 +107,12 @@ class Desk:
         models: Callable[[], list[str]],
         is_over: Callable[[RunId], bool] = lambda _: False,
         is_open: Callable[[TaskId], bool] = lambda _: False,
+        roster: str = "",
     ) -> None:
         self._heartbeat, self._grace = heartbeat, grace
         self._answered, self._lost, self._changed = answered, lost, changed
         self._was_counted, self._models = was_counted, models
-        self._is_over, self._is_open = is_over, is_open
+        self._is_over, self._is_open, self._roster = is_over, is_open, roster
         self._seats: dict[SiteId, _Seat] = {}
         self._here = 0  # how many seats have a stream
         self._beats: asyncio.Task[None] | None = None
@@ -122,10 +128,18 @@ class Desk:
         self._push(seat, assignment)
         failpoints.reach("task.assigned")
 
+    def tell(self, site: SiteId, told: SecaggTold) -> None:
+        """Say what masking a task's round needs next, now or when the site is back."""
+        seat = self._seat(site)
+        if told.task in seat.outstanding:
+            seat.told[told.task] = told
+            self._push(seat, told)
+
     def cancel(self, site: SiteId, task: TaskId, reason: str) -> None:
         """Take a task back."""
         seat = self._seat(site)
         seat.settled.discard(task)
+        seat.told.pop(task, None)
         if seat.outstanding.pop(task, None):
             self._push(seat, Cancel(task, reason))
 
@@ -134,6 +148,7 @@ class Desk:
         seat = self._seat(site)
         seat.outstanding.pop(task, None)
         seat.settled.discard(task)
+        seat.told.pop(task, None)
         self._push(seat, Forget(task, counted, run))
         failpoints.reach("task.forgotten")
 
@@ -199,10 +214,16 @@ class Desk:
                 seat.hello.datasets if seat.hello else (),
                 seat.hello.runs_at_once if seat.hello else 0,
                 region=seat.via,
+                can_mask=self._can_mask(seat),
             )
             for site, seat in sorted(self._seats.items())
             if not seat.is_region
         )
+
+    def _can_mask(self, seat: _Seat) -> bool:
+        """True if a site accepted our roster; a region carries no messages of masked rounds."""
+        accepted = seat.hello.roster if seat.hello and not seat.via else ""
+        return bool(self._roster) and accepted == self._roster
 
     def sites(self) -> tuple[SiteInfo, ...]:
         """What operators see of every site seen so far."""
@@ -280,7 +301,7 @@ class Desk:
         """
         seat = self._seat(site)
         order = seat.outstanding.get(task)
-        if order is None or order.kind != "train":
+        if order is None or (order.kind != "train" and not order.masking):
             return "no update is expected"
         wide = _WIDEST * order.model.size + 2**20
         if blob.size > (most := wide if seat.via else largest_update(order)):
@@ -375,6 +396,8 @@ class Desk:
         for task, assignment in seat.outstanding.items():
             if task not in seat.settled and not known:
                 send(assignment)
+            if task in seat.told:
+                send(seat.told[task])
         for model in self._models():
             send(ReleaseNotice(model))
 
@@ -400,7 +423,7 @@ class Desk:
 
     def _hear(self, site: SiteId, seat: _Seat, event: SiteEvent) -> None:
         match event:
-            case Declined(task) | Failed(task) | Trained(task) | Scored(task):
+            case Declined(task) | Failed(task) | Trained(task) | Scored(task) | SecaggSaid(task):
                 if task in seat.outstanding:  # else a stranger's task, or one long over
                     self._answered(site, seat.outstanding[task], event)
             case Accepted(task):
@@ -459,9 +482,13 @@ class Desk:
 def largest_update(order: Assignment) -> int:
     """Return how many bytes an update may have: twice the model's, and a little.
 
-    Algorithms report slots as large as the model at most once.
+    Algorithms report slots as large as the model at most once. Masked words are as many as the
+    round's terms say.
     """
-    return 2 * order.model.size + 2**20
+    if not order.masking:
+        return 2 * order.model.size + 2**20
+    masking = Masking.from_json(order.masking)
+    return 4 * Grid(len(masking.cohort), masking.parts).length
 
 
 def _over(run: RunId) -> Forget:

@@ -6,6 +6,7 @@ enrolment/         tokens, revoked     releases/                the signed repos
 operator/          the first profile   registry/                MLflow, unless elsewhere
 audit.jsonl        who did what        press/                   bundles in the making
 parent/  shares/   a region's papers for its parent, and its rounds that are open
+roster.json        sites that mask, and their keys: put there by an operator
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedml.identity.enrolment import Invitations
 from fedml.identity.receipts import Sealer
 from fedml.releases.registry import Registry
 from fedml.releases.signing import Repository
+from fedml.secagg import Roster
 
 FIRST_OPERATOR = "admin"
 _OPERATOR_DAYS = 365.0
@@ -42,6 +44,7 @@ class Folder:
     audit: AuditLog
     releases: Repository
     sealer: Sealer
+    roster: Roster | None = None  # of masked rounds
 
     @staticmethod
     def open(path: Path) -> Folder:
@@ -59,6 +62,7 @@ class Folder:
             AuditLog(path / "audit.jsonl"),
             Repository(path / "releases"),
             Sealer.open(path / "ca" / "receipts.json", authority),
+            _roster(path / "roster.json"),
         )
 
     def registry(self) -> Registry:
@@ -68,6 +72,10 @@ class Folder:
         folder = self.path / "registry"
         uri = self.settings.registry or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
         return MlflowRegistry(uri, folder / "artifacts")
+
+
+def _roster(path: Path) -> Roster | None:
+    return Roster.parse(path.read_bytes(), str(path)) if path.exists() else None
 
 
 def create(path: Path, settings: Settings) -> None:

@@ -19,14 +19,24 @@ import structlog
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from fedml import failpoints, telemetry
+from fedml.coordinator import veil
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.intake import Intake
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.coordinator.patience import insist
 from fedml.coordinator.post import Post
+from fedml.errors import MalformedMessage
 from fedml.params import read
-from fedml.protocol.messages import Assignment, Blob, RunId, SiteId
+from fedml.protocol.messages import (
+    Assignment,
+    Blob,
+    RunId,
+    SecaggSaid,
+    SiteId,
+    TaskId,
+    Trained,
+)
 from fedml.protocol.operations import Receipt, RunInfo
 from fedml.protocol.tasks import Task
 from fedml.rounds.hosting import (
@@ -42,6 +52,7 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
+from fedml.rounds.masked import Relay, Said
 from fedml.rounds.round import CancelTask, SendTask, SiteLost, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
@@ -75,7 +86,7 @@ class Host:
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._post = Post(holds, run.plan.wire)
         self._state: tuple[ServerState, Blob] | None = None  # the last one that was committed
-        self._intake = Intake(desk, holds, self.tell, self._wait)
+        self._intake = Intake(desk, holds, self.tell, self._wait, self._masked)
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
         self._looking: asyncio.TimerHandle | None = None
@@ -111,7 +122,23 @@ class Host:
     async def answered(self, site: SiteId, order: Assignment, answer: Answer) -> None:
         """Turn a site's answer into an event."""
         bind_contextvars(run=order.run, round=order.round)
-        await self._intake.answered(site, order, answer)
+        if isinstance(answer, SecaggSaid):
+            self._said(site, answer)
+        else:
+            await self._intake.answered(site, order, answer)
+
+    def _said(self, site: SiteId, answer: SecaggSaid) -> None:
+        try:
+            self.tell(veil.said(site, answer))
+        except MalformedMessage as error:
+            self.tell(SiteLost(site, f"message refused: {error}", task=answer.task))
+
+    def _masked(self, site: SiteId, answer: Trained) -> Said:
+        """Return masked words, mapped from their file."""
+        terms = self.run.terms
+        if terms is None:
+            raise MalformedMessage("its round is over")
+        return veil.masked(site, answer, self._holds.store.path(answer.update.digest), terms)
 
     async def play(self) -> End:
         """Carry out the run's commands until it ends."""
@@ -201,22 +228,27 @@ class Host:
                 self._desk.assign(task.site, await self._assignment(task))
             case CancelTask(task, site, reason):
                 self._desk.cancel(site, task, reason)
+            case Relay(task, site, message):
+                self._desk.tell(site, veil.told(task, message))
             case WakeAt(seconds, token):
                 loop = asyncio.get_running_loop()
                 self._timers.append(loop.call_later(seconds, self.tell, Tick(token)))
             case Commit():
                 return await self._commit(command)
             case ForgetTask(task, site):
-                counted = was_counted(self.run.receipts[-1], site)
-                self._desk.forget(site, task, counted=counted)
-                for digest in self._desk.leftovers(site, task):
-                    self._holds.store.abandon(digest, self._desk.door(site))
-                    self._holds.discard(digest)
+                self._forget(task, site)
             case Candidate():
                 await self._candidate(command)
             case End():
                 await self._end(command)
         return []
+
+    def _forget(self, task: TaskId, site: SiteId) -> None:
+        counted = was_counted(self.run.receipts[-1], site)
+        self._desk.forget(site, task, counted=counted)
+        for digest in self._desk.leftovers(site, task):
+            self._holds.store.abandon(digest, self._desk.door(site))
+            self._holds.discard(digest)
 
     async def _end(self, end: End) -> None:
         await asyncio.to_thread(self._journal.append, Ended(self.run.id, end.state, end.detail))
@@ -303,6 +335,7 @@ class Host:
             parcels=parcels,
             up="" if plan.wire.up == "exact" else plan.wire.up,
             keep_model=self._post.sends_deltas,
+            masking=veil.masking(self.run.terms, plan.secagg) if self.run.terms else "",
         )
 
     def _data(self) -> dict[str, str]:

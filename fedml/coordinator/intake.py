@@ -22,6 +22,7 @@ from fedml.protocol.messages import (
     Declined,
     Failed,
     Scored,
+    SecaggSaid,
     SiteId,
     Summed,
     TaskId,
@@ -29,6 +30,7 @@ from fedml.protocol.messages import (
 )
 from fedml.protocol.tasks import Report, Sum, Update
 from fedml.rounds.hosting import Event
+from fedml.rounds.masked import Said
 from fedml.rounds.round import ReportArrived, SiteLost, SumArrived, UpdateArrived
 
 _LONGEST_REASON = 300  # characters of a site's own words that go into a receipt
@@ -46,8 +48,10 @@ class Intake:
         holds: Holds,
         tell: Callable[[Event], None],
         wait: Callable[[str], None],
+        masked: Callable[[SiteId, Trained], Said] | None = None,
     ) -> None:
         self._desk, self._holds, self._tell, self._wait = desk, holds, tell, wait
+        self._masked = masked  # what reads masked words; regions get none
         self._uploads: Counter[str] = Counter()  # not folded in yet, by digest
         self._asked_again: set[TaskId] = set()
 
@@ -61,6 +65,8 @@ class Intake:
             case Scored(task, totals, count, epsilon):
                 report = Report(task, order.round, site, totals, count, epsilon)
                 self._tell(ReportArrived(report))
+            case SecaggSaid(task):
+                self._tell(SiteLost(site, "masked rounds go through no region", task=task))
             case Trained() | Summed():
                 await self._uploaded(site, order, answer)
 
@@ -89,11 +95,15 @@ class Intake:
 
     def _read(
         self, site: SiteId, order: Assignment, answer: Trained | Summed
-    ) -> UpdateArrived | SumArrived:
+    ) -> UpdateArrived | SumArrived | Said:
         if isinstance(answer, Summed):
             parts = read(self._holds.store.path(answer.total.digest))
             total = Sum(order.round, answer.summands, parts, answer.reach)
             return SumArrived(total, site, answer.total.digest)
+        if order.masking:
+            if self._masked is None:
+                raise MalformedMessage("masked words come to no region")
+            return self._masked(site, answer)
         parts = opened(self._holds.store, order, answer, largest_update(order))
         if "delta" not in parts:
             raise MalformedMessage(f"an update without a delta: {sorted(parts)[:5]}")
@@ -116,6 +126,9 @@ class Intake:
             case UpdateArrived(update, digest):
                 self._let_go(digest)
                 self._desk.settle(update.site, update.task)
+            case Said(task, message, _, digest) if digest:
+                self._let_go(digest)
+                self._desk.settle(message.site, task)
             case SumArrived(total, _, digest):
                 self._let_go(digest)
                 for summand in total.summands:

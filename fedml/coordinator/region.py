@@ -34,6 +34,7 @@ from fedml.protocol.messages import (
     Orders,
     ReleaseNotice,
     Roster,
+    SecaggTold,
     SiteEvent,
     SiteId,
     TaskId,
@@ -154,7 +155,7 @@ class Region:
                 self._shares[order.task].take(command)
             case Errands(errands):
                 self._run(errands)
-            case Assignment() | Cancel() | Forget() | ReleaseNotice() | Beat():
+            case Assignment() | Cancel() | Forget() | ReleaseNotice() | Beat() | SecaggTold():
                 pass  # for those that have rows, and serve
 
     def _run(self, errands: tuple[Errand, ...]) -> None:

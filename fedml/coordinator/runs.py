@@ -65,6 +65,7 @@ class Runs:
             models=lambda: folder.releases.models(),
             is_over=self._is_over,
             is_open=self._is_open,
+            roster=folder.roster.digest.hex() if folder.roster else "",
         )
 
     def resume(self) -> None:
@@ -118,6 +119,11 @@ class Runs:
             raise ConfigError(f"starts {starts}: seconds since the epoch, or 0 for now")
         plan = Plan.from_json(text)
         plan.check_served()
+        if plan.secagg.is_on and self._folder.roster is None:
+            raise ConfigError(
+                f"secagg=sa1 and no {self._folder.path / 'roster.json'}: put the sites' roster "
+                "there and start again, see docs/secure-aggregation.md"
+            )
         here = identify(plan.recipe.name)
         if here != plan.recipe:
             raise ConfigError(
@@ -353,7 +359,11 @@ class Runs:
             first = await self._first_params(id, history.plan)
             state = history.plan.strategy.start(first)
         run = Run.resume(id, history.plan, state, history.receipts, history.opened)
-        run.forgive(history.forgiven, "the run had ended" if history.lapsed else "")
+        lapsed = "the run had ended" if history.lapsed else ""
+        if history.plan.secagg.is_on and self._folder.roster is not None:
+            run.enrol(self._folder.roster)
+            lapsed = lapsed or "the coordinator was restarted, and a masked sum was lost"
+        run.forgive(history.forgiven, lapsed)
         return run
 
     async def _first_params(self, id: RunId, plan: Plan) -> Params:

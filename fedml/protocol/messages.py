@@ -240,6 +240,7 @@ class Assignment:
     parcels: tuple[Parcel, ...] = field(default=(), compare=False)
     up: str = ""
     keep_model: bool = False
+    masking: str = ""  # `secagg.Masking` as JSON if the round is masked: the answer must be
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
@@ -291,6 +292,15 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class SecaggTold:
+    """The coordinator's part in masking a task's round; `data` is a message of `secagg`."""
+
+    task: TaskId
+    word: Literal["adverts", "boxes", "survivors", "consents"]
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Lot:
     """One leaf's part in `Orders`: the task that it would get from us, and its seed."""
 
@@ -326,7 +336,10 @@ class Errands:
     errands: tuple[Errand, ...]
 
 
-Command = Welcome | Assignment | Cancel | Forget | ReleaseNotice | Beat | Orders | Errands
+Command = (
+    Welcome | Assignment | Cancel | Forget | ReleaseNotice | Beat
+    | Orders | Errands | SecaggTold
+)  # fmt: skip
 
 
 # --- events: all that a site ever sends -------------------------------------------------------
@@ -369,6 +382,7 @@ class Hello:
     `kept` are the tasks whose results the site still holds, `runs` those of which it has an
     algorithm's own state, or a model; it is told which it may forget.
     `runs_at_once` is in how many runs it takes part at a time; 0 is as many as there are.
+    `roster` is the digest, in hex, of the roster of masked rounds that its operator accepted.
     """
 
     version: str
@@ -379,6 +393,7 @@ class Hello:
     kept: tuple[TaskId, ...] = ()
     runs: tuple[RunId, ...] = ()
     runs_at_once: int = 0
+    roster: str = ""
 
 
 @dataclass(frozen=True)
@@ -409,7 +424,8 @@ class Failed:
 class Trained:
     """The update is on the site's disk, charged, and uploaded as `update`, or as its one parcel.
 
-    Parts of the blob: `delta`, and each slot by its name.
+    Parts of the blob: `delta`, and each slot by its name. Of a masked round, whatever its kind,
+    the blob is masked words, and weight and metrics are in them.
     """
 
     task: TaskId
@@ -486,7 +502,16 @@ class Summed:
     reach: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class SecaggSaid:
+    """The site's part in masking a task's round; `data` is a message of `secagg`."""
+
+    task: TaskId
+    word: Literal["advert", "shares", "consent", "unmasking"]
+    data: bytes
+
+
 SiteEvent = (
     Hello | Accepted | Declined | Failed | Trained | Scored | Serving | Beat
-    | Roster | Relayed | Summed
+    | Roster | Relayed | Summed | SecaggSaid
 )  # fmt: skip

@@ -13,7 +13,8 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
-from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan, Wire
+from fedml.rounds.masked import MaskedRound, Relay, Said, terms_of
+from fedml.rounds.plan import Cohort, Evaluation, Gate, Plan, Wire, about_of
 from fedml.rounds.round import (
     CancelTask,
     Opening,
@@ -41,15 +42,18 @@ __all__ = [
     "Event",
     "ForgetTask",
     "Gate",
+    "MaskedRound",
     "Muster",
     "Opened",
     "Opening",
     "Plan",
     "Pool",
+    "Relay",
     "ReportArrived",
     "Roll",
     "Round",
     "Run",
+    "Said",
     "Selection",
     "SendTask",
     "SiteLost",
@@ -62,6 +66,8 @@ __all__ = [
     "UpdateArrived",
     "WakeAt",
     "Wire",
+    "about_of",
     "draw",
     "eligible",
+    "terms_of",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fedml.params import Params
 from fedml.protocol.messages import Scores, SiteId, TaskId
 from fedml.protocol.operations import Receipt, RunState
+from fedml.rounds import masked
 from fedml.rounds import round as rounds
 from fedml.rounds.selection import Pool, Reasons, SiteStatus
 from fedml.strategies import ServerState
@@ -48,7 +49,7 @@ class Committed:
 Event = (
     rounds.UpdateArrived | rounds.StackArrived | rounds.SumArrived
     | rounds.ReportArrived | rounds.SiteLost
-    | SitesChanged | Tick | StopAsked | Committed
+    | masked.Said | SitesChanged | Tick | StopAsked | Committed
 )  # fmt: skip
 
 
@@ -103,6 +104,6 @@ class End:
 
 
 Command = (
-    rounds.SendTask | rounds.CancelTask | rounds.WakeAt
+    rounds.SendTask | rounds.CancelTask | rounds.WakeAt | masked.Relay
     | Opened | Commit | ForgetTask | Candidate | End
 )  # fmt: skip

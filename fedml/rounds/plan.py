@@ -19,7 +19,10 @@ from fedml.errors import ConfigError, Contradiction
 from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
 from fedml.protocol.parcels import is_coarse
+from fedml.protocol.secagg import Secagg, about
+from fedml.protocol.tasks import Brief
 from fedml.records import Reader, from_record, to_record
+from fedml.secagg.terms import LEAST_COHORT
 from fedml.strategies import (
     NoisyMean,
     Reducer,
@@ -125,6 +128,7 @@ class Plan:
     cohort: Cohort
     rounds: int
     privacy: Privacy = field(default_factory=Privacy)
+    secagg: Secagg = field(default_factory=Secagg)
     evaluation: Evaluation = field(default_factory=Evaluation)
     gates: tuple[Gate, ...] = ()
     seed: int = 0
@@ -142,6 +146,7 @@ class Plan:
         """Raise `Contradiction` with every reason why this plan cannot run."""
         reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
         reasons += [*_strategy(self), *_reducer(self), *_scoring(self), *_wire(self)]
+        reasons += _secagg(self)
         if reasons:
             raise Contradiction(reasons)
 
@@ -193,6 +198,11 @@ class Plan:
         """Return the seed of a site's batch order in a round; the same for every attempt."""
         text = f"{self.seed}.{number}.{site}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def about_of(plan: Plan, brief: Brief) -> str:
+    """Return what all sites of a masked round must have been told alike, beside the model."""
+    return about(plan.recipe, plan.training, plan.privacy, brief.rule, brief.settings, plan.secagg)
 
 
 def _names(plan: Plan) -> Iterator[str]:
@@ -345,6 +355,45 @@ def _shared_noise(plan: Plan) -> Iterator[str]:
         yield (
             f"strategy {name} in mode record_distributed: its sites bend gradients or report "
             "more than their sum, for which no noise is set; use strategy=fedavg"
+        )
+
+
+def _secagg(plan: Plan) -> Iterator[str]:
+    settings, strategy, quorum = plan.secagg, plan.strategy, plan.cohort.quorum
+    if not settings.is_on:
+        return
+    if not strategy.reducer.linear:
+        yield (
+            f"secagg with reducer {type(strategy.reducer).__name__}, which looks at single "
+            "updates: use reducer=weighted-mean, or secagg=none"
+        )
+    if measures(strategy):
+        yield (
+            f"secagg with strategy {type(strategy).__name__}, whose sites report what they make "
+            "of their loss, for which there is no clip: use strategy=fedavg, or secagg=none"
+        )
+    if 0 < quorum < LEAST_COHORT:
+        yield (
+            f"cohort.quorum {quorum} with secagg: of a sum of two each knows the other's update, "
+            f"raise it to {LEAST_COHORT} or more"
+        )
+    if _evaluates(plan) and not settings.scores:
+        yield (
+            "evaluation with secagg and no secagg.scores: no site's own scores are seen, name "
+            "those whose sums are wanted, or set evaluation.at_end=false and every=0"
+        )
+    unseen = sorted({gate.metric for gate in plan.gates} - {*settings.scores})
+    if settings.scores and unseen:
+        yield f"gates on {', '.join(unseen)} with secagg: name them in secagg.scores"
+    if plan.wire.up != "exact":
+        yield (
+            f"wire.up {plan.wire.up} with secagg: masked words cannot be packed, and what is "
+            "rounded is not what is masked; use wire.up=exact"
+        )
+    if plan.privacy.mode in ("site_central", "record_distributed"):
+        yield (
+            f"privacy.mode {plan.privacy.mode} with secagg: its noise is not made for masked sums "
+            "here; use privacy=record or patient, or secagg=none"
         )
 
 

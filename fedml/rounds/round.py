@@ -74,7 +74,7 @@ class SiteLost:
 
 @dataclass(frozen=True)
 class DeadlinePassed:
-    """The time asked for by `WakeAt` has come."""
+    """The time asked for by `WakeAt` has come, and `awaits` says that it still matters."""
 
 
 Event = UpdateArrived | StackArrived | SumArrived | ReportArrived | SiteLost | DeadlinePassed
@@ -210,6 +210,10 @@ class Round:
         """How far it is, for a person."""
         counted, lost, asked = len(self._counted), len(self._missing), len(self.opening.asked)
         return f"{counted} of {asked} sites answered" + (f", {lost} lost" if lost else "")
+
+    def awaits(self, token: str) -> bool:
+        """True if `token` is of a deadline that still matters."""
+        return not self._over and token == self.opening.token
 
     def open(self, brief: Brief) -> list[SendTask | WakeAt]:
         """Start the round: one task per site, and a deadline."""

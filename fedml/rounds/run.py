@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fedml.errors import ConfigError
 from fedml.params import Params
 from fedml.protocol.messages import RunId, Scores, SiteId
 from fedml.protocol.operations import Counted, Receipt, RunState
 from fedml.protocol.parcels import is_coarse, rounded
 from fedml.protocol.tasks import Brief
+from fedml.rounds import masked
 from fedml.rounds import round as rounds
 from fedml.rounds.hosting import (
     Candidate,
@@ -31,8 +33,9 @@ from fedml.rounds.hosting import (
     StopAsked,
     Tick,
 )
-from fedml.rounds.plan import Plan
+from fedml.rounds.plan import Plan, about_of
 from fedml.rounds.selection import Muster, Pool, Roll
+from fedml.secagg import Roster, Terms
 from fedml.strategies import Aggregate, ServerState, is_personal, reports
 
 Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
@@ -70,7 +73,8 @@ class Run:
             "train": {**barred.get("train", {})},
             "evaluate": {**barred.get("evaluate", {})},
         }
-        self._round: rounds.Round | None = None
+        self._round: rounds.Round | masked.MaskedRound | None = None
+        self._roster: Roster | None = None  # of masked rounds
         self._opened: Opened | None = None
         self._commit: Commit | None = None
         self._waits, self._patience, self._need = 0, "", ""
@@ -125,6 +129,12 @@ class Run:
         return current.opening.asked if current else ()
 
     @property
+    def terms(self) -> Terms | None:
+        """What the round that is open is about, if it is masked."""
+        current = self._round
+        return current.terms if isinstance(current, masked.MaskedRound) else None
+
+    @property
     def barred(self) -> Mapping[str, str]:
         """The sites that have refused, for good, what comes next, with their reasons."""
         step = self._next()
@@ -169,6 +179,10 @@ class Run:
             key = (receipt.kind, receipt.round)
             self._pardoned[key] = self._pardoned.get(key, 0) + 1
 
+    def enrol(self, roster: Roster) -> None:
+        """Before `open`: whose keys count in masked rounds."""
+        self._roster = roster
+
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event in; return what the host must do now. After the end, nothing."""
         match event:
@@ -191,8 +205,19 @@ class Run:
                 | rounds.SumArrived()
                 | rounds.ReportArrived()
                 | rounds.SiteLost()
+                | masked.Said()
             ):
-                return self._carry(self._round.handle(event), now) if self._round else []
+                return self._carry(self._feed(event), now)
+
+    def _feed(self, event: rounds.Event | masked.Said) -> Sequence[rounds.Command | masked.Command]:
+        """Let the round have an answer; a masked one takes none in the clear, and vice versa."""
+        match self._round:
+            case masked.MaskedRound() as round_:
+                return round_.handle(event)
+            case rounds.Round() as round_ if not isinstance(event, masked.Said):
+                return round_.handle(event)
+            case _:
+                return []
 
     # what comes next
 
@@ -280,7 +305,7 @@ class Run:
         return [rounds.WakeAt(self.plan.patience, self._patience)]
 
     def _tick(self, token: str, now: float) -> list[Command]:
-        if self._round and token == self._round.opening.token:
+        if self._round and self._round.awaits(token):
             return self._carry(self._round.handle(rounds.DeadlinePassed()), now)
         if not self._patience or token != self._patience:
             return []
@@ -298,19 +323,30 @@ class Run:
     # one round, from its opening to its commit
 
     def _play(self, opened: Opened) -> list[Command]:
-        opening, wire = opened.opening, self.plan.wire
+        opening = opened.opening
         brief = self.plan.strategy.brief(self.state)
         if opening.kind == "evaluate" and not is_personal(brief):
             brief = Brief(self.state.params)
-        if opening.kind == "train" and is_coarse(wire.down):
+        if opening.kind == "train" and is_coarse(self.plan.wire.down):
             brief = replace(brief, params=rounded(brief.params))
-        reducer, asked = self.plan.reducer, reports(brief)
-        self._round = rounds.Round(opening, reducer, asked, coarse=is_coarse(wire.up))
-        self._opened = opened
+        self._round, self._opened = self._new_round(opening, brief), opened
         self._patience = ""
         return [opened, *self._round.open(brief)]
 
-    def _carry(self, commands: list[rounds.Command], now: float) -> list[Command]:
+    def _new_round(
+        self, opening: rounds.Opening, brief: Brief
+    ) -> rounds.Round | masked.MaskedRound:
+        if not self.plan.secagg.is_on:
+            reducer, coarse = self.plan.reducer, is_coarse(self.plan.wire.up)
+            return rounds.Round(opening, reducer, reports(brief), coarse=coarse)
+        if self._roster is None:
+            raise ConfigError("secagg=sa1 without a roster of the sites' identity keys")
+        more = about_of(self.plan, brief)
+        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more)
+
+    def _carry(
+        self, commands: Sequence[rounds.Command | masked.Command], now: float
+    ) -> list[Command]:
         carried: list[Command] = []
         for command in commands:
             match command:

@@ -23,7 +23,8 @@ class SiteStatus:
 
     `runs_at_once` is in how many runs it takes part at a time, 0 for any number; `busy` says why
     it cannot take part in one run now, though it may later. `region` is the one that it is reached
-    through, which hands up sums only.
+    through, which hands up sums only. `can_mask` if its operator accepted the roster of masked
+    rounds that is ours.
     """
 
     site: SiteId
@@ -33,6 +34,7 @@ class SiteStatus:
     runs_at_once: int = 0
     busy: str = ""
     region: str = ""
+    can_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def _objection(plan: Plan, site: SiteId, status: SiteStatus | None) -> str:
         others = [r.digest[:12] for r in status.recipes if r.name == plan.recipe.name]
         has = f"has {', '.join(others)}" if others else "does not have that recipe"
         return f"{has}, the run needs {plan.recipe.name} {plan.recipe.digest[:12]}"
+    if plan.secagg.is_on and not status.can_mask:
+        return "has not accepted this roster of sites that mask"
     rows = [card.rows for card in status.datasets if card.name == plan.dataset]
     if not rows:
         return f"has no dataset named {plan.dataset}"

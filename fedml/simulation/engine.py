@@ -10,7 +10,9 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from fedml.errors import ConfigError
 from fedml.protocol.messages import DatasetCard, SiteId, TaskId
 from fedml.protocol.operations import Receipt
 from fedml.protocol.tasks import Report, Stack, Task, Update
@@ -26,6 +28,7 @@ from fedml.rounds import (
     Opened,
     Plan,
     Pool,
+    Relay,
     ReportArrived,
     Run,
     SendTask,
@@ -36,9 +39,11 @@ from fedml.rounds import (
     Tick,
     UpdateArrived,
     WakeAt,
+    about_of,
 )
 from fedml.simulation.executors.base import Answer, CutTask, Executor
 from fedml.simulation.marks import mark_of, marks_of
+from fedml.simulation.veil import Veil
 from fedml.simulation.world import Instant, World
 
 
@@ -60,7 +65,7 @@ def statuses(plan: Plan, sites: Iterable[SiteId]) -> tuple[SiteStatus, ...] | Po
     if isinstance(sites, Pool):
         return sites
     card = DatasetCard(plan.dataset, 1, "0" * 64)
-    return tuple(SiteStatus(site, True, (plan.recipe,), (card,)) for site in sites)
+    return tuple(SiteStatus(site, True, (plan.recipe,), (card,), can_mask=True) for site in sites)
 
 
 @dataclass
@@ -79,6 +84,16 @@ class Engine:
     _candidate: Candidate | None = None
     _away: Mapping[SiteId, float] | None = None  # as the run was last told
     _look_at: float = -1.0  # when it is looked who is back, if the run waits for sites
+    _veil: Veil | None = None  # of a run whose sums are masked
+
+    def __post_init__(self) -> None:
+        if not self.run.plan.secagg.is_on:
+            return
+        if isinstance(self.sites, Pool):
+            raise ConfigError("secagg with a crowd: use a population whose sites are listed")
+        plan, sites = self.run.plan, [status.site for status in self.sites]
+        self._veil = Veil(plan.secagg, sites, partial(about_of, plan))
+        self.run.enrol(self._veil.roster)
 
     def play(self) -> Outcome:
         """Return the outcome; every run ends, for every round has a deadline."""
@@ -90,7 +105,7 @@ class Engine:
             if isinstance(event, Committed | SitesChanged):  # a round may open
                 self._look()
             if not isinstance(event, SitesChanged):
-                self._act(self.run.handle(event, self.now))
+                self._feed(event)
         return Outcome(self._end, tuple(self.run.receipts), self._candidate, self.now)
 
     def _look(self) -> None:
@@ -121,8 +136,6 @@ class Engine:
             match command:
                 case SendTask(task):
                     tasks.append(task)
-                case ForgetTask():
-                    pass  # nothing here outlives a crash
                 case WakeAt(seconds, token):
                     self._later(seconds, Tick(token))
                 case Commit():
@@ -132,13 +145,33 @@ class Engine:
                     self._candidate = command
                 case End():
                     self._end = command
-                case Opened() | CancelTask():
-                    pass  # no work is under way
+                case Opened(opening) if self._veil:
+                    self._veil.open(opening)
+                case Relay():
+                    self._relay(command)
+                case Opened() | CancelTask() | ForgetTask():
+                    pass  # no work is under way, and nothing here outlives a crash
         self._hand_out(tasks)
+
+    def _relay(self, relay: Relay) -> None:
+        assert self._veil, "a run that relays what nobody is there for"
+        if said := self._veil.hear(relay):
+            self._act(self.run.handle(said, self.now))
+
+    def _feed(self, event: Event) -> None:
+        """Let the run take an event in; what a site answers is masked first, if sums are."""
+        if self._veil and isinstance(event, UpdateArrived):
+            event = self._veil.mask(event.update)
+        elif self._veil and isinstance(event, ReportArrived):
+            event = self._veil.mask(event.report)
+        self._act(self.run.handle(event, self.now))
 
     def _hand_out(self, tasks: Sequence[Task]) -> None:
         ready: dict[TaskId, float] = {}
         work: list[Task] = []
+        if veil := self._veil:
+            for task in tasks:
+                self._act(self.run.handle(veil.begin(task), self.now))
         for task, fate in zip(tasks, self.world.fates(tasks, self.now), strict=True):
             if fate.seconds >= self.run.plan.cohort.deadline:
                 continue  # cancelled before it is answered
@@ -148,15 +181,24 @@ class Engine:
             ready[task.id] = fate.seconds
             work.append(task if fate.work == 1 else _cut(task, fate.work))
         for answer in self.executor.run(work) if work else ():
-            for seconds, event in _arrivals(answer, ready):
+            for seconds, event in _arrivals(answer, ready, whole=self._veil is None):
                 if seconds > 0:
                     self._later(seconds, event)
                 else:  # counted as it comes, so that no cohort is ever held in memory
-                    self._act(self.run.handle(event, self.now))
+                    self._feed(event)
 
 
-def _arrivals(answer: Answer, ready: Mapping[TaskId, float]) -> Iterator[tuple[float, Event]]:
-    """Yield what comes of an answer, and after how many seconds; a stack's rows may part."""
+def _arrivals(
+    answer: Answer, ready: Mapping[TaskId, float], *, whole: bool
+) -> Iterator[tuple[float, Event]]:
+    """Yield what comes of an answer, and after how many seconds; a stack's rows may part.
+
+    They all do unless the stack may stay `whole`.
+    """
+    if isinstance(answer, Stack) and not whole:
+        for row, task in enumerate(answer.tasks):
+            yield ready[task], UpdateArrived(answer.update(row))
+        return
     if not isinstance(answer, Stack):
         yield (ready[answer.task] if answer.task is not None else 0.0), _event(answer)
         return

@@ -8,14 +8,14 @@ was answered and forgotten is never done again, for that would be a second relea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
-from fedml import failpoints, telemetry
+from fedml import durable, failpoints, telemetry
 from fedml.errors import Busy, FedmlError, Refused, TaskFailed, Unreachable, Untrusted
 from fedml.learning.recipe import installed
 from fedml.protocol.messages import (
@@ -28,13 +28,16 @@ from fedml.protocol.messages import (
     Parcel,
     RecipeId,
     RunId,
+    SecaggTold,
     SiteEvent,
     TaskId,
     Trained,
 )
+from fedml.secagg.terms import LEAST_COHORT, Demands
 from fedml.site.door import Door, Ledgers
 from fedml.site.foreman import Foreman
 from fedml.site.gate import Permit, check_room, decide
+from fedml.site.masks import Masks
 from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
 from fedml.transport.backoff import Backoff
@@ -77,6 +80,9 @@ class Clerk:
         # what a task needs lies in its own folder
         self._blobs = BlobStore.in_transit(folder / "blobs", _LARGEST_BLOB)
         self._foreman = Foreman(policy)
+        demands = Demands(max(LEAST_COHORT, policy.minimum_cohort), policy.colluders)
+        self._masks = Masks(folder, site, demands, tell)
+        self._chores: set[asyncio.Task[None]] = set()
         self._jobs: dict[TaskId, _Job] = {}
         self._draining = False
         self._leaving: set[asyncio.Task[None]] = set()
@@ -104,7 +110,7 @@ class Clerk:
 
     async def stop(self) -> None:
         """Stop working at once; what is on the disk is taken up again by the next clerk."""
-        jobs = [*(job.work for job in self._jobs.values()), *self._leaving]
+        jobs = [*(job.work for job in self._jobs.values()), *self._leaving, *self._chores]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
@@ -122,12 +128,28 @@ class Clerk:
         """Delete an algorithm's own state: its run is over."""
         _guarded(run, lambda: self._memory.conclude(run))
 
+    @property
+    def roster(self) -> str:
+        """The digest of the roster of masked rounds that was accepted here."""
+        return self._masks.roster
+
+    def hear(self, told: SecaggTold) -> None:
+        """Do what the coordinator says of a masked round."""
+        self._chore(self._masks.hear(told))
+
+    def _chore(self, work: Coroutine[None, None, None]) -> None:
+        chore = asyncio.create_task(work)
+        self._chores.add(chore)
+        chore.add_done_callback(self._chores.discard)
+
     def take(self, order: Assignment) -> None:
         """Begin with an order; the same one while it is being answered is a reminder."""
         if self._draining:
             return  # it is sent again when we are back
         if job := self._jobs.get(order.task):
             job.again.set()
+            if order.masking:  # perhaps our keys were lost on the way
+                self._chore(self._masks.advertise(order))
             return
         job = _Job(order, asyncio.create_task(self._answer(order)))
         self._jobs[order.task] = job
@@ -175,6 +197,7 @@ class Clerk:
         order, result = self._memory.assignment(task), self._memory.result(task)
         self._door.forget(task, counted=counted)
         self._told.discard(task)
+        self._masks.drop(task)
         if isinstance(result, Trained):
             self._blobs.delete(result.sent.digest)
         if order is not None:
@@ -225,18 +248,29 @@ class Clerk:
         """Return the kept result, or do the work; it is charged when this returns."""
         if kept := self._door.released(order):
             return kept
+        known = self._memory.assignment(order.task) == order
         # finding the noise takes seconds: the stream must beat meanwhile
         permit = await asyncio.to_thread(decide, self._policy, order, self.installed)
+        if order.masking:
+            self._masks.open(order, known=known)
         check_room(self._policy, self._others(order))  # no await until it is ours: no two fit in
         desk = await self._door.admit(order, permit)
         await self._tell(Accepted(order.task))
+        if order.masking:
+            await self._masks.advertise(order)
         try:
             await self._work(order, permit, desk)
         except TaskFailed:
             await self._door.give_back(order)
             raise
         failpoints.reach("work.done")
-        return await self._door.release(order, permit, desk)
+        return await self._door.release(order, permit, desk, self._mask)
+
+    async def _mask(self, order: Assignment, desk: Desk, weight: float) -> None:
+        """Put the masked words where the update would be, once the others' shares are here."""
+        parts = durable.read_json(desk.outcome)["parts"]
+        path = await self._masks.mask(order, desk.folder, parts, weight)
+        path.replace(desk.update)
 
     def _others(self, order: Assignment) -> set[RunId]:
         """Return the other runs that we hold tasks of, but for those being dropped just now."""

@@ -27,6 +27,7 @@ from fedml.protocol.messages import (
     Orders,
     ReleaseNotice,
     RunId,
+    SecaggTold,
     Serving,
     Welcome,
 )
@@ -124,6 +125,8 @@ class Daemon:
                 clerk.take(command)
             case Cancel(task, reason):
                 clerk.drop(task, reason)
+            case SecaggTold():
+                clerk.hear(command)
             case Forget(task, counted, run):
                 clerk.forget(task, counted=counted)
                 if run:
@@ -166,6 +169,7 @@ class Daemon:
             clerk.kept(),
             clerk.runs(),
             self._policy.runs_at_once,
+            clerk.roster,
         )
 
     async def _stop(self, clerk: Clerk) -> None:

@@ -9,7 +9,7 @@ itself, from what is public: a worker's words about its rows stay here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedml.site.memory import Desk, Memory, Result
 from fedml.site.policy import Policy
 from fedml.transport.chunks import transit_blob
 
+Mask = Callable[[Assignment, Desk, float], Awaitable[None]]
 Ledgers = Mapping[tuple[str, Unit], Ledger]  # by dataset and unit
 
 
@@ -133,8 +134,11 @@ class Door:
             raise
         return desk
 
-    async def release(self, order: Assignment, permit: Permit, desk: Desk) -> Result:
-        """Charge the order, then return what may leave, which is on the disk for good."""
+    async def release(self, order: Assignment, permit: Permit, desk: Desk, mask: Mask) -> Result:
+        """Charge the order, then return what may leave, which is on the disk for good.
+
+        An order that says so is masked in between, by `mask`.
+        """
         epsilon = 0.0
         if ledger := self._ledger(order, permit):
             await asyncio.to_thread(ledger.charge, order.task)  # on disk before anything leaves
@@ -143,6 +147,9 @@ class Door:
                 spent = await asyncio.to_thread(ledger.spent)
                 telemetry.EPSILON.labels(order.dataset).set(spent)
         failpoints.reach("work.charged")
+        if order.masking:
+            weight = await asyncio.to_thread(_weight, order, permit, desk)
+            await mask(order, desk, weight)
         result = await asyncio.to_thread(_result, order, permit, desk, epsilon)
         self._memory.finish(result)
         failpoints.reach("result.kept")
@@ -177,6 +184,8 @@ def _account(order: Assignment) -> tuple[str, Unit]:
 def _result(order: Assignment, permit: Permit, desk: Desk, epsilon: float) -> Result:
     outcome = durable.read_json(desk.outcome)
     try:
+        if order.masking:  # weight and metrics are in the sum
+            return Trained(order.task, transit_blob(desk.update), 0.0, {}, epsilon)
         if order.kind == "evaluate":
             return Scored(order.task, outcome["totals"], outcome["count"], epsilon)
         blob, form = transit_blob(desk.update), outcome.get("form", "")
@@ -187,6 +196,13 @@ def _result(order: Assignment, permit: Permit, desk: Desk, epsilon: float) -> Re
         return Trained(order.task, blob, weight, metrics, epsilon, parcels)
     except (OSError, KeyError, TypeError) as error:
         raise Corrupt(f"{desk.outcome} does not tell a result ({error!r})") from error
+
+
+def _weight(order: Assignment, permit: Permit, desk: Desk) -> float:
+    """Return what an answer counts in a masked sum: under privacy no row has a part in it."""
+    if order.kind == "train" and isinstance(permit.event, SampledGaussian):
+        return _public(order, permit, permit.event)[0]
+    return float(durable.read_json(desk.outcome)["weight"])
 
 
 def _public(

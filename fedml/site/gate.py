@@ -41,16 +41,7 @@ class Permit:
 
 def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]) -> Permit:
     """Return the terms for `assignment`; raises `Refused` naming the policy's line."""
-    if assignment.cohort < policy.minimum_cohort:
-        raise Refused(
-            f"policy minimum_cohort = {policy.minimum_cohort}: "
-            f"this round asks only {assignment.cohort} sites"
-        )
-    if assignment.privacy.mode == "record_distributed":
-        raise Refused(
-            "mode 'record_distributed' adds a share of the noise alone, which protects nothing "
-            "unless updates are summed under secure aggregation, and this site has none"
-        )
+    _check_company(policy, assignment)
     _check_recipe(policy, assignment.recipe, installed)
     dataset = policy.datasets.get(assignment.dataset)
     if dataset is None:
@@ -88,6 +79,22 @@ def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]
             f"the run asks for {assignment.privacy.epsilon}"
         )
     return _terms(dataset, assignment)
+
+
+def _check_company(policy: Policy, assignment: Assignment) -> None:
+    """Look at who else is in the sum, and whether it hides us."""
+    if assignment.cohort < policy.minimum_cohort:
+        raise Refused(
+            f"policy minimum_cohort = {policy.minimum_cohort}: "
+            f"this round asks only {assignment.cohort} sites"
+        )
+    if policy.secagg == "required" and not assignment.masking:
+        raise Refused("policy secagg = 'required': the task's answer would not be masked")
+    if assignment.privacy.mode == "record_distributed":
+        raise Refused(
+            "mode 'record_distributed' adds a share of the noise alone, which protects nothing "
+            "unless updates are summed under secure aggregation, and this site has none for it"
+        )
 
 
 def check_room(policy: Policy, others: Collection[RunId]) -> None:

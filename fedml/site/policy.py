@@ -26,6 +26,8 @@ device = "cpu"          # or "cuda", "cuda:1": where training runs
 task_seconds = 600      # a task that trains longer is stopped
 task_memory_mb = 4096   # a task that takes more memory is stopped
 threads = 1             # CPU threads for training
+secagg = "allowed"      # or "required": refuse tasks whose answers are not masked
+colluders = 0           # other sites that may help the coordinator; masked rounds must bear it
 
 # Recipes are installed here by you; `fedml site recipes` prints names and digests.
 # [recipes.breast-cancer]
@@ -132,6 +134,8 @@ class Policy:
     task_seconds: float = 600.0
     task_memory_mb: int = 4096
     threads: int = 1
+    secagg: Literal["allowed", "required"] = "allowed"
+    colluders: int = 0
     recipes: Mapping[str, AllowedRecipe] = field(default_factory=dict)
     datasets: Mapping[str, Dataset] = field(default_factory=dict)
 
@@ -139,6 +143,8 @@ class Policy:
         for name in ("minimum_cohort", "runs_at_once", "task_seconds", "task_memory_mb", "threads"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be above 0")
+        if self.colluders < 0:
+            raise ConfigError(f"colluders {self.colluders}: 0 or more")
         for name in (*self.recipes, *self.datasets):
             check_name("name", name)
         for name, dataset in self.datasets.items():

@@ -30,7 +30,10 @@ from fedml.params import decode, encode
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, SiteId
 from fedml.protocol.parcels import form_of, is_coarse, pack, rounded, unpack
+from fedml.protocol.secagg import Masking
 from fedml.protocol.tasks import Brief, Slots, Task, Update
+from fedml.rounds import vectors
+from fedml.secagg.masking import Floats
 
 
 def main() -> None:
@@ -124,8 +127,8 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
     failpoints.reach("worker.begun")
     assignment = codec.decode(Assignment, (folder / "assignment").read_bytes())
     recipe = load(assignment.recipe, job["recipe_files"])
-    parts = decode(Path(job["model"]).read_bytes())
-    brief = Brief(parts.pop(""), assignment.rule, assignment.settings, parts)
+    tensors = decode(Path(job["model"]).read_bytes())
+    brief = Brief(tensors.pop(""), assignment.rule, assignment.settings, tensors)
     task = Task(
         assignment.task,
         assignment.run,
@@ -146,7 +149,11 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
     else:
         rows = _rows(recipe, job)
         report = evaluate(recipe, task, rows, assignment.privacy, str(job["device"]), memory)
-        outcome = {"totals": dict(report.totals), "count": report.count}
+        outcome: dict[str, object] = {"totals": dict(report.totals), "count": report.count}
+        if assignment.masking:
+            settings = Masking.from_json(assignment.masking).settings
+            parts = _leave_vector(folder, vectors.scores_of(report, settings))
+            outcome = {"parts": parts, "weight": settings.weight_cap}
         durable.replace(folder / "outcome.json", durable.dump_json(outcome))
 
 
@@ -167,11 +174,17 @@ def _train(
         seed=assignment.seed,
         public_rows=int(job["public_rows"]),
     )
-    form = _leave_update(folder, update, assignment.up)
+    if assignment.masking:
+        settings = Masking.from_json(assignment.masking).settings
+        parts = _leave_vector(folder, vectors.numbers_of(update, task.brief, settings))
+        outcome: dict[str, object] = {"parts": parts, "weight": update.weight}
+    else:
+        form = _leave_update(folder, update, assignment.up)
+        metrics = dict(update.metrics)
+        outcome = {"weight": update.weight, "metrics": metrics, "form": form}
     if kept:
         _write(folder / "memory.safetensors", kept)
     failpoints.reach("worker.trained")
-    outcome = {"weight": update.weight, "metrics": dict(update.metrics), "form": form}
     durable.replace(folder / "outcome.json", durable.dump_json(outcome))
 
 
@@ -188,6 +201,12 @@ def _leave_update(folder: Path, update: Update, up: str) -> str:
     durable.fill(parcel, pack(whole, form))
     failpoints.reach("parcel.packed")
     return form if parcel.stat().st_size < whole.stat().st_size else ""
+
+
+def _leave_vector(folder: Path, values: Mapping[str, Floats]) -> list[tuple[str, str, int]]:
+    """Write the numbers that go into a masked sum one after the other; return what they are."""
+    durable.replace(folder / "vector", *(array.tobytes() for array in values.values()))
+    return [(name, str(array.dtype), len(array)) for name, array in values.items()]
 
 
 def _write(path: Path, parts: Mapping[str, Any]) -> None:

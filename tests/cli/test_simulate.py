@@ -18,6 +18,7 @@ import fedml.recipes.breast_cancer
 from fedml.cli.compose import configs
 from fedml.cli.simulate import simulate
 from fedml.errors import ConfigError, FedmlError
+from fedml.params import read
 from fedml.simulation.population import ShippedData
 
 QUICK = ["tracking=none", "hydra.run.dir=out"]
@@ -278,3 +279,14 @@ def test_a_sweep_over_epsilon_draws_the_curve() -> None:
     assert table.groupby(["strategy", "epsilon"]).size().tolist() == [2, 2, 2, 2]
     assert (table["spent"] <= table["epsilon"]).all()
     assert Path("many/privacy-utility.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_masked_simulation_comes_to_the_plain_one_s_model() -> None:
+    run_simulation("cohort.quorum=3", "training.lr=0.1")
+    plain = read(Path("out", "model.safetensors"))[""].clone()
+    assert "mode: none" in Path("out", "config.yaml").read_text()
+    veiled = run_simulation("cohort.quorum=3", "training.lr=0.1", "secagg=sa1")
+    assert (veiled["state"], veiled["rounds"]) == ("done", 3)
+    masked = read(Path("out", "model.safetensors"))[""]
+    assert (masked - plain).norm() < 1e-6 < plain.norm()
+    assert "mode: sa1" in Path("out", "config.yaml").read_text()

@@ -49,7 +49,7 @@ class Federation:
         self.folder = folder
         registry = MemoryRegistry(folder / "registry")
         settings = Settings(heartbeat=1.0, grace=20.0)
-        self.hub = Hub(folder / "hub", registry, settings, in_transit=True)
+        self.hub = Hub(folder / "hub", registry, settings)
         self._daemons: dict[str, asyncio.Task[None]] = {}
 
     def place(self, name: str) -> Path:

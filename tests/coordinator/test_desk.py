@@ -28,6 +28,7 @@ from fedml.protocol.messages import (
     ReleaseNotice,
     RunId,
     Scored,
+    SecaggTold,
     Serving,
     SiteEvent,
     SiteId,
@@ -36,6 +37,7 @@ from fedml.protocol.messages import (
     Training,
     Welcome,
 )
+from fedml.protocol.secagg import Masking, Part, Secagg
 
 C = TypeVar("C")
 BERN, KYOTO = SiteId("bern"), SiteId("kyoto")
@@ -89,6 +91,7 @@ class Office:
     answers: list[tuple[SiteId, TaskId, Answer]] = field(default_factory=list)
     losses: asyncio.Queue[tuple[SiteId, str]] = field(default_factory=asyncio.Queue)
     changes: int = 0
+    roster: str = ""
 
     def __post_init__(self) -> None:
         self.desk = Desk(
@@ -100,6 +103,7 @@ class Office:
             was_counted=lambda task: task in self.counted,
             models=lambda: ["cancer"],
             is_over=lambda run: run in self.ended,
+            roster=self.roster,
         )
 
     def change(self) -> None:
@@ -315,6 +319,44 @@ def test_an_update_may_be_twice_the_model_and_a_little(
     assert desk.objection(BERN, ORDER.task, offer()) == objection
     assert desk.objection(KYOTO, ORDER.task, offer()) == "no update is expected"
     assert desk.objection(BERN, TaskId("other.1.1.bern"), offer()) == "no update is expected"
+
+
+MASKING = Masking(1, (BERN, KYOTO, SiteId("oslo")), 3, (Part("w", 100, 1.0),), Secagg("sa1"))
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_masked_answer_is_as_long_as_its_parts_and_the_weight(kind: str) -> None:
+    desk = Office().desk
+    desk.assign(BERN, replace(ORDER, kind=kind, masking=MASKING.to_json()))  # type: ignore[arg-type]
+    assert desk.objection(BERN, ORDER.task, Blob("11" * 32, 4 * 102)) == ""
+    longer = desk.objection(BERN, ORDER.task, Blob("11" * 32, 4 * 102 + 1))
+    assert longer == "at most 408 bytes are expected"
+
+
+async def test_the_last_word_on_a_task_s_masking_is_said_again_on_every_stream() -> None:
+    office = Office()
+    first, last = (SecaggTold(ORDER.task, word, b"x") for word in ("adverts", "boxes"))
+    office.desk.tell(BERN, first)  # of no task of its
+    office.desk.assign(BERN, ORDER)
+    office.desk.tell(BERN, first)
+    stream = await office.attend()
+    assert stream.those(SecaggTold) == [first]
+    office.desk.tell(BERN, last)
+    await stream.hang_up()
+    assert (await office.attend()).those(SecaggTold) == [last]
+    office.desk.forget(BERN, ORDER.task, counted=True)
+    assert (await office.attend()).those(SecaggTold) == []
+
+
+def test_a_site_can_mask_if_it_has_accepted_our_roster() -> None:
+    async def here(ours: str, theirs: str) -> bool:
+        office = Office(roster=ours)
+        await office.attend(hello=Hello("1", "cpu", roster=theirs))
+        [status] = office.desk.statuses()
+        return status.can_mask
+
+    asked = [("ab", "ab"), ("ab", "cd"), ("ab", ""), ("", "")]
+    assert [asyncio.run(here(*each)) for each in asked] == [True, False, False, False]
 
 
 def test_offers_are_counted_for_each_task_alone_so_no_run_bars_a_site_from_another() -> None:

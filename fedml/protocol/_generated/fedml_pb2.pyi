@@ -77,7 +77,7 @@ class Welcome(_message.Message):
     def __init__(self, version: _Optional[str] = ..., heartbeat: _Optional[float] = ..., now: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("task", "run", "round", "kind", "recipe", "dataset", "model", "training", "privacy", "rule", "settings", "cohort", "seed", "deadline", "parcels", "up", "keep_model")
+    __slots__ = ("task", "run", "round", "kind", "recipe", "dataset", "model", "training", "privacy", "rule", "settings", "cohort", "seed", "deadline", "parcels", "up", "keep_model", "masking")
     class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class Assignment(_message.Message):
     PARCELS_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     KEEP_MODEL_FIELD_NUMBER: _ClassVar[int]
+    MASKING_FIELD_NUMBER: _ClassVar[int]
     task: str
     run: str
     round: int
@@ -119,7 +120,8 @@ class Assignment(_message.Message):
     parcels: _containers.RepeatedCompositeFieldContainer[Parcel]
     up: str
     keep_model: bool
-    def __init__(self, task: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., recipe: _Optional[_Union[RecipeId, _Mapping]] = ..., dataset: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., rule: _Optional[str] = ..., settings: _Optional[_Mapping[str, float]] = ..., cohort: _Optional[int] = ..., seed: _Optional[int] = ..., deadline: _Optional[float] = ..., parcels: _Optional[_Iterable[_Union[Parcel, _Mapping]]] = ..., up: _Optional[str] = ..., keep_model: _Optional[bool] = ...) -> None: ...
+    masking: str
+    def __init__(self, task: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., recipe: _Optional[_Union[RecipeId, _Mapping]] = ..., dataset: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., rule: _Optional[str] = ..., settings: _Optional[_Mapping[str, float]] = ..., cohort: _Optional[int] = ..., seed: _Optional[int] = ..., deadline: _Optional[float] = ..., parcels: _Optional[_Iterable[_Union[Parcel, _Mapping]]] = ..., up: _Optional[str] = ..., keep_model: _Optional[bool] = ..., masking: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("task", "reason")
@@ -181,8 +183,18 @@ class Errands(_message.Message):
     errands: _containers.RepeatedCompositeFieldContainer[Errand]
     def __init__(self, errands: _Optional[_Iterable[_Union[Errand, _Mapping]]] = ...) -> None: ...
 
+class SecaggTold(_message.Message):
+    __slots__ = ("task", "word", "data")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    WORD_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    word: str
+    data: bytes
+    def __init__(self, task: _Optional[str] = ..., word: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class Command(_message.Message):
-    __slots__ = ("welcome", "assignment", "cancel", "forget", "release_notice", "beat", "orders", "errands")
+    __slots__ = ("welcome", "assignment", "cancel", "forget", "release_notice", "beat", "orders", "errands", "secagg_told")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +203,7 @@ class Command(_message.Message):
     BEAT_FIELD_NUMBER: _ClassVar[int]
     ORDERS_FIELD_NUMBER: _ClassVar[int]
     ERRANDS_FIELD_NUMBER: _ClassVar[int]
+    SECAGG_TOLD_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     assignment: Assignment
     cancel: Cancel
@@ -199,7 +212,8 @@ class Command(_message.Message):
     beat: Beat
     orders: Orders
     errands: Errands
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., release_notice: _Optional[_Union[ReleaseNotice, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., orders: _Optional[_Union[Orders, _Mapping]] = ..., errands: _Optional[_Union[Errands, _Mapping]] = ...) -> None: ...
+    secagg_told: SecaggTold
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., release_notice: _Optional[_Union[ReleaseNotice, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., orders: _Optional[_Union[Orders, _Mapping]] = ..., errands: _Optional[_Union[Errands, _Mapping]] = ..., secagg_told: _Optional[_Union[SecaggTold, _Mapping]] = ...) -> None: ...
 
 class DatasetCard(_message.Message):
     __slots__ = ("name", "rows", "digest")
@@ -226,7 +240,7 @@ class Serving(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept", "runs", "runs_at_once")
+    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept", "runs", "runs_at_once", "roster")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     RECIPES_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +249,7 @@ class Hello(_message.Message):
     KEPT_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     RUNS_AT_ONCE_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     recipes: _containers.RepeatedCompositeFieldContainer[RecipeId]
@@ -243,7 +258,8 @@ class Hello(_message.Message):
     kept: _containers.RepeatedScalarFieldContainer[str]
     runs: _containers.RepeatedScalarFieldContainer[str]
     runs_at_once: int
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[str]] = ..., runs_at_once: _Optional[int] = ...) -> None: ...
+    roster: str
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[str]] = ..., runs_at_once: _Optional[int] = ..., roster: _Optional[str] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("task",)
@@ -375,8 +391,18 @@ class Summed(_message.Message):
     reach: _containers.ScalarMap[str, int]
     def __init__(self, total: _Optional[_Union[Blob, _Mapping]] = ..., summands: _Optional[_Iterable[_Union[Summand, _Mapping]]] = ..., reach: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
+class SecaggSaid(_message.Message):
+    __slots__ = ("task", "word", "data")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    WORD_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    word: str
+    data: bytes
+    def __init__(self, task: _Optional[str] = ..., word: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class SiteEvent(_message.Message):
-    __slots__ = ("hello", "accepted", "declined", "failed", "trained", "scored", "serving", "beat", "roster", "relayed", "summed")
+    __slots__ = ("hello", "accepted", "declined", "failed", "trained", "scored", "serving", "beat", "roster", "relayed", "summed", "secagg_said")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     DECLINED_FIELD_NUMBER: _ClassVar[int]
@@ -388,6 +414,7 @@ class SiteEvent(_message.Message):
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     RELAYED_FIELD_NUMBER: _ClassVar[int]
     SUMMED_FIELD_NUMBER: _ClassVar[int]
+    SECAGG_SAID_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     accepted: Accepted
     declined: Declined
@@ -399,7 +426,123 @@ class SiteEvent(_message.Message):
     roster: Roster
     relayed: Relayed
     summed: Summed
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., declined: _Optional[_Union[Declined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., relayed: _Optional[_Union[Relayed, _Mapping]] = ..., summed: _Optional[_Union[Summed, _Mapping]] = ...) -> None: ...
+    secagg_said: SecaggSaid
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., declined: _Optional[_Union[Declined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., relayed: _Optional[_Union[Relayed, _Mapping]] = ..., summed: _Optional[_Union[Summed, _Mapping]] = ..., secagg_said: _Optional[_Union[SecaggSaid, _Mapping]] = ...) -> None: ...
+
+class Advert(_message.Message):
+    __slots__ = ("context", "site", "box_key", "mask_key", "signature")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    BOX_KEY_FIELD_NUMBER: _ClassVar[int]
+    MASK_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    site: str
+    box_key: bytes
+    mask_key: bytes
+    signature: bytes
+    def __init__(self, context: _Optional[bytes] = ..., site: _Optional[str] = ..., box_key: _Optional[bytes] = ..., mask_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Adverts(_message.Message):
+    __slots__ = ("context", "adverts")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    ADVERTS_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    adverts: _containers.RepeatedCompositeFieldContainer[Advert]
+    def __init__(self, context: _Optional[bytes] = ..., adverts: _Optional[_Iterable[_Union[Advert, _Mapping]]] = ...) -> None: ...
+
+class Shares(_message.Message):
+    __slots__ = ("context", "site", "boxes", "commitment")
+    class BoxesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    site: str
+    boxes: _containers.ScalarMap[str, bytes]
+    commitment: bytes
+    def __init__(self, context: _Optional[bytes] = ..., site: _Optional[str] = ..., boxes: _Optional[_Mapping[str, bytes]] = ..., commitment: _Optional[bytes] = ...) -> None: ...
+
+class Boxes(_message.Message):
+    __slots__ = ("context", "boxes")
+    class BoxesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    boxes: _containers.ScalarMap[str, bytes]
+    def __init__(self, context: _Optional[bytes] = ..., boxes: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Survivors(_message.Message):
+    __slots__ = ("context", "sites")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    sites: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, context: _Optional[bytes] = ..., sites: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Consent(_message.Message):
+    __slots__ = ("context", "site", "signature")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    site: str
+    signature: bytes
+    def __init__(self, context: _Optional[bytes] = ..., site: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Consents(_message.Message):
+    __slots__ = ("context", "signatures")
+    class SignaturesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    signatures: _containers.ScalarMap[str, bytes]
+    def __init__(self, context: _Optional[bytes] = ..., signatures: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Unmasking(_message.Message):
+    __slots__ = ("context", "site", "seeds", "keys")
+    class SeedsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class KeysEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    site: str
+    seeds: _containers.ScalarMap[str, bytes]
+    keys: _containers.ScalarMap[str, bytes]
+    def __init__(self, context: _Optional[bytes] = ..., site: _Optional[str] = ..., seeds: _Optional[_Mapping[str, bytes]] = ..., keys: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class Counted(_message.Message):
     __slots__ = ("site", "weight", "digest", "epsilon")
