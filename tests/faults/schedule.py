@@ -70,6 +70,7 @@ class Tally:
     """What schedules came to; `back` has the seconds from each restart to the next record."""
 
     runs: int = 0
+    failed: int = 0  # runs that did not uphold it
     struck: dict[str, int] = field(default_factory=dict)
     missed: int = 0
     asked_again: int = 0

@@ -29,20 +29,18 @@ _LIMIT = 600.0  # seconds that the last runs get to end in peace
 
 def schedules(
     fleet: Fleet, first: int, count: int, tally: Tally, say: Callable[[str], None]
-) -> int:
-    """Play schedules `first` and on; return how many did not hold. Each failure gets its line."""
-    failed = 0
+) -> None:
+    """Play schedules `first` and on. Each failure gets its line."""
     for seed in range(first, first + count):
         story = schedule(seed, minted=seed % _EVERY == _EVERY - 1)
         try:
             play(fleet, story, tally)
         except AssertionError as error:
-            failed += 1
+            tally.failed += 1
             say(f"seed {seed} FAILED: {error}")
             _mend(fleet)
         if (seed - first + 1) % 25 == 0:
             say(f"{seed - first + 1} of {count}: {tally.text().splitlines()[0]}")
-    return failed
 
 
 def _mend(fleet: Fleet) -> None:
@@ -59,9 +57,9 @@ def _mend(fleet: Fleet) -> None:
 
 def side_by_side(
     fleet: Fleet, seed: int, minutes: float, runs: int, tally: Tally, say: Callable[[str], None]
-) -> int:
-    """Keep `runs` runs going under faults for `minutes`; return how many runs did not hold."""
-    draw, failed, number = random.Random(f"soak {seed}"), 0, 0
+) -> None:
+    """Keep `runs` runs going under faults for `minutes`."""
+    draw, number = random.Random(f"soak {seed}"), 0
     close = time.monotonic() + 60 * minutes
     open_: dict[RunId, Plan] = {}
     kept: list[Kept] = []
@@ -80,11 +78,10 @@ def side_by_side(
                 uphold(fleet, run, open_[run], kept, tally)
                 tally.runs += 1
             except AssertionError as error:
-                failed += 1
+                tally.failed += 1
                 say(f"{run} FAILED: {error}")
             del open_[run]
             say(f"{run} has ended; {tally.text().splitlines()[0]}")
-    return failed
 
 
 def main() -> int:
@@ -107,11 +104,11 @@ def main() -> int:
         with Fleet(folder) as fleet, suppress(KeyboardInterrupt):
             fleet.found()
             if asked.minutes:
-                failed = side_by_side(fleet, asked.seed, asked.minutes, asked.runs, tally, say)
+                side_by_side(fleet, asked.seed, asked.minutes, asked.runs, tally, say)
             else:
-                failed = schedules(fleet, asked.seed, asked.schedules, tally, say)
-    say(f"{tally.text()}\n{failed} did not uphold it")
-    return min(failed, 1)
+                schedules(fleet, asked.seed, asked.schedules, tally, say)
+    say(f"{tally.text()}\n{tally.failed} did not uphold it")
+    return min(tally.failed, 1)
 
 
 if __name__ == "__main__":
