@@ -318,6 +318,19 @@ def test_a_model_unfit_for_privacy_is_refused_and_told_why(
         private(Training(lr=0.1, steps=1), Given(model), some_rows())
 
 
+class Rounds(nn.Module):
+    """Gives large numbers, and what rounding leaves of their differences: more among others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = 0.0 * x[:, :1] + (0.01 if len(x) > 1 else 0.0)
+        return torch.cat([1e6 * x, left], 1)
+
+
+def test_rounding_of_large_numbers_is_no_mixing() -> None:
+    recipe = Given(lambda: nn.Sequential(nn.Linear(4, 2), Rounds()))
+    assert private(Training(lr=0.1, steps=1), recipe, some_rows()).delta.norm() > 0
+
+
 def test_an_unused_layer_that_is_frozen_trains() -> None:
     def build() -> nn.Module:
         model = Unused()
