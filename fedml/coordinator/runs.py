@@ -130,12 +130,12 @@ class Runs:
                 f"recipe {plan.recipe.name}: the plan names {plan.recipe.digest[:12]}, this "
                 f"coordinator has {here.digest[:12]}; install the same version at both"
             )
-        if not plan.strategy.reducer.linear:
-            listed = plan.cohort.sites
-            for status in self.desk.statuses():
-                if status.region and (not listed or status.site in listed):
-                    way_out = ", or name in cohort.sites only sites that dial this coordinator"
-                    raise ConfigError(needs_each(plan, status.region) + way_out)
+        listed = plan.cohort.sites
+        for status in self.desk.statuses():
+            within = status.region and (not listed or status.site in listed)
+            if within and (reason := needs_each(plan, status.region)):
+                way_out = ", or name in cohort.sites only sites that dial this coordinator"
+                raise ConfigError(reason + way_out)
         if plan.parent:
             await self._archive.do(lambda registry: registry.get(plan.model, plan.parent))
         async with self._order:

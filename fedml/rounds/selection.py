@@ -147,11 +147,16 @@ def draw(plan: Plan, number: int, pool: Selection) -> Selection:
 
 
 def needs_each(plan: Plan, region: str) -> str:
-    """Say why a site behind `region` cannot take part in a plan whose reducer is not linear."""
-    return (
-        f"region {region} sends the sum of its sites' updates and reducer "
-        f"{type(plan.strategy.reducer).__name__} needs each of them: use reducer=weighted-mean"
-    )
+    """Say why a site behind `region`, which sends sums, cannot take part; "" if it can."""
+    sends = f"region {region} sends the sum of its sites' updates and"
+    if not plan.strategy.reducer.linear:
+        name = type(plan.strategy.reducer).__name__
+        return f"{sends} reducer {name} needs each of them: use reducer=weighted-mean"
+    if plan.privacy.mode == "site_central":
+        return f"{sends} site_central privacy looks at each one's norm: use privacy=record"
+    if plan.secagg.is_on:
+        return f"{sends} secagg adds up masked words of sites that dial us: use secagg=none"
+    return ""
 
 
 def _objection(plan: Plan, site: SiteId, status: SiteStatus | None) -> str:
@@ -161,8 +166,8 @@ def _objection(plan: Plan, site: SiteId, status: SiteStatus | None) -> str:
         return "never seen"
     if not status.connected:
         return "not connected"
-    if status.region and not plan.strategy.reducer.linear:
-        return needs_each(plan, status.region)
+    if status.region and (reason := needs_each(plan, status.region)):
+        return reason
     if plan.recipe not in status.recipes:
         others = [r.digest[:12] for r in status.recipes if r.name == plan.recipe.name]
         has = f"has {', '.join(others)}" if others else "does not have that recipe"

@@ -26,6 +26,7 @@ from fedml.protocol.messages import (
     Hello,
     Leaf,
     Orders,
+    Privacy,
     Relayed,
     Roster,
     Scored,
@@ -35,8 +36,9 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.protocol.operations import Receipt
+from fedml.protocol.secagg import Secagg
 from fedml.releases.registry import MemoryRegistry
-from fedml.rounds import Cohort, Evaluation, Plan
+from fedml.rounds import Cohort, Evaluation, Plan, SiteStatus, eligible
 from fedml.strategies import FedAvg
 from fedml.strategies.robust import Median
 from fedml.transport.link import Link
@@ -540,6 +542,21 @@ async def test_a_reducer_that_needs_each_update_is_refused_over_a_region(tmp_pat
         sites = {n: await Site(tmp_path, n).connect(grown.hub) for n in SOUTH}
         await one_round(sites)
         assert len((await grown.hub.receipt(run)).counted) == 3
+
+
+async def test_noise_for_each_site_and_masks_are_refused_over_a_region(tmp_path: Path) -> None:
+    central = Privacy("site_central", 3.0, 1e-5, rounds=1)
+    cohort = Cohort(quorum=3, deadline=60.0)
+    async with tree(tmp_path, {"north": NORTH}) as grown:
+        with pytest.raises(ConfigError, match="site_central privacy looks at each one's norm"):
+            await grown.hub.submit(plan(cohort=cohort, privacy=central, rounds=1))
+    statuses = [SiteStatus(SiteId(n), True, region="north", can_mask=True) for n in NORTH]
+    masked = plan(cohort=cohort, secagg=Secagg("sa1"), evaluation=Evaluation(at_end=False))
+    left_out = eligible(masked, statuses, {}).left_out
+    assert all(
+        "secagg adds up masked words of sites that dial us" in why for why in left_out.values()
+    )
+    assert set(left_out) == set(NORTH)
 
 
 async def test_a_region_that_comes_later_is_left_out_of_a_robust_run(tmp_path: Path) -> None:
