@@ -60,39 +60,17 @@ class Recent:
             del self._chunks[next(iter(self._chunks))]
 
 
-class Pace:
-    """How large the next chunk on a line is, by how long those before it took.
-
-    A line keeps one for as long as it is open, so that only its first blob feels its way.
-    """
-
-    def __init__(self) -> None:
-        self.size = _FIRST
-
-    def went(self, count: int, seconds: float) -> None:
-        """Learn what a chunk of `count` bytes took; one that went quickly for being small, no."""
-        size = next_size(self.size, seconds)
-        if count == self.size or size < self.size:
-            self.size = size
-
-
 async def pour(
-    store: BlobStore,
-    digest: str,
-    offset: int,
-    recent: Recent | None = None,
-    pace: Pace | None = None,
+    store: BlobStore, digest: str, offset: int, recent: Recent | None = None
 ) -> AsyncGenerator[Chunk]:
     """Yield a blob's bytes from `offset` on; with `recent`, chunks that are there are not read.
 
-    Chunks are as large as the line is quick, by its `pace`: what else is said on it waits behind
-    a chunk.
+    Chunks are as large as the line is quick: what else is said on it waits behind a chunk.
     Raises `Refused` if the blob is not there.
     """
-    loop, pace = asyncio.get_running_loop(), pace or Pace()
+    loop, size = asyncio.get_running_loop(), _FIRST
     with store.open(digest) as file:
         while True:
-            size = pace.size
             chunk = recent.get(digest, offset, size) if recent else None
             if chunk is None:
                 now = _read_now(file, offset, size)
@@ -107,7 +85,7 @@ async def pour(
             began = loop.time()
             yield chunk
             offset += len(chunk.data)
-            pace.went(len(chunk.data), loop.time() - began)
+            size = next_size(size, loop.time() - began)
 
 
 def _read_now(file: BinaryIO, offset: int, size: int) -> memoryview | None:

@@ -34,7 +34,7 @@ from fedml.protocol.requests import (
     UploadStart,
 )
 from fedml.transport.desks import FederationDesk
-from fedml.transport.flow import Pace, Recent, catch, pour, soon
+from fedml.transport.flow import Recent, catch, pour, soon
 from fedml.transport.turns import Turns
 
 BACKLOG = 1000  # commands that may wait for a site; more, and it is too slow to be there
@@ -93,14 +93,12 @@ class Reception:
     async def download(self, who: Identity, request: DownloadRequest) -> AsyncGenerator[Chunk]:
         """Yield a blob's chunks, if it is for this site; empty ones until it is its turn."""
         store = await self._desk.outgoing(who, request.digest)
-        stream = self._streams.get(who.name)
-        pace = stream.pace if stream else Pace()
         with self._downloads.turn() as turn:
             async with aclosing(turn.waits()) as waits:
                 async for _ in waits:
                     yield Chunk(b"")
             with self._recent.used() as recent:
-                poured = pour(store, request.digest, request.offset, recent, pace)
+                poured = pour(store, request.digest, request.offset, recent)
                 async with aclosing(poured) as chunks:
                     async for chunk in chunks:
                         with turn.lent():
@@ -161,7 +159,6 @@ class _Stream:
 
     def __init__(self, write: Write) -> None:
         self.over = asyncio.Event()
-        self.pace = Pace()
         self._write = write
         self._queue: asyncio.Queue[Command | None] = asyncio.Queue()
         self._reason: FedmlError | None = None

@@ -49,7 +49,7 @@ from fedml.protocol.requests import (
     UploadStart,
 )
 from fedml.transport.chunks import BlobStore
-from fedml.transport.flow import Pace, catch, patient, pour, soon
+from fedml.transport.flow import catch, patient, pour, soon
 from fedml.transport.link import SILENCE, Link
 from fedml.transport.pulse import Pulse, heard
 from fedml.transport.terms import CLIENT_OPTIONS, error_of, shown_certificate
@@ -66,7 +66,6 @@ class _Line:
     def __init__(self, address: str, credentials: grpc.ChannelCredentials) -> None:
         self.address = address
         self._channel = grpc.aio.secure_channel(address, credentials, options=CLIENT_OPTIONS)
-        self._pace = Pace()
 
     @classmethod
     def of(cls, credentials: Credentials) -> _Line:
@@ -119,8 +118,7 @@ class _Line:
                 with suppress(asyncio.InvalidStateError):  # it is over; reading says why
                     await call.write(codec.encode_part(start))
                     offset = await _go(answers)
-                    poured = pour(source, start.blob.digest, offset, pace=self._pace)
-                    async with aclosing(poured) as chunks:
+                    async with aclosing(pour(source, start.blob.digest, offset)) as chunks:
                         async for chunk in chunks:
                             await call.write(codec.encode_part(chunk))
                     await call.done_writing()

@@ -15,7 +15,7 @@ from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.requests import Chunk
 from fedml.transport import flow
 from fedml.transport.chunks import BlobStore
-from fedml.transport.flow import Pace, Recent, pour
+from fedml.transport.flow import Recent, pour
 
 DATA = os.urandom(3 * MAX_CHUNK + 1000)
 
@@ -107,31 +107,3 @@ def test_a_framed_chunk_is_what_a_chunk_is() -> None:
         assert bytes(chunk.data) == data
         assert codec.encode(chunk) == codec.encode(Chunk(data))
         assert codec.encode_part(chunk) == codec.encode_part(Chunk(data))
-
-
-async def sizes(store: BlobStore, digest: str, pace: Pace) -> list[int]:
-    async with aclosing(pour(store, digest, 0, pace=pace)) as chunks:
-        return [len(chunk.data) async for chunk in chunks]
-
-
-async def test_only_the_first_blob_of_a_line_feels_its_way(
-    store: BlobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flow, "next_size", lambda size, seconds: min(4 * size, MAX_CHUNK))
-    digest, pace = store.put_bytes(DATA).digest, Pace()
-    assert (await sizes(store, digest, pace))[0] < MAX_CHUNK
-    assert (await sizes(store, digest, pace))[0] == MAX_CHUNK
-    assert (await sizes(store, digest, Pace()))[0] < MAX_CHUNK
-
-
-async def test_small_blobs_say_nothing_of_a_line(
-    store: BlobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flow, "next_size", lambda size, seconds: min(4 * size, MAX_CHUNK))
-    small, pace = store.put_bytes(b"small").digest, Pace()
-    before = pace.size
-    assert await sizes(store, small, pace) == [5]
-    assert pace.size == before
-    monkeypatch.setattr(flow, "next_size", lambda size, seconds: size // 4)
-    assert await sizes(store, small, pace) == [5]
-    assert pace.size == before // 4
