@@ -100,9 +100,13 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _rows(recipe: Recipe, job: Mapping[str, Any]) -> Rows:
+def _rows(recipe: Recipe, job: Mapping[str, Any], part: str = "rows") -> Rows:
+    """Read a file of the job's; raises `ConfigError`, which is told, if there is none."""
+    path = Path(job[part])
+    if not path.exists():
+        raise ConfigError(f"{path}: No such file or directory; mend it, or the policy's path")
     try:
-        return recipe.read(Path(job["rows"]))
+        return recipe.read(path)
     except FedmlError as error:
         raise _Unreadable(str(error)) from error
     except Exception as error:
@@ -143,7 +147,7 @@ def _work(job: Mapping[str, Any], folder: Path) -> None:
     if assignment.privacy.mode == "patient" and job["held_out"]:
         from fedml.learning.persons import check_apart
 
-        check_apart(*(recipe.read(Path(job[part])) for part in ("train", "held_out")))
+        check_apart(*(_rows(recipe, job, part) for part in ("train", "held_out")))
     if assignment.kind == "train":
         _train(job, assignment, task, recipe, memory)
     else:

@@ -324,7 +324,7 @@ def test_parts_of_private_tasks_are_refused() -> None:
     private = plan(
         privacy=Privacy("record", epsilon=5.0, delta=1e-5, rounds=3, evaluation_epsilon=1)
     )
-    with pytest.raises(ConfigError, match=r"world\.partial with record privacy"):
+    with pytest.raises(ConfigError, match=r"world\.partial under privacy"):
         world(a_plan=private, partial=True)
     world(a_plan=private, stragglers=Stragglers(0.5))
 

