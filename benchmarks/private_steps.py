@@ -86,7 +86,11 @@ class Net:
 def plain(net: Net, rows: Rows) -> Step:
     """SGD as torch has it, on batches of fixed size."""
     model = net.build()
-    optimiser = torch.optim.SGD(model.parameters(), lr=LR)
+    return _stepping(net, rows, model, torch.optim.SGD(model.parameters(), lr=LR))
+
+
+def _stepping(net: Net, rows: Rows, model: nn.Module, optimiser: torch.optim.Optimizer) -> Step:
+    """Return what takes a step on a batch of fixed size."""
 
     def step() -> None:
         batch = torch.randint(len(rows), (BATCH,))
@@ -119,14 +123,7 @@ def hooks(net: Net, rows: Rows) -> Step:
         torch.optim.SGD(model.parameters(), lr=LR),
         noise_multiplier=NOISE, max_grad_norm=CLIP, expected_batch_size=BATCH,
     )  # fmt: skip
-
-    def step() -> None:
-        batch = torch.randint(len(rows), (BATCH,))
-        optimiser.zero_grad()
-        torch.autograd.backward([net.loss(model(rows.x[batch]), rows.y[batch])])
-        optimiser.step()
-
-    return step
+    return _stepping(net, rows, model, optimiser)
 
 
 def ghost(net: Net, rows: Rows) -> Step:

@@ -32,16 +32,17 @@ def huge(quick: bool, say: Say) -> Reading:
 @benchmark("transport/memory", "MB")
 def memory(quick: bool, say: Say) -> Reading:
     """Measure how far four updates of 100 MB raise the coordinator's memory; the limit is one."""
-    return _raised(4, 2 if quick else 6, (10 if quick else 100) * _MB, say)
+    return _raised(4, 2 if quick else 6, say)
 
 
 @benchmark("transport/memory32", "MB")
 def memory_of_many(quick: bool, say: Say) -> Reading:
     """Measure the same with 32 sites."""
-    return _raised(32, 1 if quick else 2, 100 * _MB, say)
+    return _raised(32, 1 if quick else 2, say)
 
 
-def _raised(sites: int, rounds: int, size: int, say: Say) -> Reading:
+def _raised(sites: int, rounds: int, say: Say) -> Reading:
+    size = 100 * _MB
     account = federation.play(size, rounds, say, count=sites)
     return Reading((account.peak - account.before) / _MB, size / _MB)
 

@@ -265,10 +265,4 @@ class MaskedRound:
         return self._sums
 
     def _account(self) -> Account:
-        asked = self.opening.asked
-        return Account(
-            asked,
-            tuple(self._counted[site] for site in asked if site in self._counted),
-            {site: self._missing[site] for site in asked if site in self._missing},
-            tuple(site for site in asked if site in self._final),
-        )
+        return Account.of(self.opening.asked, self._counted, self._missing, self._final)

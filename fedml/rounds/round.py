@@ -9,7 +9,7 @@ rounds together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -118,6 +118,22 @@ class Account:
     counted: tuple[Counted, ...]
     missing: Mapping[str, str]
     final: tuple[SiteId, ...]
+
+    @classmethod
+    def of(
+        cls,
+        asked: tuple[SiteId, ...],
+        counted: Mapping[SiteId, Counted],
+        missing: Mapping[SiteId, str],
+        final: Collection[SiteId],
+    ) -> Account:
+        """Put what was found out in the order of asking."""
+        return cls(
+            asked,
+            tuple(counted[site] for site in asked if site in counted),
+            {site: missing[site] for site in asked if site in missing},
+            tuple(site for site in asked if site in final),
+        )
 
 
 @dataclass(frozen=True)
@@ -346,10 +362,4 @@ class Round:
             return Fail(RoundFailed(f"round {number}: {error}"), account)
 
     def _account(self) -> Account:
-        asked = self.opening.asked
-        return Account(
-            asked,
-            tuple(self._counted[site] for site in asked if site in self._counted),
-            {site: self._missing[site] for site in asked if site in self._missing},
-            tuple(site for site in asked if site in self._final),
-        )
+        return Account.of(self.opening.asked, self._counted, self._missing, self._final)

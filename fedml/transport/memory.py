@@ -174,8 +174,11 @@ class _Stream:
         except FedmlError as error:
             self._reason = error
         finally:
-            self._reason = self._reason or Unreachable("the link was closed")
-            self._ready.set()
+            self._end()
+
+    def _end(self) -> None:
+        self._reason = self._reason or Unreachable("the link was closed")
+        self._ready.set()
 
     async def _arriving(self) -> AsyncIterator[SiteEvent]:
         while True:
@@ -212,6 +215,7 @@ class _Stream:
         """Hang up."""
         self._task.cancel()
         await asyncio.wait([self._task])
+        self._end()  # a task that never began told nobody
 
 
 async def _parts(

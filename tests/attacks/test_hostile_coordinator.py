@@ -276,6 +276,36 @@ async def test_the_site_of_these_attacks_does_answer(tmp_path: Path) -> None:
     assert wire.faults == []
 
 
+WAYS: dict[str, dict[str, object]] = {
+    "a recipe off the list": {"recipe": "stranger"},
+    "a recipe nobody knows": {"recipe": "unknown"},
+    "other code under a name on the list": {"recipe": "other digest"},
+    "rows of no recipe": {"dataset": "payroll"},
+    "no privacy": {"privacy": Privacy()},
+    "a looser delta": {"privacy": Privacy("record", 2.0, 0.4)},
+    "more than the budget": {"privacy": Privacy("record", 50.0, DELTA)},
+    "a cohort of one": {"cohort": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_each_way_beyond_the_policy_is_declined_at_the_gate(tmp_path: Path, way: str) -> None:
+    wire = await play(tmp_path, site(tmp_path), [[plainly("a", **WAYS[way])]])
+    [answer] = [event for event in wire.heard if isinstance(event, Answer)]
+    assert isinstance(answer, Declined)
+    assert (wire.got, wire.faults, _entries(tmp_path)) == ({}, [], ())
+
+
+async def test_no_count_of_rows_is_told_as_it_is(tmp_path: Path) -> None:
+    """A single one may be right by chance, one in forty; not a dozen."""
+    privacy = Privacy("record", 1.0, DELTA, evaluation_epsilon=0.1)
+    story = [[plainly(f"t{n}", kind="evaluate", privacy=privacy)] for n in range(12)]
+    wire = await play(tmp_path, site(tmp_path), story)
+    counts = [event.count for event in wire.heard if isinstance(event, Scored)]
+    assert len(counts) == 12
+    assert set(counts) != {COUNT}
+
+
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "undefended"])
 async def test_a_policy_that_asks_for_no_privacy_is_what_the_attacker_needs(
     tmp_path: Path, guarded: bool

@@ -29,6 +29,7 @@ from fedml.protocol.messages import (
 )
 from fedml.protocol.operations import RunInfo
 from fedml.telemetry import BYTES
+from fedml.transport import rpc
 from fedml.transport.chunks import Intake
 from fedml.transport.link import Link
 from tests.transport.world import HELLO, MIB, TASK, GrpcPlace, MemoryPlace, Place, World
@@ -150,6 +151,23 @@ async def test_hanging_up_wakes_who_waits_for_a_command(place: Place, link: Link
     await link.close()
     with pytest.raises(Unreachable):
         await soon(waiting)
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_hanging_up_wakes_who_waits_for_the_welcome(
+    place: Place, link: Link, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far the stream has come; gRPC forgets a call that is about to begin, we do not."""
+    monkeypatch.setattr(rpc, "ANSWER", 0.5)
+    connecting = asyncio.create_task(link.connect(HELLO))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await link.close()
+    try:
+        await soon(connecting)
+    except Unreachable:
+        return
+    await link.close()
 
 
 async def test_a_site_that_does_not_read_is_cut_off(place: Place, link: Link) -> None:

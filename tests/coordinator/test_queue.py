@@ -417,6 +417,22 @@ async def test_a_round_that_was_open_when_its_run_failed_costs_no_attempt_when_i
         await hub.close()
 
 
+async def test_what_a_site_keeps_for_a_round_that_lapsed_is_forgotten(
+    hub: Hub, sites: list[Site], tmp_path: Path
+) -> None:
+    run = await hub.submit(plan(rounds=1, attempts=1))
+    stale = await sites[0].order()
+    hub.runs._journal.append(Ended(run, "failed", "broke down"))  # with its round open
+    hub = await again(hub, tmp_path)
+    try:
+        await hub.submit(plan())
+        assert (await hub.operator.resume_run(run)).state == "queued"
+        bern = await Site(tmp_path, "bern").connect(hub, stale.task)
+        assert (await bern.next(Forget)).task == stale.task
+    finally:
+        await hub.close()
+
+
 async def test_sites_keep_the_algorithm_s_own_state_of_a_run_that_may_be_resumed(
     hub: Hub, sites: list[Site], tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ from fedml.protocol.messages import (
 from fedml.protocol.operations import Receipt
 from fedml.protocol.secagg import Secagg
 from fedml.releases.registry import MemoryRegistry
-from fedml.rounds import Cohort, Evaluation, Plan, SiteStatus, eligible
+from fedml.rounds import Cohort, Evaluation, Plan, SiteStatus, Wire, eligible
 from fedml.strategies import FedAvg
 from fedml.strategies.robust import Median
 from fedml.transport.link import Link
@@ -132,6 +132,23 @@ async def test_a_tree_comes_to_the_flat_receipts_in_any_order(tmp_path: Path) ->
     async with tree(tmp_path / "c") as grown:
         grown.leaves = dict(reversed(grown.leaves.items()))
         assert await grown_receipts(grown, plan_of(), WELL, WELL) == wanted
+
+
+@pytest.mark.parametrize("wire", [Wire(up="bf16"), Wire(down="bf16+delta", up="zstd")])
+async def test_a_tree_comes_to_the_flat_receipts_however_models_travel(
+    tmp_path: Path, wire: Wire
+) -> None:
+    """Leaves that round nothing themselves are rounded at their region, and get models whole."""
+    a_plan = plan_of(wire=wire)
+    wanted, _ = await flat(tmp_path / "a", a_plan, WELL, WELL)
+    exact, _ = await flat(tmp_path / "b", plan_of(), WELL, WELL)
+    assert (wanted[-1].model != exact[-1].model) == (wire.up == "bf16")
+    async with tree(tmp_path / "c") as grown:
+        run = await grown.hub.submit(a_plan)
+        orders = [*await one_round(grown.leaves), *await one_round(grown.leaves)]
+        assert not any(order.parcels for order in orders)
+        receipts = [timeless(await grown.hub.receipt(run, number)) for number in (1, 2)]
+    assert receipts == wanted
 
 
 async def test_leaves_get_the_orders_that_they_would_get_without_a_region(tmp_path: Path) -> None:

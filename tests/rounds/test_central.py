@@ -12,8 +12,9 @@ from fedml.errors import Contradiction, MalformedUpdate
 from fedml.params import Params
 from fedml.privacy import accounting
 from fedml.protocol.messages import Privacy, SiteId, TaskId
+from fedml.protocol.secagg import Secagg
 from fedml.protocol.tasks import Stack, Task, Update
-from fedml.rounds import Committed, Evaluation, Event, Run, UpdateArrived
+from fedml.rounds import Committed, Evaluation, Event, Run, UpdateArrived, Wire
 from fedml.rounds.round import SendTask
 from fedml.stacked import Stacked
 from fedml.strategies import FedAvg, NoisyMean, Scaffold, WeightedMean, add_stack
@@ -156,6 +157,8 @@ def test_the_run_s_noise_keeps_its_epsilon_without_amplification() -> None:
         ({"strategy": Scaffold()}, "report slots, which the clip does not bound"),
         ({"evaluation": Evaluation()}, "scores would leave without noise; set evaluation.at_end"),
         ({"rounds": 4}, "noise is set for exactly the rounds that run"),
+        ({"wire": Wire(up="bf16")}, "moves an update after its norm was bounded, or shares of"),
+        ({"secagg": Secagg("sa1")}, "site_central with secagg: its noise is not made for masked"),
     ],
 )
 def test_what_site_central_cannot_bound_is_refused(

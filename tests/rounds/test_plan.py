@@ -9,7 +9,8 @@ import pytest
 
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import Privacy, SiteId, Training
-from fedml.rounds import Cohort, Evaluation, Gate, Plan
+from fedml.protocol.secagg import Secagg
+from fedml.rounds import Cohort, Evaluation, Gate, Plan, Wire
 from fedml.strategies import (
     FedAvg,
     FedProx,
@@ -93,6 +94,8 @@ def test_a_plan_whose_sites_share_the_noise_is_played_by_simulations_alone() -> 
         ),
         ({**SHARED, "strategy": FedAvg(reducer=Median())}, "nothing but their sum may be looked"),
         ({**SHARED, "strategy": FedProx()}, "strategy FedProx in mode record_distributed"),
+        ({**SHARED, "wire": Wire(up="bf16+zstd")}, "wire.up bf16+zstd with record_distributed"),
+        ({**SHARED, "secagg": Secagg("sa1")}, "privacy.mode record_distributed with secagg"),
         ({"gates": (Gate(metric="auc", at_least=0.9),)}, "gates on auc without a last evaluation"),
         ({"evaluation": Evaluation(every=-1)}, "evaluation.every -1"),
     ],

@@ -10,7 +10,7 @@ import torch
 from fedml.errors import ConfigError, Contradiction
 from fedml.protocol.messages import SiteId
 from fedml.protocol.secagg import Secagg
-from fedml.rounds import Evaluation, Gate, Plan
+from fedml.rounds import Evaluation, Gate, Plan, Wire
 from fedml.simulation.engine import Outcome
 from fedml.simulation.executors.base import Executor
 from fedml.simulation.executors.vectorised import Vectorised
@@ -95,8 +95,9 @@ def test_metrics_are_means_over_the_sites_and_others_stay_at_home() -> None:
         ({"cohort": replace(plan().cohort, quorum=2)}, "cohort.quorum 2 with secagg: of a sum of"),
         ({"secagg": replace(SA1, scores=())}, "evaluation with secagg and no secagg.scores"),
         ({"gates": (Gate(metric="auc", at_least=0.5),)}, "gates on auc with secagg: name them in"),
+        ({"wire": Wire(up="zstd")}, "wire.up zstd with secagg: masked words cannot be packed"),
     ],
-    ids=["reducer", "strategy", "cohort", "scores", "gate"],
+    ids=["reducer", "strategy", "cohort", "scores", "gate", "wire"],
 )
 def test_a_plan_that_secagg_contradicts_is_refused(change: dict[str, object], reason: str) -> None:
     _, masked = both(FedAvg())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -18,6 +21,24 @@ def commands(page: str) -> list[str]:
     boxes = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
     lines = "".join(boxes).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip()]
+
+
+def play(script: str, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in `folder` as a user would, who has `fedml` and nothing of ours."""
+    programs, bash = folder / "bin", shutil.which("bash")
+    programs.mkdir()
+    (programs / "fedml").write_text(f'#!/bin/sh\nexec {sys.executable} -m fedml "$@"\n')
+    (programs / "fedml").chmod(0o755)
+    (folder / "script").write_text(script)
+    assert bash is not None
+    return subprocess.run(
+        [bash, "-c", "set -eu; trap 'jobs -p | xargs -r kill' EXIT; . ./script"],
+        cwd=folder,
+        env={"PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
 
 
 def is_elsewhere(command: str) -> bool:

@@ -1,15 +1,13 @@
 """What docs/simulate.md shows is what happens."""
 
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.system.page import ROOT, play
 
 
 @pytest.mark.slow
@@ -18,21 +16,8 @@ def test_the_commands_and_the_snippet_of_the_page_work(tmp_path: Path) -> None:
     text = (ROOT / "docs/simulate.md").read_text()
     [block] = re.findall(r"<!-- these commands are run by .*? -->\n```sh\n(.*?)```", text, re.S)
     [snippet] = re.findall(r"```python\n(.*?)```", text, re.S)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "fedml").write_text(f'#!/bin/sh\nexec {sys.executable} -m fedml "$@"\n')
-    (programs / "fedml").chmod(0o755)
-    bash = shutil.which("bash")
-    assert bash is not None
     (tmp_path / "snippet.py").write_text(f"{snippet}\nprint(len(curve), len(sites))\n")
-    done = subprocess.run(
-        [bash, "-c", f"set -eu; {block}\n{sys.executable} snippet.py"],
-        cwd=tmp_path,
-        env={"PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
+    done = play(f"{block}\n{sys.executable} snippet.py", tmp_path, 290)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done: candidate after 5 rounds") == 2
     assert "going on after round 5 of 5" in done.stdout

@@ -124,6 +124,17 @@ def test_a_word_does_not_take_back_the_time_that_a_transfer_was_given() -> None:
     assert play(story()) == 20.0 + 40.0
 
 
+def test_a_quick_piece_does_not_take_back_the_time_that_a_slow_one_was_given() -> None:
+    async def story() -> None:
+        line = Line()
+        await line.send(MAX_CHUNK, each=20.0)
+        await line.send(MAX_CHUNK, each=1.0)
+        with pytest.raises(TimeoutError):
+            await line.word()
+
+    assert play(story()) == 20.0 + 40.0
+
+
 def test_a_piece_that_took_long_counts_as_long_as_words_may() -> None:
     async def story() -> None:
         line = Line()
