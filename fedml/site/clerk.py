@@ -289,7 +289,10 @@ class Clerk:
         await self._fetch_model(order, desk)
         if order.keep_model:
             keep = self._memory.keep_model
-            await asyncio.to_thread(keep, order.run, order.model.digest, desk.model)
+            try:
+                await asyncio.to_thread(keep, order.run, order.model.digest, desk.model)
+            except OSError as error:  # the next one comes whole
+                _about(order).warning("model not kept", reason=str(error))
         failpoints.reach("model.fetched")
         await self._foreman.run(self._job(order, permit, desk), desk.outcome)
 

@@ -118,8 +118,11 @@ def _unpack(job: Mapping[str, Any], folder: Path) -> None:
     assignment = codec.decode(Assignment, (folder / "assignment").read_bytes())
     model, base = Path(job["model"]), Path(job["base"]) if job["base"] else None
     draft = model.with_name(f".{model.name}.draft")
-    unpack(Path(job["parcel"]), str(job["form"]), assignment.model, draft, base, _written)
-    draft.replace(model)
+    try:
+        unpack(Path(job["parcel"]), str(job["form"]), assignment.model, draft, base, _written)
+        draft.replace(model)
+    except OSError as error:
+        raise Refused(_one_line(error)) from error
     durable.replace(folder / "unpacked.json", durable.dump_json({}))
 
 

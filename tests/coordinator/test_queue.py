@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedml import settings as files
-from fedml.coordinator.journal import Ended, Halted
+from fedml.coordinator.journal import Ended, Halted, Registered
 from fedml.coordinator.runs import Runs
 from fedml.coordinator.settings import Settings
 from fedml.errors import ConfigError, PermissionDenied, Unreachable
@@ -506,6 +506,20 @@ async def test_only_what_has_ended_without_a_version_is_resumed(
         await hub.operator.resume_run(run)
     with pytest.raises(ConfigError, match="no run 'nope'"):
         await hub.operator.resume_run(RunId("nope"))
+
+
+async def test_a_run_that_broke_down_with_its_version_noted_is_not_resumed(
+    hub: Hub, tmp_path: Path
+) -> None:
+    run = await hub.submit(plan(rounds=1))
+    hub.runs._journal.append(Registered(run, 1))
+    hub.runs._journal.append(Ended(run, "failed", "broke down"))
+    hub = await again(hub, tmp_path)
+    try:
+        with pytest.raises(ConfigError, match="has ended with a version; submit another run"):
+            await hub.operator.resume_run(run)
+    finally:
+        await hub.close()
 
 
 async def test_viewers_and_sites_neither_stop_nor_resume(hub: Hub) -> None:

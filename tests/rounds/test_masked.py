@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedml.errors import QuorumLost, RoundFailed
 from fedml.params import Params
-from fedml.protocol.messages import SiteId, TaskId
+from fedml.protocol.messages import SiteId, Summand, TaskId
 from fedml.protocol.secagg import Masked, Secagg
-from fedml.protocol.tasks import Brief, Report, Update
+from fedml.protocol.tasks import Brief, Report, Sum, Update
 from fedml.rounds import (
     MaskedRound,
     Opening,
@@ -23,6 +23,7 @@ from fedml.rounds import (
     Round,
     Said,
     SiteLost,
+    SumArrived,
     UpdateArrived,
     WakeAt,
 )
@@ -228,10 +229,16 @@ def test_an_abandoned_round_reveals_nothing_and_says_why() -> None:
     assert len([c for c in world.log if isinstance(c, Close | Fail)]) == 1
 
 
-def test_an_answer_in_the_clear_is_dropped() -> None:
+@pytest.mark.parametrize("how", ["alone", "in a region's sum"])
+def test_an_answer_in_the_clear_is_dropped(how: str) -> None:
     world = World().start()
     world.deliver()
-    world.feed(UpdateArrived(update(BERN, PLAIN)))
+    summand = Summand(BERN, OPENING.task_id(BERN), 1.0, "00")
+    world.feed(
+        UpdateArrived(update(BERN, PLAIN))
+        if how == "alone"
+        else SumArrived(Sum(1, (summand,), {}, {}), SiteId("region"))
+    )
     world.gone.add(BERN)
     world.deliver()
     world.train()

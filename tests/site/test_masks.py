@@ -20,13 +20,23 @@ from fedml.errors import (
     TaskFailed,
     Untrusted,
 )
-from fedml.protocol.messages import Assignment, Failed, SecaggSaid, SecaggTold, SiteEvent, SiteId
+from fedml.protocol.messages import (
+    Assignment,
+    Failed,
+    Privacy,
+    SecaggSaid,
+    SecaggTold,
+    SiteEvent,
+    SiteId,
+)
 from fedml.protocol.secagg import Masked, Masking, Part, Secagg
 from fedml.secagg import Coordinator, Demands, Terms, Total
 from fedml.site import masks
+from fedml.site.door import Door, open_ledgers
 from fedml.site.gate import decide
 from fedml.site.masks import Masks
-from tests.site.wire import ORDER, RECIPE, policy
+from fedml.site.memory import Desk, Memory
+from tests.site.wire import ORDER, RECIPE, policy, worked
 
 SITES = tuple(SiteId(name) for name in ("bern", "kyoto", "oslo"))
 BERN = SITES[0]
@@ -281,3 +291,25 @@ def test_a_policy_that_requires_masks_refuses_the_clear(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="policy secagg = 'required': the task's answer would not"):
         decide(strict, ORDER, (RECIPE,))
     assert decide(strict, MASKED_ORDER, (RECIPE,)).part == "train"
+
+
+@pytest.mark.parametrize(("dataset", "weight"), [("records", 100.0), ("open", 31.0)])
+async def test_under_privacy_what_an_update_counts_is_public(
+    tmp_path: Path, dataset: str, weight: float
+) -> None:
+    """A worker's own number would tell a row by its weight in the sum."""
+    privacy = ORDER.privacy if dataset == "records" else Privacy()
+    order = replace(MASKED_ORDER, dataset=dataset, privacy=privacy)
+    worked(tmp_path, order)
+    memory, rules, weights = Memory(tmp_path), policy(tmp_path), list[float]()
+    durable.replace(
+        memory.desk(order.task).outcome, durable.dump_json({"weight": 31.0, "metrics": {}})
+    )
+
+    async def mask(order: Assignment, desk: Desk, weight: float) -> None:
+        weights.append(weight)
+
+    with open_ledgers(tmp_path, rules) as ledgers:
+        door, permit = Door(ledgers, memory), decide(rules, order, (RECIPE,))
+        await door.release(order, permit, await door.admit(order, permit), mask)
+    assert weights == [weight]

@@ -6,7 +6,7 @@ The far end of the link is the test; the worker is real, and so is what it train
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ class Shop(Wire):
     blobs: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     told: list[Hello] = field(default_factory=list)
+    before: dict[str, Callable[[], None]] = field(default_factory=dict)  # a blob is handed out
 
     async def connect(self, hello: Hello) -> None:
         self.told.append(hello)
@@ -54,6 +55,7 @@ class Shop(Wire):
 
     async def download(self, blob: Blob, into: BlobStore) -> None:
         self.asked.append(blob.digest)
+        self.before.pop(blob.digest, lambda: None)()
         if blob.digest not in self.blobs:
             raise Refused(f"blob {blob.digest[:12]} is not for you")
         assert into.put_bytes(self.blobs[blob.digest]) == blob
@@ -209,6 +211,28 @@ async def test_a_kept_model_that_a_power_loss_spoilt_is_of_no_use_and_no_harm(to
         kept.write_bytes(data[:-8] + bytes(8))
         answer = await town.trained(town.order(1, delta))
         assert town.shop.asked == digests(delta.blob, town.wholes[1])
+    assert town.update(answer) == wanted
+
+
+async def test_a_kept_model_that_goes_while_it_is_needed_costs_a_whole_one(
+    town: Town, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wanted, delta = await expected(town), town.parcel("delta", 1, 0)
+    models = town.folder / "site" / "models"
+    async with site(town):
+        await town.trained(town.order(0))
+        town.shop.before[delta.blob.digest] = lambda: shutil.rmtree(models)
+        answer = await town.trained(town.order(1, delta))
+        assert town.shop.asked == digests(delta.blob, town.wholes[1])
+    assert town.update(answer) == wanted
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+async def test_a_model_that_cannot_be_kept_costs_no_task(town: Town) -> None:
+    wanted = await expected(town)
+    async with site(town):
+        (town.folder / "site" / "models").write_text("in the way")
+        answer = await town.trained(town.order(1))
     assert town.update(answer) == wanted
 
 

@@ -14,7 +14,7 @@ from fedml.learning.recipe import identify, load
 from fedml.params import Params, encode
 from fedml.protocol import codec
 from fedml.protocol.messages import Privacy, Training
-from fedml.site.worker import _work
+from fedml.site.worker import _do, _work
 from tests.site.wire import ORDER
 
 Kind = Literal["train", "evaluate"]
@@ -105,3 +105,21 @@ def test_a_patient_in_both_files_is_refused(tmp_path: Path, kind: Kind) -> None:
     with pytest.raises(ConfigError, match="1 patients have rows to train on and rows held out"):
         _work(job(tmp_path, LINES[:13], LINES[13:], kind), tmp_path)
     assert not (tmp_path / "outcome.json").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_a_file_that_is_not_there_is_told_and_a_row_that_does_not_read_is_not(
+    tmp_path: Path, part: str
+) -> None:
+    lines = {"train": LINES[:12], "held_out": LINES[12:]}
+    task = job(tmp_path, lines["train"], lines["held_out"])
+    (tmp_path / part).write_text("1,0,secret,1")
+    assert _do(task) == 1
+    word = durable.read_json(tmp_path / "error.json")
+    assert (word["told"], "secret" in word["error"]) == (False, True)
+    (tmp_path / part).unlink()
+    assert _do(task) == 1
+    assert durable.read_json(tmp_path / "error.json") == {
+        "error": f"{tmp_path / part}: No such file or directory; mend it, or the policy's path",
+        "told": True,
+    }
