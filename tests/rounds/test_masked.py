@@ -19,7 +19,6 @@ from fedml.rounds import (
     MaskedRound,
     Opening,
     Relay,
-    ReportArrived,
     Round,
     Said,
     SiteLost,
@@ -27,7 +26,7 @@ from fedml.rounds import (
     UpdateArrived,
     WakeAt,
 )
-from fedml.rounds.masked import Command, digest_of, terms_of
+from fedml.rounds.masked import Command, Event, digest_of, terms_of
 from fedml.rounds.round import CancelTask, Close, DeadlinePassed, Fail, SendTask
 from fedml.simulation.veil import Veil
 from fedml.strategies import Aggregate, WeightedMean, number, reports
@@ -95,7 +94,7 @@ class World:
                 self.feed(self.veil.begin(command.task))
         return self
 
-    def feed(self, event: Said | SiteLost | DeadlinePassed | UpdateArrived | ReportArrived) -> None:
+    def feed(self, event: Event) -> None:
         self.carry(self.round.handle(event))
 
     def carry(self, commands: list[Command]) -> None:
