@@ -13,6 +13,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 ROUNDS = Counter("fedml_rounds_total", "Rounds that ended", ["outcome"])
+ALERTS = Counter("fedml_alerts_total", "Alerts raised or renewed", ["kind"])
 TASKS = Counter("fedml_tasks_total", "Tasks that ended at this site", ["outcome"])
 SITES = Gauge("fedml_sites_connected", "Sites with an open stream")
 EPSILON = Gauge("fedml_epsilon_spent", "Epsilon spent, by dataset, of the lifetime", ["dataset"])

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from fedml.cli.console import scores
 from fedml.protocol.operations import Receipt, RunDetail
+from fedml.rounds.vigil import Vigil
 
 
 def lines(detail: RunDetail) -> Iterator[str]:
-    """Yield a line for each round, and below it one for each site."""
+    """Yield a line for each round, and below it one for each site; at the end the alerts."""
     for receipt in detail.receipts:
         yield _round(receipt)
         sites = [*(c.site for c in receipt.counted), *receipt.missing, *receipt.left_out]
@@ -24,6 +25,8 @@ def lines(detail: RunDetail) -> Iterator[str]:
             yield f"  damped     {site:{width}}  {why}"
         for site, why in receipt.left_out.items():
             yield f"  not asked  {site:{width}}  {why}"
+    for alert in Vigil(detail.receipts).alerts():
+        yield f"alert: {alert}"
 
 
 def _round(receipt: Receipt) -> str:

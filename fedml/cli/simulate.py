@@ -37,6 +37,7 @@ from fedml.learning.recipe import Recipe, load
 from fedml.params import Params
 from fedml.protocol.messages import SiteId
 from fedml.rounds import Plan
+from fedml.rounds.vigil import Vigil
 from fedml.simulation import plots, results, sweep
 from fedml.simulation.attackers import Attackers
 from fedml.simulation.checkpoint import Checkpoints
@@ -200,6 +201,8 @@ class _Job:
         line = self.tracking.record(self.story, chronicle.entries, state if outcome else "KILLED")
         if line:
             print(line)
+        for alert in Vigil(entry.receipt for entry in chronicle.entries).alerts():
+            print(f"alert: {alert}")
         return summary
 
 

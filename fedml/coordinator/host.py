@@ -56,6 +56,7 @@ from fedml.rounds.masked import Relay, Said
 from fedml.rounds.round import CancelTask, SendTask, SiteLost, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
+from fedml.rounds.vigil import Vigil
 from fedml.strategies import ServerState
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
@@ -90,6 +91,7 @@ class Host:
         self._asked: tuple[SiteId, ...] = ()
         self._timers: list[asyncio.TimerHandle] = []
         self._looking: asyncio.TimerHandle | None = None
+        self._vigil = Vigil(run.receipts)
         self._looked = -math.inf
         self._expected = frozenset(run.receipts[-1].asked if run.receipts else ())
         self._expected_until = time.monotonic() + grace
@@ -288,6 +290,9 @@ class Host:
         _log.info("round closed", round=receipt.round, kind=receipt.kind, outcome=ended,
                   counted=len(receipt.counted), missing=dict(receipt.missing),
                   scores=dict(receipt.scores))  # fmt: skip
+        for site in self._vigil.take(receipt):
+            telemetry.ALERTS.labels("damped").inc()
+            _log.warning("alert", site=site, reason=self._vigil.alert(site))
         unbind_contextvars("round")
         for next_round in opened:
             self._tell_opened(next_round)
