@@ -1,0 +1,1 @@
+"""What robust rules are worth: digits at eight honest sites and two that lie, in seven ways."""
