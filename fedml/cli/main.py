@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 from fedml import __version__
-from fedml.cli import coordinator, model, operator, privacy, run, site
+from fedml.cli import coordinator, flower, model, operator, privacy, run, site
 from fedml.cli.console import guarded
 from fedml.cli.profile import JsonOption, home
 
@@ -29,6 +29,7 @@ app.add_typer(operator.app, name="operator")
 app.add_typer(run.app, name="run")
 app.add_typer(model.app, name="model")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(flower.app, name="flower")
 
 
 def _version(asked: bool) -> None:

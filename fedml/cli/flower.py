@@ -1,0 +1,160 @@
+"""`fedml flower`: Flower apps as they are, run by us."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedml.cli.console import emit, progress
+from fedml.cli.profile import JsonOption
+from fedml.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedml.flower.grid import Exchange
+    from fedml.flower.simulation import Outcome, Scores
+
+app = typer.Typer(no_args_is_help=True, help="Run Flower apps as they are.")
+
+
+@app.callback()
+def root() -> None:
+    """Run Flower apps as they are."""
+
+
+@app.command()
+def run(
+    app_dir: Annotated[
+        Path | None, typer.Argument(help="An app's folder, as 'flwr new' makes it.")
+    ] = None,
+    sites: Annotated[
+        int | None,
+        typer.Option(
+            "--num-supernodes", "--sites", help="How many sites; 10, unless the app says it."
+        ),
+    ] = None,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run-config", "-c", help="Settings: 'key=value key=\"text\"', or a TOML file."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="What chance follows from.")] = 0,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the run is kept; by default outputs/DATE/TIME.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the interrupted run in this folder.")
+    ] = None,
+    keep_every: Annotated[
+        float, typer.Option(help="Seconds of work that a crash may cost; 0: none.")
+    ] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a Flower app on this machine, its ServerApp and its ClientApp unchanged.
+
+    Example: fedml flower run my-app --num-supernodes 10 --run-config "num-server-rounds=5"
+    """
+    with _flower():
+        from fedml.flower import simulation
+    if resume is not None:
+        if app_dir or sites is not None or run_config or folder or seed:
+            raise ConfigError("--resume takes everything from the run's folder; name nothing else")
+        place, setup = resume, simulation.begun(resume)
+    else:
+        setup = simulation.prepare(app_dir or Path(), tuple(run_config or ()), sites, seed)
+        place = folder or _fresh()
+        if (place / "run.json").exists():
+            raise ConfigError(f"{place} has a run already; --resume {place}, or another --folder")
+    with progress(f"{place}: {setup.sites} sites", lines=False) as say, _aside():
+        try:
+            outcome = simulation.play(setup, place, least=keep_every, tell=_teller(say))
+        except KeyboardInterrupt:
+            typer.secho(f"go on with: fedml flower run --resume {place}", err=True)
+            raise
+    if as_json:
+        emit({**outcome.shown(), "folder": str(place)})
+    else:
+        _show(outcome, place)
+
+
+@contextlib.contextmanager
+def _flower() -> Iterator[None]:
+    """Say how to get Flower if it is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "flwr":
+            raise
+        raise ConfigError(
+            "flwr is not installed, and this command needs it; pip install "
+            "'fedml-consortium[flower]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Let what an app prints go to standard error; Flower's log says only what is wrong."""
+    import logging
+    import os
+
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.DEBUG if os.environ.get("FEDML_VERBOSE") else logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _fresh() -> Path:
+    """Return a folder named for now, as Hydra names them."""
+    import time
+
+    return Path(time.strftime("outputs/%Y-%m-%d/%H-%M-%S"))
+
+
+def _teller(say: Callable[[str], None]) -> Callable[[Exchange], None]:
+    counts = dict[str, int]()
+
+    def tell(exchange: Exchange) -> None:
+        kind = exchange.kind
+        counts[kind] = counts.get(kind, 0) + 1
+        good = exchange.asked - len(exchange.failures)
+        say(f"{kind} {counts[kind]}: {good} of {exchange.asked} sites")
+
+    return tell
+
+
+def _show(outcome: Outcome, folder: Path) -> None:
+    """Print each round's metrics in a line, what failed, and where it is all kept."""
+    columns = (("train", outcome.train), ("evaluate", outcome.evaluate), ("server", outcome.server))
+    for number in sorted({number for _, scores in columns for number in scores}):
+        parts = (_line(name, scores, number) for name, scores in columns)
+        typer.echo("  ".join([f"round {number}", *(part for part in parts if part)]))
+    for reason, sites in outcome.failures.items():
+        named = ", ".join(map(str, sorted(sites)))
+        typer.secho(
+            f"failed: {reason} (site {named}; see {folder}/errors.log)", fg="yellow", err=True
+        )
+    rounds = max((*outcome.train, *outcome.evaluate, *outcome.server), default=0)
+    pace = f", {1000 * outcome.seconds / rounds:.1f} ms each" if rounds else ""
+    kept = f"{folder}/{outcome.model}" if outcome.model else f"{folder}, but no strategy's model"
+    typer.echo(f"{rounds} rounds in {outcome.seconds:.2f} s{pace}; kept in {kept}")
+
+
+def _line(name: str, scores: Scores, number: int) -> str:
+    metrics = scores.get(number, {})
+    figures = [f"{key} {_figure(value)}" for key, value in metrics.items()]
+    return f"{name}: {', '.join(figures)}" if figures else ""
+
+
+def _figure(value: float | Sequence[float]) -> str:
+    if isinstance(value, Sequence):
+        return f"[{' '.join(f'{each:.4g}' for each in value)}]"
+    return f"{value:.4g}"

@@ -1,0 +1,192 @@
+"""A Flower app's folder, as `flwr new` makes it: what it is called, set to and made of."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from blake3 import blake3
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedml.errors import ConfigError
+from fedml.flower.grid import Value
+
+T = TypeVar("T")
+_PAIR = re.compile(r"""\s*([^\s=]+)=('[^']*'|"[^"]*"|\S+)""")
+_FILES = (".py", ".toml")  # what an app is made of; a run may leave others beside them
+_ADVICE = "make an app with 'flwr new', or see docs/flower.md"
+
+
+@dataclass(frozen=True)
+class App:
+    """An app's folder as its pyproject.toml describes it; nothing of it has been imported."""
+
+    folder: Path
+    name: str
+    version: str
+    server: str  # module:attribute
+    client: str
+    config: Mapping[str, Value]
+    sites: int | None  # of its default federation, where an older app names one
+
+    def load(self) -> tuple[ServerApp, ClientApp]:
+        """Import the app's two halves; raises `ConfigError` if one is not there.
+
+        The folder stays on the path: what a site imports later is found too.
+        """
+        folder = str(self.folder)
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        importlib.invalidate_caches()
+        server = _load(self.server, "serverapp", ServerApp, self.folder)
+        return server, _load(self.client, "clientapp", ClientApp, self.folder)
+
+    def digest(self) -> str:
+        """Return a digest of the folder's code and settings."""
+        total = blake3()
+        for path in sorted(_files(self.folder)):
+            data = path.read_bytes()
+            total.update(f"{path.relative_to(self.folder)} {len(data)}\n".encode())
+            total.update(data)
+        return total.hexdigest()
+
+
+def read(folder: Path) -> App:
+    """Return the app in `folder`; raises `ConfigError` if its pyproject.toml describes none."""
+    path = folder.resolve() / "pyproject.toml"
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; {_ADVICE}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    about = _table(raw, "tool.flwr.app", path)
+    components = _table(raw, "tool.flwr.app.components", path)
+    project = raw.get("project", {})
+    missing = [half for half in ("serverapp", "clientapp") if half not in components]
+    if missing:
+        raise ConfigError(
+            f"{path}: [tool.flwr.app.components] has no {' and no '.join(missing)}; {_ADVICE}"
+        )
+    return App(
+        path.parent,
+        str(project.get("name", path.parent.name)),
+        str(project.get("version", "0")),
+        str(components["serverapp"]),
+        str(components["clientapp"]),
+        _flat(about.get("config", {}), str(path)),
+        _sites_of(raw),
+    )
+
+
+def overridden(config: Mapping[str, Value], words: Sequence[str]) -> dict[str, Value]:
+    """Return `config` with what `words` set: `key=value ...`, or the name of one TOML file.
+
+    As `flwr run --run-config` reads them. Raises `ConfigError` for a key that the app lacks.
+    """
+    wanted = dict[str, Value]()
+    for text in words:
+        wanted |= _overrides(text)
+    if unknown := sorted(wanted.keys() - config.keys()):
+        raise ConfigError(
+            f"--run-config {', '.join(unknown)}: the app has no such setting; "
+            f"there are {', '.join(sorted(config)) or 'none'}"
+        )
+    return {**config, **wanted}
+
+
+def _overrides(text: str) -> dict[str, Value]:
+    if text.endswith(".toml"):
+        try:
+            return _flat(tomllib.loads(Path(text).expanduser().read_text()), text)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"--run-config {text}: {error}") from error
+    pairs = [(found[1], found[2]) for found in _PAIR.finditer(text)]
+    rest = _PAIR.sub("", text).strip()
+    try:
+        if rest:
+            raise ValueError(f"{rest!r} is no key=value")
+        return _flat(tomllib.loads("\n".join(f"{k} = {v}" for k, v in pairs)), text)
+    except ValueError as error:  # of TOML too
+        raise ConfigError(
+            f"--run-config {text!r}: {error}; write 'rounds=3 name=\"text\" save=true'"
+        ) from error
+
+
+def _flat(raw: object, where: str, prefix: str = "") -> dict[str, Value]:
+    """Return nested tables as one level of dotted keys."""
+    flat = dict[str, Value]()
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: {prefix or 'config'} must be a table")
+    for key, value in raw.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat |= _flat(value, where, name)
+        elif isinstance(value, bool | float | int | str):
+            flat[name] = value
+        else:
+            raise ConfigError(
+                f"{where}: {name} {value!r:.60}: must be a number, a text or true or false"
+            )
+    return flat
+
+
+def _table(raw: Mapping[str, object], name: str, path: Path) -> Mapping[str, object]:
+    found: object = raw
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{path} has no [{name}], so it is no Flower app; {_ADVICE}")
+    return found
+
+
+def _sites_of(raw: Mapping[str, object]) -> int | None:
+    """Return `options.num-supernodes` of the default federation, which apps had until 1.25."""
+    found: object = raw
+    for part in ("tool", "flwr", "federations"):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping):
+        return None
+    for part in (str(found.get("default")), "options", "num-supernodes"):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
+def _load(reference: str, half: str, kind: type[T], folder: Path) -> T:
+    module, _, attributes = reference.partition(":")
+    if not module or not attributes:
+        raise ConfigError(f"{half} {reference!r}: write module:attribute")
+    try:
+        found: object = importlib.import_module(module)
+        for name in attributes.split("."):
+            found = getattr(found, name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        advice = (
+            f"is it in {folder}?"
+            if missing == module.partition(".")[0]
+            else "install what the app's pyproject.toml lists: pip install APP_DIR"
+        )
+        raise ConfigError(f"{half} {reference}: no module {error.name!r}; {advice}") from error
+    except Exception as error:
+        raise ConfigError(f"{half} {reference}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, kind):
+        raise ConfigError(f"{half} {reference} is {type(found).__name__}, not {kind.__name__}")
+    return found
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith((".", "__pycache__")):
+            continue
+        if path.is_dir():
+            yield from _files(path)
+        elif path.suffix in _FILES:
+            yield path

@@ -1,0 +1,39 @@
+"""Chance in a simulated app: one stream for the ServerApp, one for each message to a site.
+
+Flower's strategies and most apps draw from the global generators of Python, numpy and torch.
+What a site draws must not move what the ServerApp draws next, or a replay, where no site works,
+would part from the run that it replays.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from blake3 import blake3
+
+
+def sow(*key: int) -> None:
+    """Set the three global generators to where `key` alone says."""
+    drawn = blake3(repr(key).encode()).digest()
+    whole = int.from_bytes(drawn[:8], "little")
+    random.seed(whole)
+    np.random.seed(whole % 2**32)
+    torch.manual_seed(whole % 2**63)
+
+
+@contextmanager
+def apart(*key: int) -> Iterator[None]:
+    """Draw from the stream of `key` meanwhile; the stream from before goes on afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    ours, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        sow(*key)
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(numbers)
