@@ -144,7 +144,7 @@ def _show(outcome: Outcome, folder: Path) -> None:
         )
     rounds = max((*outcome.train, *outcome.evaluate, *outcome.server), default=0)
     pace = f", {1000 * outcome.seconds / rounds:.1f} ms each" if rounds else ""
-    kept = f"{folder}/{outcome.model}" if outcome.model else f"{folder}, but no strategy's model"
+    kept = f"{folder}/{outcome.model}" if outcome.model else f"{folder}, without a model"
     typer.echo(f"{rounds} rounds in {outcome.seconds:.2f} s{pace}; kept in {kept}")
 
 

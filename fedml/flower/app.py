@@ -103,21 +103,20 @@ def overridden(config: Mapping[str, Value], words: Sequence[str]) -> dict[str, V
 
 
 def _overrides(text: str) -> dict[str, Value]:
+    where = f"--run-config {text!r}"
     if text.endswith(".toml"):
         try:
-            return _flat(tomllib.loads(Path(text).expanduser().read_text()), text)
+            return _flat(tomllib.loads(Path(text).expanduser().read_text()), where)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"--run-config {text}: {error}") from error
+            raise ConfigError(f"{where}: {error}") from error
     pairs = [(found[1], found[2]) for found in _PAIR.finditer(text)]
     rest = _PAIR.sub("", text).strip()
     try:
         if rest:
             raise ValueError(f"{rest!r} is no key=value")
-        return _flat(tomllib.loads("\n".join(f"{k} = {v}" for k, v in pairs)), text)
+        return _flat(tomllib.loads("\n".join(f"{k} = {v}" for k, v in pairs)), where)
     except ValueError as error:  # of TOML too
-        raise ConfigError(
-            f"--run-config {text!r}: {error}; write 'rounds=3 name=\"text\" save=true'"
-        ) from error
+        raise ConfigError(f"{where}: {error}; write 'rounds=3 name=\"text\" save=true'") from error
 
 
 def _flat(raw: object, where: str, prefix: str = "") -> dict[str, Value]:

@@ -24,7 +24,7 @@ from flwr.common.serde import (
 from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run as Run  # again: `Grid` names it
 from flwr.supercore.task_identity import TaskIdentity
 
 COORDINATOR = SUPERLINK_NODE_ID  # the node whose word a ServerApp's messages are

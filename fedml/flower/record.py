@@ -50,8 +50,12 @@ class Record:
             raise ConfigError(f"{path}: {error.strerror}; mend the rights") from error
         self._places = dict[tuple[int, int], int]()
         end = 0
-        for place, site, ordinal, after in self._frames():
-            self._places[site, ordinal], end = place, after
+        try:
+            for place, site, ordinal, after in self._frames():
+                self._places[site, ordinal], end = place, after
+        except Corrupt:
+            self._file.close()
+            raise
         self._file.truncate(end)
         self._waiting = list[bytes]()
         self._due = time.monotonic() + least

@@ -16,7 +16,7 @@ from flwr.app import Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 
 from fedml import durable
-from fedml.errors import ConfigError, FedmlError, TaskFailed
+from fedml.errors import ConfigError, FedmlError, MalformedUpdate, TaskFailed
 from fedml.flower import app as apps
 from fedml.flower import private
 from fedml.flower.contents import params_of
@@ -63,7 +63,7 @@ class Outcome:
     server: Scores = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
     seconds: float = 0.0
-    model: str = ""  # the file's name, "" if no strategy returned a model
+    model: str = ""  # the file's name, "" if no strategy returned one that can be kept
 
     @property
     def failures(self) -> dict[str, set[int]]:
@@ -142,9 +142,11 @@ def play(
         if not (folder / "run.json").exists():
             durable.replace(folder / "run.json", _json(dataclasses.asdict(setup)))
         record, outcome = Record(folder / "replies.bin", least), Outcome()
+        gc.freeze()  # some strategies collect garbage at each reply; not through all of torch
         try:
             _serve(setup, folder, record, outcome, tell)
         finally:
+            gc.unfreeze()
             record.close()
         durable.replace(folder / "result.json", _json(outcome.shown()))
         record.discard()
@@ -169,7 +171,6 @@ def _serve(
         client, setup.sites, config=setup.config, seed=setup.seed, record=record, tell=note
     )
     context = Context(RUN, private.COORDINATOR, {}, RecordDict(), dict(setup.config))
-    gc.freeze()  # some strategies collect garbage at each reply; not through all of torch
     sow(setup.seed)
     start = time.perf_counter()
     with private.overheard(lambda result: _take(result, folder, outcome)):
@@ -205,9 +206,15 @@ def _take(result: Result, folder: Path, outcome: Outcome) -> None:
     ):
         scores.clear()
         scores.update({round_: _metrics(metrics) for round_, metrics in found.items()})
+    outcome.model = ""
     if result.arrays:
+        try:
+            pieces = encode({"": params_of(result.arrays)})
+        except (ConfigError, MalformedUpdate) as error:  # a kind of numbers that we do not have
+            _log(folder, f"the model: {error}")
+            return
         outcome.model = "model.safetensors"
-        durable.replace(folder / outcome.model, *encode({"": params_of(result.arrays)}))
+        durable.replace(folder / outcome.model, *pieces)
 
 
 def _metrics(metrics: MetricRecord) -> Metrics:

@@ -1,0 +1,39 @@
+"""What docs/flower.md shows is what happens."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.system.page import ROOT, play
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
+    text = (ROOT / "docs/flower.md").read_text()
+    [block] = re.findall(r"<!-- these commands are run by .*? -->\n```sh\n(.*?)```", text, re.S)
+    shutil.copytree(ROOT / "tests/flower/quickstart", tmp_path / "quickstart-pytorch")
+    done = play(block, tmp_path, 290)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^round \d+  .*train: train_loss", done.stdout, re.M)) == 3 + 2
+    assert "kept in first/model.safetensors" in done.stdout
+    assert json.loads((tmp_path / "second.json").read_text())["server"]["3"]["accuracy"] >= 0
+    assert json.loads((tmp_path / "first/run.json").read_text())["sites"] == 4
+
+
+def test_the_page_names_every_option_and_every_file_of_a_run() -> None:
+    import typer.main
+
+    from fedml.cli.main import app
+
+    text = (ROOT / "docs/flower.md").read_text()
+    command = typer.main.get_command(app)
+    for name in ("flower", "run"):
+        command = command.commands[name]  # type: ignore[attr-defined]
+    for parameter in command.params:
+        for option in parameter.opts:
+            if option not in ("--json", "--help", "-h") and option.startswith("-"):
+                assert f"`{option}" in text, option
