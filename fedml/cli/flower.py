@@ -18,12 +18,9 @@ if TYPE_CHECKING:
     from fedml.flower.grid import Exchange
     from fedml.flower.simulation import Outcome, Scores
 
-app = typer.Typer(no_args_is_help=True, help="Run Flower apps as they are.")
-
-
-@app.callback()
-def root() -> None:
-    """Run Flower apps as they are."""
+app = typer.Typer(
+    help="Run Flower apps as they are.\n\nExample: fedml flower run my-app", no_args_is_help=True
+)
 
 
 @app.command()
@@ -144,8 +141,10 @@ def _show(outcome: Outcome, folder: Path) -> None:
         )
     rounds = max((*outcome.train, *outcome.evaluate, *outcome.server), default=0)
     pace = f", {1000 * outcome.seconds / rounds:.1f} ms each" if rounds else ""
+    messages = sum(exchange.asked for exchange in outcome.exchanges)
+    done = f"{rounds} rounds" if rounds else f"{messages} messages"
     kept = f"{folder}/{outcome.model}" if outcome.model else f"{folder}, without a model"
-    typer.echo(f"{rounds} rounds in {outcome.seconds:.2f} s{pace}; kept in {kept}")
+    typer.echo(f"{done} in {outcome.seconds:.2f} s{pace}; kept in {kept}")
 
 
 def _line(name: str, scores: Scores, number: int) -> str:

@@ -122,6 +122,46 @@ def scores(folder: Path) -> object:
     return [result[part] for part in ("train", "evaluate", "server")]
 
 
+OLD_SERVER = """
+from flwr.common import ndarrays_to_parameters
+from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server.strategy import FedAvg
+from flwr.serverapp import ServerApp
+import numpy as np
+
+def server_fn(context):
+    strategy = FedAvg(initial_parameters=ndarrays_to_parameters([np.zeros(3)]))
+    config = ServerConfig(num_rounds=context.run_config["rounds"])
+    return ServerAppComponents(strategy=strategy, config=config)
+
+app = ServerApp(server_fn=server_fn)
+"""
+OLD_CLIENT = """
+from flwr.client import NumPyClient
+from flwr.clientapp import ClientApp
+
+class Client(NumPyClient):
+    def fit(self, parameters, config):
+        return [array + 1 for array in parameters], 10, {}
+
+    def evaluate(self, parameters, config):
+        with open("seen", "a") as file:
+            print(*parameters[0].tolist(), file=file)
+        return 0.5, 10, {}
+
+app = ClientApp(client_fn=lambda context: Client().to_client())
+"""
+
+
+def test_an_app_from_before_messages_runs_too(walk: Path, tmp_path: Path) -> None:
+    (walk / "walk/server_app.py").write_text(OLD_SERVER)
+    (walk / "walk/client_app.py").write_text(OLD_CLIENT)
+    done = fedml(tmp_path, "app", "--sites", "3", "-c", "rounds=2", "--folder", "out")
+    assert done.returncode == 0, done.stderr
+    assert "12 messages in" in done.stdout
+    assert (tmp_path / "seen").read_text().splitlines() == ["1.0 1.0 1.0"] * 3 + ["2.0 2.0 2.0"] * 3
+
+
 def assert_one_line(done: subprocess.CompletedProcess[str], text: str) -> None:
     """Hold that a command failed with one line that has `text` in it."""
     assert done.returncode == 1

@@ -2,9 +2,13 @@
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedml.flower.grid import SimulatedGrid
 from tests.flower.apps import FIRST, scored, stock_app, trained
 
+ROOT = Path(__file__).parents[2]
 SITES, ROUNDS = 9, 3
 
 
@@ -159,3 +164,20 @@ def test_a_strategy_over_our_grid_comes_to_what_it_does_by_hand(name: str) -> No
     assert found.train_metrics_clientapp == expected.train_metrics_clientapp
     assert found.evaluate_metrics_clientapp == expected.evaluate_metrics_clientapp
     assert sorted(found.train_metrics_clientapp) == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_flowers_own_runtime_comes_to_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.npz"
+    words = [sys.executable, "-m", "tests.flower.under_flower", str(file), "4", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = np.load(file)
+    ours = strategy.FedAvg().start(SimulatedGrid(stock_app(), 4), ArrayRecord(FIRST), num_rounds=3)
+    # Flower's replies come in any order, and float addition notices
+    for name, array in enumerate(ours.arrays.to_numpy_ndarrays()):
+        np.testing.assert_allclose(array, theirs[str(name)], rtol=1e-6, atol=1e-6)
+    losses = [metrics["eval_loss"] for metrics in ours.evaluate_metrics_clientapp.values()]
+    np.testing.assert_allclose(losses, theirs["losses"], rtol=1e-6)
