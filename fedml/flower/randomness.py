@@ -17,23 +17,28 @@ from blake3 import blake3
 
 
 def sow(*key: int) -> None:
-    """Set the three global generators to where `key` alone says."""
+    """Set the three global generators, and those of GPUs, to where `key` alone says."""
     drawn = blake3(repr(key).encode()).digest()
-    whole = int.from_bytes(drawn[:8], "little")
+    whole = int.from_bytes(drawn[:8], "little") >> 1
     random.seed(whole)
     np.random.seed(whole % 2**32)
-    torch.manual_seed(whole % 2**63)
+    # not torch.manual_seed: it takes a millisecond to tell accelerators that are not there
+    torch.default_generator.manual_seed(whole)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(whole)
 
 
 @contextmanager
 def apart(*key: int) -> Iterator[None]:
     """Draw from the stream of `key` meanwhile; the stream from before goes on afterwards."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    ours, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        sow(*key)
-        try:
-            yield
-        finally:
-            random.setstate(ours)
-            np.random.set_state(numbers)
+    ours, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    sow(*key)
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numbers)
+        torch.set_rng_state(tensors)
+        if cards:
+            torch.cuda.set_rng_state_all(cards)

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, arrays_size_mod, fixedclipping_mod, message_size_mod
@@ -171,13 +172,17 @@ def test_what_sites_draw_does_not_move_what_the_server_app_draws() -> None:
     def train(message: Message, context: Context) -> Message:
         random.random()
         np.random.normal(size=7)
+        torch.rand(7)
         return told(message, n=0)
 
     sow(3)
-    expected = random.random(), np.random.normal()
+    expected = random.random(), np.random.normal(), float(torch.rand(()))
     sow(3)
     ask(SimulatedGrid(app, 5))
-    assert (random.random(), np.random.normal()) == expected
+    assert (random.random(), np.random.normal(), float(torch.rand(()))) == expected
+    sow(4)
+    others = random.random(), np.random.normal(), float(torch.rand(()))
+    assert not set(others) & set(expected)
 
 
 def test_a_reply_says_which_message_it_answers() -> None:

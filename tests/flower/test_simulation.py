@@ -59,7 +59,7 @@ def note(context):
         file.write(f"{context.node_config['partition-id']}\\n")
         count = len(pathlib.Path("calls").read_text().split()) + 1
     if os.environ.get("KILL") == str(count):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, os.environ["BY"]))
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
@@ -94,9 +94,11 @@ def walk(tmp_path: Path) -> Path:
     return package.parent
 
 
-def fedml(folder: Path, *words: str, kill: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `fedml flower run` in `folder`; its `kill`-th call of a site kills it."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "KILL": str(kill)}
+def fedml(
+    folder: Path, *words: str, kill: int = 0, by: str = "SIGKILL"
+) -> subprocess.CompletedProcess[str]:
+    """Run `fedml flower run` in `folder`; its `kill`-th call of a site sends it the signal `by`."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KILL": str(kill), "BY": by}
     return subprocess.run(
         [sys.executable, "-m", "fedml", "flower", "run", *words],
         cwd=folder,
@@ -220,6 +222,19 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_bits(
     again = fedml(tmp_path, "--resume", "cut")
     assert again.returncode == 1
     assert "is over" in again.stderr
+
+
+@pytest.mark.parametrize(("by", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_run_that_is_stopped_says_how_to_go_on_and_has_kept_everything(
+    walk: Path, tmp_path: Path, by: str, status: int
+) -> None:
+    words = ("app", "--sites", "5", "--folder", "cut", "--keep-every", "1000")
+    done = fedml(tmp_path, *words, kill=20, by=by)
+    assert done.returncode == status
+    assert "go on with: fedml flower run --resume cut\n" in done.stderr
+    assert calls(tmp_path) == 20
+    fedml(tmp_path, "--resume", "cut").check_returncode()
+    assert calls(tmp_path) == CALLS + 1
 
 
 def test_another_seed_is_another_run_and_the_same_is_the_same(in_process: Path) -> None:
