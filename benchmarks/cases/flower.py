@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ def round_(quick: bool, say: Say) -> Reading:
     from benchmarks.racers import flower_runtime as runtime
     from fedml.flower import simulation
 
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         app, rounds = runtime.write_app(Path(name)), 20 if quick else 200
         times = Path(name) / "our-times"

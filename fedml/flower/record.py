@@ -113,8 +113,6 @@ class Record:
             head = self._file.read(_HEAD.size)
             site, ordinal, _, reply, context = _HEAD.unpack(head)
             after = place + _HEAD.size + reply + context + _SEAL
-            if after > total:
-                return
             seal = blake3(head + self._file.read(reply + context)).digest()
             if seal != self._file.read(_SEAL):
                 if after < total:
