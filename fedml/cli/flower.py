@@ -140,7 +140,7 @@ def _show(outcome: Outcome, folder: Path) -> None:
             f"failed: {reason} (site {named}; see {folder}/errors.log)", fg="yellow", err=True
         )
     rounds = max((*outcome.train, *outcome.evaluate, *outcome.server), default=0)
-    pace = f", {1000 * outcome.seconds / rounds:.1f} ms each" if rounds else ""
+    pace = f", once warm {1000 * outcome.pace:.1f} ms each" if rounds and outcome.pace else ""
     messages = sum(exchange.asked for exchange in outcome.exchanges)
     done = f"{rounds} rounds" if rounds else f"{messages} messages"
     kept = f"{folder}/{outcome.model}" if outcome.model else f"{folder}, without a model"

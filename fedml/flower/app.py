@@ -29,8 +29,6 @@ class App:
     """An app's folder as its pyproject.toml describes it; nothing of it has been imported."""
 
     folder: Path
-    name: str
-    version: str
     server: str  # module:attribute
     client: str
     config: Mapping[str, Value]
@@ -69,7 +67,6 @@ def read(folder: Path) -> App:
         raise ConfigError(f"{path}: {error}") from error
     about = _table(raw, "tool.flwr.app", path)
     components = _table(raw, "tool.flwr.app.components", path)
-    project = raw.get("project", {})
     missing = [half for half in ("serverapp", "clientapp") if half not in components]
     if missing:
         raise ConfigError(
@@ -77,8 +74,6 @@ def read(folder: Path) -> App:
         )
     return App(
         path.parent,
-        str(project.get("name", path.parent.name)),
-        str(project.get("version", "0")),
         str(components["serverapp"]),
         str(components["clientapp"]),
         _flat(about.get("config", {}), str(path)),

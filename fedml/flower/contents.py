@@ -66,8 +66,3 @@ def params_of(arrays: ArrayRecord) -> Params:
         except (TypeError, ValueError) as error:
             raise MalformedUpdate(f"array {name!r} of {array.dtype}: {error}") from error
     return Params(tensors)
-
-
-def arrays_of(params: Params) -> ArrayRecord:
-    """Return a model as Flower's arrays."""
-    return ArrayRecord({name: Array(tensor.numpy(force=True)) for name, tensor in params.items()})

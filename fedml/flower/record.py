@@ -60,9 +60,6 @@ class Record:
         self._waiting = list[bytes]()
         self._due = time.monotonic() + least
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def find(self, site: int, ordinal: int) -> Kept | None:
         """Return the answer to a site's message number `ordinal`, if it was kept."""
         place = self._places.get((site, ordinal))

@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from flwr.app import Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
@@ -62,6 +64,7 @@ class Outcome:
     evaluate: Scores = field(default_factory=dict)
     server: Scores = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)  # of exchanges, in seconds from the start
     seconds: float = 0.0
     model: str = ""  # the file's name, "" if no strategy returned one that can be kept
 
@@ -73,6 +76,17 @@ class Outcome:
             for failure in exchange.failures:
                 found.setdefault(failure.reason, set()).add(failure.site)
         return found
+
+    @property
+    def pace(self) -> float:
+        """The median seconds from round to round, by the first kind of exchange; 0 if unknown.
+
+        The first round is not in it: it has to import and to build what later ones find.
+        """
+        first = self.exchanges[0].kind if self.exchanges else ""
+        pairs = zip(self.exchanges, self.ends, strict=True)
+        ends = [end for exchange, end in pairs if exchange.kind == first]
+        return median([b - a for a, b in pairwise(ends)] or [0.0])
 
     def shown(self) -> dict[str, object]:
         """Return it as JSON values, without traces."""
@@ -161,9 +175,11 @@ def _serve(
     tell: Callable[[Exchange], None],
 ) -> None:
     server, client = apps.read(Path(setup.app)).load()
+    start = time.perf_counter()
 
     def note(exchange: Exchange) -> None:
         outcome.exchanges.append(exchange)
+        outcome.ends.append(time.perf_counter() - start)
         _log(folder, *(f"site {f.site}:\n{f.trace}" for f in exchange.failures if f.trace))
         tell(exchange)
 
@@ -172,7 +188,6 @@ def _serve(
     )
     context = Context(RUN, private.COORDINATOR, {}, RecordDict(), dict(setup.config))
     sow(setup.seed)
-    start = time.perf_counter()
     with private.overheard(lambda result: _take(result, folder, outcome)):
         try:
             server(grid, context)

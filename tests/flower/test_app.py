@@ -56,7 +56,8 @@ def test_the_templates_settings_are_what_flower_makes_of_them() -> None:
     raw = tomllib.loads((folder / "pyproject.toml").read_text())
     app = read(folder)
     assert app.config == flatten_dict(raw["tool"]["flwr"]["app"]["config"])
-    assert (app.name, app.server) == ("quickstart-pytorch", "pytorchexample.server_app:app")
+    assert app.server == "pytorchexample.server_app:app"
+    assert app.client == "pytorchexample.client_app:app"
     assert app.sites is None
 
 

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Result
 
 import fedml.flower
+from fedml.errors import MalformedUpdate
 from fedml.flower import private
-from fedml.flower.contents import arrays_of, copied, digest, params_of
+from fedml.flower.contents import copied, digest, params_of
 from fedml.flower.grid import SimulatedGrid
 from tests.flower.apps import FIRST, stock_app
 
@@ -109,10 +111,28 @@ def test_results_of_strategies_are_overheard_and_only_meanwhile() -> None:
     assert len(heard) == 1
 
 
-def test_a_model_is_the_same_as_our_params_and_back() -> None:
-    arrays = ArrayRecord(FIRST)
-    back = arrays_of(params_of(arrays))
-    assert {k: a.data for k, a in back.items()} == {k: a.data for k, a in arrays.items()}
+def test_a_model_s_params_have_its_names_kinds_and_numbers() -> None:
+    arrays: dict[str, np.ndarray] = {
+        "w": FIRST[0],
+        "half": np.array([0.5, 2.0], np.float16),
+        "n": np.array(7),
+        "on": FIRST[1] > 0,
+    }
+    params = params_of(ArrayRecord({name: Array(array) for name, array in arrays.items()}))
+    assert set(params) == set(arrays)
+    for name, array in arrays.items():
+        found = params[name].numpy()
+        assert (found.dtype, found.shape, found.tobytes()) == (
+            array.dtype,
+            array.shape,
+            array.tobytes(),
+        )
+
+
+def test_an_array_that_is_no_numbers_is_refused_by_its_name() -> None:
+    text = ArrayRecord({"words": Array(np.array(["a", "b"]))})
+    with pytest.raises(MalformedUpdate, match="array 'words' of <U1"):
+        params_of(text)
 
 
 def test_contents_differ_if_and_only_if_their_digests_do() -> None:

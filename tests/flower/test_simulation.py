@@ -195,7 +195,9 @@ def test_the_app_of_flowers_template_runs_unchanged(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         figures = "train: train_loss .*  evaluate: eval_loss .*, eval_acc .*  server: accuracy .*"
         assert re.search(f"^round {number}  {figures}$", done.stdout, re.M), done.stdout
-    assert re.search(r"3 rounds in .* ms each; kept in out/model.safetensors", done.stdout)
+    assert re.search(
+        r"3 rounds in .* s, once warm .* ms each; kept in out/model.safetensors", done.stdout
+    )
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["server"]["3"]["accuracy"] > result["server"]["0"]["accuracy"]
     assert [each["asked"] for each in result["exchanges"]] == [2] * 6

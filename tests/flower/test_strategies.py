@@ -177,7 +177,7 @@ def test_flowers_own_runtime_comes_to_the_same(tmp_path: Path) -> None:
     theirs = np.load(file)
     ours = strategy.FedAvg().start(SimulatedGrid(stock_app(), 4), ArrayRecord(FIRST), num_rounds=3)
     # Flower's replies come in any order, and float addition notices
-    for name, array in enumerate(ours.arrays.to_numpy_ndarrays()):
-        np.testing.assert_allclose(array, theirs[str(name)], rtol=1e-6, atol=1e-6)
+    for name, array in zip(("first", "second"), ours.arrays.to_numpy_ndarrays(), strict=True):
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-6, atol=1e-6)
     losses = [metrics["eval_loss"] for metrics in ours.evaluate_metrics_clientapp.values()]
     np.testing.assert_allclose(losses, theirs["losses"], rtol=1e-6)

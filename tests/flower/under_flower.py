@@ -22,8 +22,8 @@ def main(file: str, sites: int, rounds: int) -> None:
             grid, ArrayRecord(FIRST), num_rounds=rounds
         )
         losses = [m["eval_loss"] for m in result.evaluate_metrics_clientapp.values()]
-        model = dict(enumerate(result.arrays.to_numpy_ndarrays()))
-        np.savez(file, losses=np.array(losses), **{str(k): v for k, v in model.items()})
+        first, second = result.arrays.to_numpy_ndarrays()
+        np.savez(file, losses=np.array(losses), first=first, second=second)
 
     run_simulation(
         server_app=server,
