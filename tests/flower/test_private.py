@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp.strategy import FedAvg, Result
 
 import fedml.flower
@@ -145,3 +154,5 @@ def test_contents_differ_if_and_only_if_their_digests_do() -> None:
     other.array_records["a"] = ArrayRecord([FIRST[0] + 1, FIRST[1]])
     assert digest(other) != digest(content)
     assert digest(RecordDict({"b": content["a"], "m": content["m"]})) != digest(content)
+    word, number = (RecordDict({"c": ConfigRecord({"x": x})}) for x in ("1", 1))
+    assert digest(word) != digest(number)
