@@ -339,3 +339,37 @@ def test_what_is_wrong_with_an_app_is_said_in_one_line(
 )
 def test_a_wrong_word_is_refused_in_one_line(in_process: Path, words: list[str], text: str) -> None:
     assert text in refusal(*words)
+
+
+def test_without_flower_the_command_says_how_to_get_it(walk: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['flwr'] = None; sys.argv = ['fedml', 'flower', 'run', 'app'];"
+        "from fedml.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert_one_line(done, "pip install 'fedml-consortium[flower]'")
+
+
+def test_a_folder_that_has_a_run_takes_no_other(in_process: Path) -> None:
+    here("app", "--folder", "out", "-c", "rounds=1")
+    assert "out has a run already; --resume out, or another --folder" in refusal(
+        "app", "--folder", "out"
+    )
+
+
+def test_what_is_gone_on_with_has_the_settings_sites_and_seed_of_the_run(
+    in_process: Path, tmp_path: Path
+) -> None:
+    words = ("--sites", "4", "-c", "rounds=3 site.step=0.25", "--seed", "5")
+    here("app", *words, "--folder", "whole")
+    (tmp_path / "calls").unlink()
+    done = fedml(tmp_path, "app", *words, "--folder", "cut", "--keep-every", "0", kill=9)
+    assert done.returncode == -signal.SIGKILL
+    here("--resume", "cut")
+    assert scores(tmp_path / "cut") == scores(tmp_path / "whole")
