@@ -178,7 +178,8 @@ def _load(reference: str, half: str, kind: type[T], folder: Path) -> T:
 
 def _files(folder: Path) -> Iterable[Path]:
     for path in folder.iterdir():
-        if path.name.startswith((".", "__pycache__")):
+        aside = path.name.startswith((".", "__pycache__")) or (path / "pyvenv.cfg").exists()
+        if aside or (path.is_dir() and path.is_symlink()):
             continue
         if path.is_dir():
             yield from _files(path)

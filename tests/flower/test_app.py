@@ -1,5 +1,6 @@
 """Settings are read as `flwr run` reads them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,21 @@ def test_an_older_apps_federation_says_how_many_sites(tmp_path: Path) -> None:
     text += "[tool.flwr.federations.local]\noptions.num-supernodes = 23\n"
     (tmp_path / "pyproject.toml").write_text(text)
     assert read(tmp_path).sites == 23
+
+
+def test_an_app_s_digest_is_of_its_code_and_settings_alone(tmp_path: Path) -> None:
+    folder = Path(__file__).parent / "quickstart"
+    app = tmp_path / "app"
+    shutil.copytree(folder, app)
+    before = read(app).digest()
+    (app / "final_model.pt").write_bytes(b"weights")
+    (app / "outputs").mkdir()
+    (app / "outputs" / "run.json").write_text("{}")
+    (app / "venv").mkdir()
+    (app / "venv" / "pyvenv.cfg").touch()
+    (app / "venv" / "site.py").touch()
+    (app / "round").symlink_to(app)
+    assert read(app).digest() == before
+    task = app / "pytorchexample" / "task.py"
+    task.write_text(task.read_text() + "\n")
+    assert read(app).digest() != before

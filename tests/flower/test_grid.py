@@ -221,3 +221,18 @@ def test_asking_who_is_there_is_no_waiting_while_messages_go() -> None:
     patient = SimulatedGrid(app, 2, patience=math.inf)
     for _ in range(20):
         assert len(list(patient.get_node_ids())) == 2
+
+
+def test_the_older_ways_to_make_a_message_and_to_list_nodes_work() -> None:
+    app = ClientApp()
+
+    @app.query("ask")
+    def query(message: Message, context: Context) -> Message:
+        assert message.metadata.group_id == "7"
+        return told(message, n=int(context.node_config["partition-id"]))
+
+    grid = SimulatedGrid(app, 2)
+    nodes = [node.node_id for node in grid.get_nodes()]
+    assert nodes == list(grid.get_node_ids())
+    asked = [grid.create_message(RecordDict(), "query.ask", node, "7", ttl=60.0) for node in nodes]
+    assert counts(list(grid.send_and_receive(asked, timeout=0.0))) == [0, 1]
