@@ -9,10 +9,10 @@ that: norm and sum are always of the same vectors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -33,9 +33,8 @@ from fedml.privacy.mechanisms import clip_factors
 
 MOST_FLOATS = 2**25  # of gradients written down at once: 128 MiB of float32
 _MOST_ROWS = 1024  # at once, however little is written down
-_SAMPLERS = GradSampleModule.GRAD_SAMPLERS  # Opacus's, for layers that have no form of ours
-_OURS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
-_THEIRS = tuple(set(_SAMPLERS) - {*_OURS, nn.EmbeddingBag})
+OURS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)  # layers that have a form of ours
+_Sampler = Callable[[nn.Module, list[Tensor], Tensor], Mapping[Tensor, Tensor]]
 
 
 class RowGradients:
@@ -55,7 +54,7 @@ class RowGradients:
         self._tied = {  # what has two uses must be added up before it has a norm
             layer for layer in taps.layers if any(uses[p] > 1 for p in trainable(layer))
         }
-        known = all(isinstance(layer, (*_OURS, *_THEIRS)) for layer in taps.layers)
+        known = all(isinstance(layer, OURS) or _theirs(layer) for layer in taps.layers)
         if not (known and self._agrees(taps, example)):
             self._taps, self._written = None, sum(p.numel() for p in self._parameters)
         elif isinstance(output := self._show(example), Tensor):
@@ -178,6 +177,19 @@ class RowGradients:
         return square.sqrt()
 
 
+def _theirs(layer: nn.Module) -> _Sampler | None:
+    """Return Opacus's form of a layer that has none of ours, if there is one."""
+    return next((form for kind, form in _samplers().items() if isinstance(layer, kind)), None)
+
+
+@cache
+def _samplers() -> Mapping[type[nn.Module], _Sampler]:
+    from opacus.grad_sample import GradSampleModule  # two seconds, which most models save
+
+    samplers: Mapping[type[nn.Module], _Sampler] = GradSampleModule.GRAD_SAMPLERS
+    return {kind: form for kind, form in samplers.items() if kind not in (*OURS, nn.EmbeddingBag)}
+
+
 def _products(output: Tensor, target: Tensor) -> Tensor:
     return (output * target).flatten(1).sum(1)
 
@@ -245,10 +257,10 @@ def _gradients(layer: nn.Module, taken: Tensor, told: Tensor) -> Mapping[Tensor,
         table = lines.new_zeros(len(lines), *layer.weight.shape)
         index = places[:, :, None].expand_as(lines)
         return {layer.weight: table.scatter_add_(1, index, lines)}
-    if not isinstance(layer, _OURS):
-        kind = next(kind for kind in _THEIRS if isinstance(layer, kind))
-        theirs: Mapping[Tensor, Tensor] = _SAMPLERS[kind](layer, [taken], told)
-        return theirs
+    if not isinstance(layer, OURS):
+        theirs = _theirs(layer)
+        assert theirs is not None  # or it is no known layer
+        return theirs(layer, [taken], told)
     if layer.weight in own:
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             found[layer.weight] = write_convolution(layer, taken, told)

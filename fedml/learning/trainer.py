@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fedml.errors import ConfigError, Refused, TaskFailed
 from fedml.learning.descent import Descent, find_rule
 from fedml.learning.gradients import Precision
 from fedml.learning.on_cpu import tune
+from fedml.learning.private import PrivateGradient
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
 from fedml.privacy.accounting import own_share, training_event, unit_of
@@ -26,9 +27,6 @@ from fedml.privacy.central import bounded
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
 from fedml.strategies import STATISTICS, own_model
-
-if TYPE_CHECKING:
-    from fedml.learning.private import PrivateGradient
 
 _AT_ONCE = 4096  # rows whose loss is looked at together
 
@@ -83,8 +81,6 @@ class Trainer:
                 f"precision {self.precision}: rows' gradients are clipped and noised in fp32; "
                 "set precision=fp32 or privacy=none"
             )
-        if self.privacy.in_training:
-            _private_gradient()  # before anyone forks
 
     def train(
         self,
@@ -251,7 +247,7 @@ class Trainer:
         if public_rows is None:
             raise ConfigError("public_rows is missing: under privacy a site declares its row count")
         event = training_event(self.training, self.privacy, public_rows)
-        gradient = _private_gradient()(
+        gradient = PrivateGradient(
             self.recipe,
             descent,
             rows,
@@ -271,13 +267,6 @@ class Trainer:
             raise diverged(descent.steps, descent.steps)
         metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
         return delta, float(public_rows), metrics
-
-
-def _private_gradient() -> type[PrivateGradient]:
-    """Import what privacy takes: Opacus needs a second and 90 MB that plain training saves."""
-    from fedml.learning.private import PrivateGradient
-
-    return PrivateGradient
 
 
 def check_share(privacy: Privacy, brief: Brief) -> None:

@@ -24,7 +24,7 @@ from fedml.site.policy import Policy
 from tests.site.test_gate import TASK
 
 RECIPE = '''
-import os, signal, time
+import os, signal, sys, time
 from pathlib import Path
 import torch
 from fedml.learning.recipe import Rows
@@ -45,6 +45,8 @@ class Odd:
         return {"accuracy": (output.argmax(1) == target).float()}
 
     def read(self, path):
+        with Path(path).with_name("warm").open("w") as note:
+            note.write(str("opacus" in sys.modules))
         what = self.what = Path(path).read_text()
         if what == "sleep":
             time.sleep(600)
@@ -61,7 +63,18 @@ class Odd:
 
     def example(self, rows):
         return torch.zeros(rows, 2)
+
+class Calm(Odd):
+    """A recipe with a layer whose rows' gradients take Opacus."""
+
+    def build(self):
+        return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
 '''
+MODELS = {
+    "Odd": {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)},
+    "Calm": {"0.weight": torch.ones(2, 2), "0.bias": torch.zeros(2),
+             "1.weight": torch.ones(2), "1.bias": torch.zeros(2)},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -72,12 +85,14 @@ async def foreman() -> AsyncIterator[Foreman]:
     await worker.stop()
 
 
-def prepared(folder: Path, what: str, **changes: object) -> tuple[Mapping[str, object], Path]:
+def prepared(
+    folder: Path, what: str, name: str = "Odd", **changes: object
+) -> tuple[Mapping[str, object], Path]:
     (folder / "recipe.py").write_text(RECIPE)
-    files = {"odd": f"{folder / 'recipe.py'}:Odd"}
-    order = replace(TASK, recipe=identify("odd", files), privacy=Privacy(), **changes)  # type: ignore[arg-type]
-    durable.replace(folder / "assignment", codec.encode(order))
-    model = Params({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
+    files = {"odd": f"{folder / 'recipe.py'}:{name}"}
+    changes = {"recipe": identify("odd", files), "privacy": Privacy(), **changes}
+    durable.replace(folder / "assignment", codec.encode(replace(TASK, **changes)))  # type: ignore[arg-type]
+    model = Params(MODELS[name])
     (folder / "model").write_bytes(b"".join(encode({"": model})))
     (folder / "rows").write_text(what)
     job = {
@@ -101,6 +116,20 @@ async def test_a_task_leaves_its_update_on_the_disk(foreman: Foreman, tmp_path: 
     assert said["weight"] == 8.0
     update = decode((tmp_path / "update.safetensors").read_bytes())
     assert update["delta"].norm() > 0
+
+
+async def test_what_a_model_needs_beside_torch_is_loaded_once_and_by_no_other_model(
+    foreman: Foreman, tmp_path: Path
+) -> None:
+    privacy = Privacy("record", 3.0, 1e-5)
+    warm = list[str]()
+    for name in ("Odd", "Odd", "Calm", "Calm"):
+        folder = tmp_path / str(len(warm))
+        folder.mkdir()
+        job, outcome = prepared(folder, "fine", name, privacy=privacy)
+        await foreman.run({**job, "private": True}, outcome)
+        warm.append((folder / "warm").read_text())
+    assert warm == ["False", "False", "False", "True"]
 
 
 @pytest.mark.parametrize(("bias", "right"), [((5.0, -5.0), 5.0), ((-5.0, 5.0), 3.0)])
