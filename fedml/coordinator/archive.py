@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Archive:
     """The registry and the release repository behind one thread: one writer, never the loop's.
 
-    `open_registry` takes seconds; it is called in that thread, with the first piece of work.
+    `open_registry` takes seconds; it is called in that thread, with the first work that needs it.
     """
 
     def __init__(self, open_registry: Callable[[], Registry]) -> None:
@@ -32,3 +32,7 @@ class Archive:
             return work(self._registry)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, act)
+
+    async def sign(self, work: Callable[[], T]) -> T:
+        """Run blocking `work` on the release repository alone, in the same thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -128,10 +128,12 @@ def tls_of(folder: Folder) -> ServerTls:
 
 async def _keep_fresh(folder: Folder, archive: Archive) -> None:
     """Renew the release metadata in time. At the start a failure ends us, later it is an alarm."""
-    await archive.do(lambda _: folder.releases.refresh())
+    await archive.sign(folder.releases.refresh)
+    if folder.settings.registry:  # not in our folder: better unreachable now than at a run's end
+        await archive.do(lambda _: None)
     while True:
         await asyncio.sleep(_RENEWAL)
         try:
-            await archive.do(lambda _: folder.releases.refresh())
+            await archive.sign(folder.releases.refresh)
         except FedmlError as error:
             _log.error("release metadata not renewed; sites refuse it in time", reason=str(error))
