@@ -38,6 +38,7 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.protocol.secagg import Masking, Part, Secagg
+from tests.clockwork import play
 
 C = TypeVar("C")
 BERN, KYOTO = SiteId("bern"), SiteId("kyoto")
@@ -227,48 +228,60 @@ async def test_answers_to_tasks_of_others_or_to_old_ones_are_ignored() -> None:
     assert office.answers == [(BERN, ORDER.task, TRAINED)]
 
 
-async def test_a_site_that_is_back_within_the_grace_was_never_lost() -> None:
-    office = Office(grace=0.2)
-    for _ in range(3):
-        await (await office.attend()).hang_up()
-    stream = await office.attend()
-    await asyncio.sleep(0.25)  # past every grace that began
-    assert office.losses.empty()
-    await stream.hang_up()
-    async with asyncio.timeout(5):
-        assert await office.losses.get() == (BERN, "away for more than 0.2 s")
+def test_a_site_that_is_back_within_the_grace_was_never_lost() -> None:
+    async def story() -> None:
+        office = Office(grace=0.2)
+        for _ in range(3):
+            await (await office.attend()).hang_up()
+        stream = await office.attend()
+        await asyncio.sleep(0.25)  # past every grace that began
+        assert office.losses.empty()
+        await stream.hang_up()
+        async with asyncio.timeout(5):
+            assert await office.losses.get() == (BERN, "away for more than 0.2 s")
+
+    play(story())
 
 
-async def test_three_heartbeats_of_silence_end_a_stream() -> None:
-    office = Office(heartbeat=0.02, grace=0.01)
-    stream = await office.attend()
-    async with asyncio.timeout(5):
-        await stream.over()
-        assert await office.losses.get() == (BERN, "away for more than 0.01 s")
-    assert len(stream.those(Beat)) >= 2  # it was spoken to meanwhile
-    assert not office.desk.statuses()[0].connected
+def test_three_heartbeats_of_silence_end_a_stream() -> None:
+    async def story() -> None:
+        office = Office(heartbeat=0.02, grace=0.01)
+        stream = await office.attend()
+        async with asyncio.timeout(5):
+            await stream.over()
+            assert await office.losses.get() == (BERN, "away for more than 0.01 s")
+        assert len(stream.those(Beat)) >= 2  # it was spoken to meanwhile
+        assert not office.desk.statuses()[0].connected
+
+    play(story())
 
 
-async def test_a_beat_in_time_keeps_a_stream_open() -> None:
-    office = Office(heartbeat=0.15)
-    stream = await office.attend()
-    for _ in range(6):
-        await asyncio.sleep(0.1)
-        stream.says.put_nowait(Beat())
-    assert office.desk.statuses()[0].connected
-    await stream.hang_up()
+def test_a_beat_in_time_keeps_a_stream_open() -> None:
+    async def story() -> None:
+        office = Office(heartbeat=0.15)
+        stream = await office.attend()
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            stream.says.put_nowait(Beat())
+        assert office.desk.statuses()[0].connected
+        await stream.hang_up()
+
+    play(story())
 
 
-async def test_a_newer_stream_has_the_seat_and_the_older_cannot_lose_it() -> None:
-    office = Office(grace=0.01)
-    older = await office.attend()
-    newer = await office.attend()
-    office.desk.assign(BERN, ORDER)
-    assert (older.those(Assignment), newer.those(Assignment)) == ([], [ORDER])
-    await older.hang_up()
-    assert office.desk.statuses()[0].connected
-    await asyncio.sleep(0.03)
-    assert office.losses.empty()
+def test_a_newer_stream_has_the_seat_and_the_older_cannot_lose_it() -> None:
+    async def story() -> None:
+        office = Office(grace=0.01)
+        older = await office.attend()
+        newer = await office.attend()
+        office.desk.assign(BERN, ORDER)
+        assert (older.those(Assignment), newer.those(Assignment)) == ([], [ORDER])
+        await older.hang_up()
+        assert office.desk.statuses()[0].connected
+        await asyncio.sleep(0.03)
+        assert office.losses.empty()
+
+    play(story())
 
 
 async def test_statuses_and_site_list_tell_what_a_site_said_of_itself() -> None:
@@ -420,13 +433,16 @@ async def test_the_gauge_counts_sites_and_not_streams() -> None:
     assert gauge() == 0
 
 
-async def test_every_site_is_spoken_to_also_those_that_came_back() -> None:
-    office = Office(heartbeat=0.1, grace=0.01)
-    for _ in range(2):  # the second time all had left
-        streams = [await office.attend(SiteId(f"site-{number}")) for number in range(250)]
-        async with asyncio.timeout(10):
-            while not all(stream.those(Beat) for stream in streams):
-                for stream in streams:
-                    stream.says.put_nowait(Beat())
-                await asyncio.sleep(0.02)
-        await asyncio.gather(*(stream.hang_up() for stream in streams))
+def test_every_site_is_spoken_to_also_those_that_came_back() -> None:
+    async def story() -> None:
+        office = Office(heartbeat=0.1, grace=0.01)
+        for _ in range(2):  # the second time all had left
+            streams = [await office.attend(SiteId(f"site-{number}")) for number in range(250)]
+            async with asyncio.timeout(10):
+                while not all(stream.those(Beat) for stream in streams):
+                    for stream in streams:
+                        stream.says.put_nowait(Beat())
+                    await asyncio.sleep(0.02)
+            await asyncio.gather(*(stream.hang_up() for stream in streams))
+
+    play(story())

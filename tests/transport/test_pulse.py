@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -11,29 +11,9 @@ from fedml.protocol.codec import MAX_CHUNK
 from fedml.protocol.requests import Chunk
 from fedml.transport.flow import GROWTH, PATIENCE, SLOW, next_size
 from fedml.transport.pulse import TRICKLE, Pulse, leave
+from tests.clockwork import play
 
 KIB = 2**10
-
-
-class Clockwork(asyncio.SelectorEventLoop):
-    """A loop whose time is nobody's but its own: when all wait, it jumps to what is due next."""
-
-    now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
-            self.now = max(self.now, self._scheduled[0].when())  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
-
-
-def play(story: Coroutine[None, None, None]) -> float:
-    """Play a story to its end; return how long it took by its own clock."""
-    with asyncio.Runner(loop_factory=Clockwork) as runner:
-        runner.run(story)
-        return runner.get_loop().time()
 
 
 @pytest.mark.parametrize(
