@@ -63,7 +63,8 @@ class Ward:
         return torch.nn.functional.cross_entropy(output, target)
 
     def score(self, output, target):
-        return {"accuracy": (output.argmax(1) == target).float()}
+        told = output.argmax(1)
+        return {"right": (told == target).float(), "no": 1.0 - told, "yes": told.float()}
 
     def read(self, path):
         return Rows(torch.arange(34.0).reshape(17, 2) / 17, torch.arange(17) % 2)
@@ -110,7 +111,7 @@ class Hostile(Wire):
         if isinstance(answer, Trained) and (answer.weight != ROWS or answer.metrics.keys() - told):
             self.faults.append(f"{task}: numbers of rows, {answer.weight}, {answer.metrics}")
         if isinstance(answer, Scored) and answer.count == COUNT and _are_whole(answer):
-            # noise leaves a count as it is now and then, and a total whole once in a thousand
+            # noise leaves a count as it is now and then, and each total whole once in a thousand
             self.faults.append(f"{task}: an exact count")
 
 
@@ -297,7 +298,7 @@ async def test_each_way_beyond_the_policy_is_declined_at_the_gate(tmp_path: Path
 
 
 async def test_no_count_of_rows_is_told_as_it_is(tmp_path: Path) -> None:
-    """A single one may be right by chance, one in forty; not a dozen."""
+    """A single one may be right by chance, one in eighty; not a dozen."""
     privacy = Privacy("record", 1.0, DELTA, evaluation_epsilon=0.1)
     story = [[plainly(f"t{n}", kind="evaluate", privacy=privacy)] for n in range(12)]
     wire = await play(tmp_path, site(tmp_path), story)

@@ -240,7 +240,7 @@ asyncio.run(play())
 def die_at(point: str, folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FEDML_FAILPOINT": f"{point}:1:kill"}
     done = subprocess.run(
-        [sys.executable, "-c", PLAY, str(folder)], env=environment, timeout=120, check=False
+        [sys.executable, "-c", PLAY, str(folder)], env=environment, timeout=280, check=False
     )
     assert done.returncode == -signal.SIGKILL
 

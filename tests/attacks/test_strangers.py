@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedml.errors import PermissionDenied, Unreachable, Untrusted
+from fedml.errors import FedmlError, PermissionDenied, Unreachable, Untrusted
 from fedml.identity.certificates import Authority, identity_of, new_key_and_csr
 from fedml.identity.enrolment import Token
 from fedml.protocol import codec
@@ -93,13 +93,24 @@ async def test_an_expired_certificate_is_refused_at_both_ends(place: GrpcPlace) 
 
 
 async def test_a_stream_does_not_outlive_its_certificate(place: GrpcPlace) -> None:
-    link = GrpcLink(place.world.credentials(age=86_400 - 1.5, days=1))
-    await link.connect(HELLO)
-    assert await link.receive() == Welcome("test", 15.0)
+    link = await let_in_for(place, seconds=1.5)
     with pytest.raises(Unreachable, match="certificate expired; connect again with the renewed"):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await link.receive()
     await link.close()
+
+
+async def let_in_for(place: GrpcPlace, seconds: float) -> GrpcLink:
+    """Return a link that got in with so short a certificate, or one that lasts twice as long."""
+    link = GrpcLink(place.world.credentials(age=86_400 - seconds, days=1))
+    try:
+        await link.connect(HELLO)
+        assert await link.receive() == Welcome("test", 15.0)
+    except FedmlError:  # too slow: a machine may be
+        await link.close()
+        assert seconds < 60
+        return await let_in_for(place, 2 * seconds)
+    return link
 
 
 async def test_no_certificate_no_entry(place: GrpcPlace) -> None:

@@ -63,7 +63,7 @@ def run_simulation(*overrides: str) -> dict[str, Any]:
 
 def program(*argv: str, entry: str = "fedml.simulate") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", entry, *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=110)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
 
 
 @pytest.mark.parametrize("choice", STAGED)
@@ -233,7 +233,7 @@ def complete(words: list[str]) -> list[str]:
         f'COMP_POINT={len(line)}; _fedml_simulate_complete; printf "%s\\n" "${{COMPREPLY[@]}}"'
     )
     done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, env=ENVIRONMENT, timeout=110
+        ["bash", "-c", script], capture_output=True, text=True, env=ENVIRONMENT, timeout=280
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()

@@ -54,7 +54,7 @@ async def link(place: Place) -> AsyncIterator[Link]:
 
 
 async def soon(wait: Awaitable[T]) -> T:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await wait
 
 

@@ -574,7 +574,7 @@ async def test_a_run_that_is_loaded_during_a_drain_opens_no_round(
     host = hub.runs._hosts[run]
     host.at_rest.clear()
     host.tell(SitesChanged(()))  # look who is here: all of them
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await host.at_rest.wait()
     assert hub.runs._journal.runs[run].opened is None
 
@@ -612,6 +612,6 @@ async def test_whoever_follows_a_run_in_the_queue_hears_of_a_drain(hub: Hub) -> 
     assert (await anext(following)).state == "queued"
     await hub.runs.drain(0.01)
     with pytest.raises(Unreachable, match=f"is going down; {waiting} goes on when it is back"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 await anext(following)

@@ -397,7 +397,7 @@ async def test_a_kept_sum_goes_up_though_region_and_leaves_died(tmp_path: Path) 
 async def heard(link: Link, kind: type[Command]) -> list[Command]:
     """Return what a region hears up to the first of a kind, but for greetings and beats."""
     commands: list[Command] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not commands or not isinstance(commands[-1], kind):
             commands.append(await link.receive())
     return [each for each in commands if not isinstance(each, Welcome | Beat)]

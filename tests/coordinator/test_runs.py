@@ -666,7 +666,7 @@ def test_settings_that_cannot_be_are_named() -> None:
 
 async def until(test: Callable[[], bool]) -> None:
     """Wait for something on the disk, which sends no event."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not test():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 

@@ -183,7 +183,7 @@ class Site:
 
     async def next(self, kind: type[C]) -> C:
         """Return the next command of a kind; others are passed over."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 command: Command = await self.link.receive()
                 if isinstance(command, kind):
@@ -191,7 +191,7 @@ class Site:
 
     async def next_of(self, *kinds: type[object]) -> Command:
         """Return the next command that is of one of several kinds."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not isinstance(command := await self.link.receive(), kinds):
                 pass
             return command

@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedml import durable, failpoints
@@ -332,12 +334,15 @@ def test_a_crash_between_record_and_head_is_mended_silently(full: Path) -> None:
 
 
 def test_a_hundred_rounds_reserve_quickly(path: Path) -> None:
-    import time
-
+    """In the time of 500 transforms of a million numbers: ten seconds, on a machine of 2020."""
     book = open_ledger(path, limit=1000.0)
     started = time.process_time()
     for number in range(100):
         spend(book, number, SampledGaussian(0.1, 2.0, 10))
         book.spent(run=RUN)
-    assert time.process_time() - started < 10
+    taken = time.process_time() - started
     book.close()
+    numbers, started = np.linspace(-1, 1, 2**20), time.process_time()
+    for _ in range(25):
+        np.fft.rfft(numbers)
+    assert taken < 20 * (time.process_time() - started)

@@ -140,7 +140,7 @@ def test_a_kill_while_the_tables_are_made_leaves_no_half_of_them(tmp_path: Path)
     def opened(strike: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "FEDML_FAILPOINT": strike}
         line = [sys.executable, "-c", code, str(tmp_path)]
-        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280)
 
     assert opened("registry.drafted:1:kill").returncode == -9
     assert not database.exists()

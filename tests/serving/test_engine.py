@@ -165,7 +165,7 @@ class Held:
         self.go, self.batches, self._real = threading.Semaphore(0), list[int](), session
 
     def run(self, inputs: Tensors) -> dict[str, Array]:
-        assert self.go.acquire(timeout=10)
+        assert self.go.acquire(timeout=60)
         array = inputs["input"]
         self.batches.append(len(array))
         if float(np.asarray(array, np.float64).min()) < 0:

@@ -261,7 +261,7 @@ async def test_the_worker_dies_with_the_daemon(tmp_path: Path) -> None:
     )
     output, _ = await daemon.communicate()
     worker = int(output)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while _is_running(worker):  # noqa: ASYNC110 - not our child, nothing to wait on
             await asyncio.sleep(0.02)
 

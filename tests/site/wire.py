@@ -143,7 +143,7 @@ class Wire:
             self.commands.put_nowait(command)
 
     async def hello(self) -> Hello:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await self.hellos.get()
 
     async def event(self, kind: type[E]) -> E:

@@ -15,7 +15,7 @@ PAGE = "docs/regions.md"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_commands_of_the_page_grow_a_tree_that_trains(tmp_path: Path) -> None:
     text = "\n".join(commands(PAGE))
     ports = free_ports(4)

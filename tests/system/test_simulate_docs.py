@@ -11,7 +11,7 @@ from tests.system.page import ROOT, play
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_commands_and_the_snippet_of_the_page_work(tmp_path: Path) -> None:
     text = (ROOT / "docs/simulate.md").read_text()
     [block] = re.findall(r"<!-- these commands are run by .*? -->\n```sh\n(.*?)```", text, re.S)

@@ -25,7 +25,7 @@ PLAN = (
 def fedml(*arguments: str, profile: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        command(*arguments, profile=profile), capture_output=True, text=True, timeout=60
+        command(*arguments, profile=profile), capture_output=True, text=True, timeout=120
     )
 
 
@@ -98,7 +98,7 @@ class Town(Federation):
 
     def end(self, name: str) -> int:
         """Wait for a process to end by itself; return its status."""
-        return self._processes[name].wait(20)
+        return self._processes[name].wait(60)
 
     def log(self, name: str) -> str:
         return (self.folder / "logs" / f"{name}.log").read_text()
@@ -145,13 +145,13 @@ class Started:
 
     def end(self) -> subprocess.CompletedProcess[str]:
         """Wait for the command's own end."""
-        status = self.process.wait(30)
+        status = self.process.wait(60)
         output, errors = self._out.read_text(), self._err.read_text()
         return subprocess.CompletedProcess(self.arguments, status, output, errors)
 
     def until_it_says(self, sign: str) -> None:
         """Wait until `sign` is among what it said, on either stream."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while sign not in (said := self._out.read_text() + self._err.read_text()):
             assert self.process.poll() is None, f"{self.arguments} ended after {said!r}"
             assert time.monotonic() < end, f"{self.arguments}: {said!r} and then nothing"

@@ -34,7 +34,7 @@ async def test_no_more_than_so_many_move_and_the_others_follow_in_their_order() 
             await doors[number].wait()
             moving -= 1
 
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         for number in range(6):
             group.create_task(transfer(number))
         for number in range(6):
@@ -63,7 +63,7 @@ async def test_who_waits_is_told_so_and_keeps_its_place(monkeypatch: pytest.Monk
         told["first"].clear()
         await told["second"].wait()
         await told["first"].wait()  # told again, after the second one came
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await asyncio.gather(first, second)
     assert order == ["first", "second"]
 
@@ -86,12 +86,12 @@ async def test_a_slow_peer_gives_its_turn_up_while_it_is_waited_for(
         got.append(await anext(items))
         rest = asyncio.ensure_future(anext(items))
         with one.turn() as quick:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await wait_for(quick)
             more.set()
             await settle()
             assert not rest.done()  # it may not move: the turn is another's
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             got.append(await rest)
         assert slow.mine
         await items.aclose()
@@ -114,6 +114,6 @@ async def test_one_who_gives_up_waiting_takes_no_turn_along() -> None:
         waiting.cancel()
         await asyncio.wait([waiting])
     with one.turn() as after:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await wait_for(after)
         assert after.mine

@@ -343,7 +343,7 @@ async def reach(credentials: Credentials) -> None:
     """Connect and hang up; raises whatever stands in the way."""
     link = GrpcLink(credentials)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await link.connect(HELLO)
     finally:
         await link.close()
@@ -366,7 +366,7 @@ async def raw(
     messages = iter([request] if then is None else [request, then])
     async with grpc.aio.secure_channel(f"127.0.0.1:{port or place.world.port}", terms) as channel:
         call = channel.stream_stream(f"/fedml.v1.{method}", bytes, bytes)(messages)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             try:
                 async for _ in call:
                     pass
