@@ -1,6 +1,7 @@
 """One private training step beside a plain one, and beside Opacus's: the same net, rows and batch.
 
-`python -m benchmarks.private_steps NET STEP` prints how many bytes STEP takes beside net and rows.
+`python -m benchmarks.private_steps NET STEP COUNT` prints how many bytes COUNT of STEP take beside
+net and rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from fedml.protocol.tasks import Brief
 
 BATCH, ROWS, NOISE, CLIP, LR = 64, 6400, 1.0, 1.0, 0.01
 _KEPT = 2**28  # bytes that a process may keep of what it frees, whoever's step it is
-_WEIGHED = 10  # steps whose memory is looked at
 Step = Callable[[], None]
 
 
@@ -168,8 +168,8 @@ def race(name: str, turns: int, steps_in_a_row: int) -> dict[str, list[float]]:
     return times
 
 
-def weigh(name: str, kind: str) -> int:
-    """Return by how many bytes this process grew, at its peak, for some steps."""
+def weigh(name: str, kind: str, count: int) -> int:
+    """Return by how many bytes this process grew, at its peak, for `count` steps."""
     _settle()
     net = Net(name)
     rows = net.rows()
@@ -177,7 +177,7 @@ def weigh(name: str, kind: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
     step = STEPS[kind](net, rows)
-    for _ in range(_WEIGHED):
+    for _ in range(count):
         step()
     return _status("VmHWM") - before
 
@@ -196,4 +196,4 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    print(weigh(sys.argv[1], sys.argv[2]))
+    print(weigh(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -2,14 +2,13 @@
 
 import sys
 
-from fedml.cli.console import guarded
-
 
 def main() -> None:
     """Run one simulation or many, as the command line says."""
-    from fedml.cli.simulate import simulate
+    from fedml.cli.main import main
 
-    guarded(lambda: simulate(sys.argv[1:]))
+    sys.argv[1:1] = ["simulate"]
+    main()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def w1(quick: bool, say: Say) -> Reading:
     """Measure a round of W1 on one worker a core; the limit is a bare loop with as many."""
     with ExitStack() as stack:
         ours, limit = (_start(stack, name, "w1", say) for name in ("ours", "limit"))
-        _alternate([ours, limit], 2 if quick else 12, say)
+        _alternate([ours, limit], 1 if quick else 12, say)
         return _reading(ours, limit, "limit")
 
 

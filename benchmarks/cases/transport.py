@@ -14,13 +14,13 @@ _MB = 10**6
 @benchmark("transport/1MB", "s")
 def small(quick: bool, say: Say) -> Reading:
     """Measure the median round of a 1 MB model and four sites."""
-    return _round(1 * _MB, 3 if quick else 60, say)
+    return _round(1 * _MB, 1 if quick else 60, say)
 
 
 @benchmark("transport/100MB", "s")
 def large(quick: bool, say: Say) -> Reading:
     """Measure the median round of a 100 MB model and four sites."""
-    return _round(100 * _MB, 3 if quick else 12, say)
+    return _round(100 * _MB, 1 if quick else 12, say)
 
 
 @benchmark("transport/500MB", "s")
@@ -32,7 +32,7 @@ def huge(quick: bool, say: Say) -> Reading:
 @benchmark("transport/memory", "MB")
 def memory(quick: bool, say: Say) -> Reading:
     """Measure how far four updates of 100 MB raise the coordinator's memory; the limit is one."""
-    return _raised(4, 2 if quick else 6, say)
+    return _raised(4, 1 if quick else 6, say)
 
 
 @benchmark("transport/memory32", "MB")
@@ -54,9 +54,9 @@ def sites(quick: bool, say: Say) -> Reading:
     The limit is four connections' time for the same bytes over bare gRPC.
     """
     count = 50 if quick else 1000
-    wire_round = statistics.median(wire.rounds(1 * _MB, 3 if quick else 20).periods)
+    wire_round = statistics.median(wire.rounds(1 * _MB, 1 if quick else 20).periods)
     limit = wire_round * count / wire.CLIENTS
-    crowd = federation.crowd(count, 1 * _MB, 6 if quick else 60, say)
+    crowd = federation.crowd(count, 1 * _MB, 2 if quick else 60, say)
     receipt = crowd.receipt
     extra = {
         "sites counted": float(len(receipt.counted)),

@@ -62,6 +62,13 @@ def simulate(ctx: typer.Context) -> int:
 
     Example: fedml simulate strategy=fedprox strategy.mu=0.1 privacy=record privacy.epsilon=3
     """
+    from fedml.cli import completion
+
+    if told := completion.script(
+        ctx.args
+    ):  # at the start of every shell: none shall wait for torch
+        typer.echo(told)
+        return 0
     from fedml.cli.simulate import simulate as play
 
     return play(ctx.args)

@@ -57,9 +57,6 @@ def simulate(argv: Sequence[str]) -> int:
     Results lie in Hydra's output folder. Raises `ConfigError` in one line. Several jobs (`-m`)
     all run, whatever becomes of one; the status is 0 if each came to its end.
     """
-    if told := completion.script(argv):
-        print(told)
-        return 0
     argv = resumption.expand(argv)
     jobs = _Jobs()
     command = hydra.main(config_path=str(configs()), config_name="simulate", version_base=VERSION)(

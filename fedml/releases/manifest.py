@@ -56,9 +56,8 @@ class Environment:
     @staticmethod
     def observe(version: str) -> tuple[Environment, str]:
         """Describe this process; the second value is the package list, `name==version` a line."""
-        found = {
-            f"{d.metadata['Name'].lower()}=={d.version}" for d in distributions() if d.metadata
-        }
+        told = (one.metadata for one in distributions())  # parsed anew each time it is asked for
+        found = {f"{one['Name'].lower()}=={one['Version']}" for one in told if one}
         text = "".join(f"{line}\n" for line in sorted(found))
         digest = hashlib.sha256(text.encode()).hexdigest()
         return Environment(digest, platform.python_version(), platform.platform(), version), text
