@@ -20,6 +20,11 @@ EXPIRED = "the certificate of site oslo expired 370 days ago, if this machine's 
 
 
 @pytest.fixture
+def fleet(patient: Fleet) -> Fleet:
+    return patient
+
+
+@pytest.fixture
 def clock(fleet: Fleet, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[WrongClock]:
     """Return a clock for the site, which is right so far, and in the end."""
     clock = WrongClock(tmp_path / "clock")

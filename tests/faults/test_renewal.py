@@ -19,6 +19,11 @@ LIFE, AGE = 36.0, 12.0  # seconds; so it is renewed 12 s from the start, and die
 
 
 @pytest.fixture
+def fleet(patient: Fleet) -> Fleet:
+    return patient
+
+
+@pytest.fixture
 def since(fleet: Fleet) -> Iterator[int]:
     """Stop the site, and return how much it has said; afterwards it has a lasting certificate."""
     fleet.kill(SITE)

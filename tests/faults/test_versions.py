@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +18,6 @@ from tests.faults.versions import USED, edition, newer, older
 
 pytestmark = pytest.mark.slow
 SITE = SITES[1]
-
-
-@pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Return a fleet whose beats are so far apart that no busy machine is silent between them."""
-    with Fleet(tmp_path_factory.mktemp("patient"), heartbeat=4.0) as fleet:
-        yield fleet.found()
 
 
 def back_to_this_version(fleet: Fleet, name: str) -> None:
@@ -62,12 +55,13 @@ def test_an_older_and_a_newer_minor_version_work_beside_this_one(
     "wire", [Wire(down="delta", up="zstd"), Wire(down="bf16+delta", up="bf16+zstd")]
 )
 def test_a_version_that_packs_nothing_is_sent_and_sends_everything_whole(
-    fleet: Fleet, tmp_path: Path, who: str, wire: Wire
+    patient: Fleet, tmp_path: Path, who: str, wire: Wire
 ) -> None:
     """The words came later than `older`, and the models are the same: packing is an offer.
 
     What such a site sends is not rounded yet, and its receipt names what it has sent.
     """
+    fleet = patient
     fleet.first[who] = version = edition(tmp_path / "version", older)
     fleet.relaunch(who)
     fleet.until_all_are_here()
