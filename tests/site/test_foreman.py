@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import structlog
 import torch
 
@@ -23,6 +24,7 @@ from fedml.site.foreman import Foreman
 from fedml.site.policy import Policy
 from tests.site.test_gate import TASK
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 RECIPE = '''
 import os, signal, sys, time
 from pathlib import Path
@@ -77,8 +79,9 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def foreman() -> AsyncIterator[Foreman]:
+    """Return one for all tests, whatever they do to its worker: it takes seconds to start."""
     worker = Foreman(Policy(task_seconds=30.0, task_memory_mb=1500))
     await worker.start()
     yield worker
