@@ -43,7 +43,7 @@ from fedml.strategies import FedAvg
 from fedml.strategies.robust import Median
 from fedml.transport.link import Link
 from tests.coordinator.tree import GRACE, LEAVES, Place, Tree, tree
-from tests.coordinator.world import Hub, Site, delta, packed, plan, who
+from tests.coordinator.world import HEARTBEAT, Hub, Site, delta, packed, plan, who
 
 ALL = tuple(sorted(itertools.chain(*LEAVES.values())))
 NORTH, SOUTH = LEAVES["north"], LEAVES["south"]
@@ -89,7 +89,7 @@ async def flat(
     folder: Path, a_plan: Plan, *hows: Mapping[str, str]
 ) -> tuple[list[Receipt], list[Assignment]]:
     """Return the receipts and the first orders of a flat federation, a round for each of `hows`."""
-    settings = Settings(heartbeat=10.0, grace=GRACE)
+    settings = Settings(heartbeat=HEARTBEAT, grace=GRACE)
     hub = Hub(folder / "flat", MemoryRegistry(folder / "flat-registry"), settings)
     try:
         sites = {name: await Site(folder, name).connect(hub) for name in ALL}

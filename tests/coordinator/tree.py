@@ -17,7 +17,7 @@ from fedml.releases.registry import MemoryRegistry
 from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore
 from fedml.transport.memory import MemoryCoordinator, MemoryLink
-from tests.coordinator.world import Hub, Site, who
+from tests.coordinator.world import HEARTBEAT, Hub, Site, who
 
 GRACE = 1.0  # seconds: more than a busy machine takes to bring all leaves back
 LEAVES: Mapping[str, tuple[str, ...]] = {
@@ -49,7 +49,7 @@ class Place:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.path, self.name = folder / name, name
-        create(self.path, Settings(heartbeat=10.0, grace=GRACE))
+        create(self.path, Settings(heartbeat=HEARTBEAT, grace=GRACE))
         self.folder = Folder.open(self.path)
 
     def start(self, hub: Hub, grace: float = GRACE) -> None:
@@ -58,7 +58,12 @@ class Place:
         self.cable = Cable(hub.coordinator, who(self.name, "region"))
         backoff = Backoff(0.01, 0.05)
         self.region = Region(
-            self.path / "shares", self.cable, blobs, heartbeat=10.0, grace=grace, backoff=backoff
+            self.path / "shares",
+            self.cable,
+            blobs,
+            heartbeat=HEARTBEAT,
+            grace=grace,
+            backoff=backoff,
         )
         desks = desks_of(self.folder, self.region.desk, blobs, f"{self.name} is a region of hub")
         self.coordinator = MemoryCoordinator(desks, self.folder.access)
@@ -118,7 +123,7 @@ async def tree(
     grace: float = GRACE,
 ) -> AsyncIterator[Tree]:
     """Return a tree that has grown."""
-    settings = Settings(heartbeat=10.0, grace=grace)
+    settings = Settings(heartbeat=HEARTBEAT, grace=grace)
     hub = Hub(folder / "hub", MemoryRegistry(folder / "registry"), settings)
     grown = Tree(folder, hub, kind)
     try:

@@ -47,6 +47,7 @@ from fedml.transport.memory import MemoryCoordinator
 
 C = TypeVar("C")
 SITES = ("bern", "kyoto", "quito")
+HEARTBEAT = 600.0  # seconds: the sites that a test plays do not beat
 GRACE = 1.0  # seconds: more than a busy machine takes to bring all sites back
 
 
@@ -101,7 +102,7 @@ class Hub:
     ) -> None:
         self.path, self.registry = path, registry
         if not path.exists():
-            create(path, settings or Settings(heartbeat=10.0, grace=GRACE))
+            create(path, settings or Settings(heartbeat=HEARTBEAT, grace=GRACE))
         folder = Folder.open(path)
         blobs = BlobStore.in_transit(path / "blobs", 2**24)
         archive = Archive(lambda: registry)
