@@ -278,7 +278,7 @@ def test_kill_the_coordinator_in_training_and_again_on_the_way_to_the_registry(
     town.start_coordinator()
     back = time.monotonic()
     town.until(run, lambda d: len(d.receipts) > 0)
-    waited = time.monotonic() - back
+    assert time.monotonic() - back < 10
     town.until(run, lambda d: d.info.detail.startswith("ending: candidate after 3 rounds"))
     town.kill("coordinator")
     town.start_coordinator()
@@ -292,7 +292,6 @@ def test_kill_the_coordinator_in_training_and_again_on_the_way_to_the_registry(
     assert [(r.round, r.attempt, len(r.counted)) for r in trained] == [
         (1, 1, 4), (2, 1, 4), (3, 1, 4),
     ]  # fmt: skip
-    assert waited < 10 + trained[1].closed - trained[1].opened  # what a round takes by itself
     charged_as_told(town, run)
     assert max(c.epsilon for r in trained for c in r.counted) <= 0.5 + 1e-6
 
