@@ -28,6 +28,7 @@ from fedml.cli.compose import (
     clear_errors,
     configs,
     has_own,
+    offer_choices,
     plan_of,
 )
 from fedml.cli.live import Live
@@ -61,6 +62,7 @@ def simulate(argv: Sequence[str]) -> int:
         print(told)
         return 0
     argv = resumption.expand(argv)
+    offer_choices()
     jobs = _Jobs()
     command = hydra.main(config_path=str(configs()), config_name="simulate", version_base=VERSION)(
         jobs.play
