@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from fedml.cli.compose import compose_plan
-from fedml.errors import ConfigError
-from fedml.installed import GROUPS, Table
+from fedml.coordinator.allowance import allow_strategy
+from fedml.coordinator.folder import Folder, create
+from fedml.coordinator.settings import Settings
+from fedml.errors import ConfigError, Corrupt
+from fedml.installed import GROUPS, Table, digest_of
 from fedml.learning.recipe import identify
 from fedml.releases.registries import REGISTRIES, open_registry
 from fedml.simulation.executors.catalogue import EXECUTORS
@@ -170,6 +173,11 @@ def test_a_class_that_nobody_offers_is_not_built(packages: Path) -> None:
     words = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=9"]
     with pytest.raises(ConfigError, match=r"only names below fedml\. are built"):
         compose_plan("run", [*words, "strategy=fedavg", "strategy._target_=quiet.Own"])
+
+
+def test_a_class_that_a_package_offers_may_be_a_target(packages: Path) -> None:
+    (packages / "quiet.py").write_text(OWN)
+    words = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=9"]
     register(packages, "loud", {"fedml.strategies": {"quiet": "quiet:Own"}})
     plan = compose_plan("run", [*words, "strategy=fedavg", "strategy._target_=quiet.Own"])
     assert describe(plan.strategy)["name"] == "quiet"
@@ -190,3 +198,46 @@ class Named(FedAvg):
 def test_a_setting_called_as_a_plan_s_own_is_refused() -> None:
     with pytest.raises(ConfigError, match="has a setting 'digest', which a plan needs"):
         STRATEGIES._take(Named)
+
+
+def test_every_version_that_was_taken_in_stays_and_is_what_it_was(tmp_path: Path) -> None:
+    hub, file = tmp_path / "hub", tmp_path / "stay.py"
+    create(hub, Settings())
+    Folder.open(hub)
+    digests = []
+    for step in ("1.0", "2.0"):
+        file.write_text(OWN.replace("1.0", step).replace("Own", "Staying"))
+        name, digest = allow_strategy(hub, f"{file}:Staying")
+        assert (name, digest) == ("staying", digest_of(file.read_bytes()))
+        digests.append(digest)
+    file.unlink()  # the coordinator has its own
+    built = [build({"name": "staying", "digest": digest}) for digest in digests]
+    assert [describe(one)["pull"] for one in built] == [1.0, 2.0]
+    assert [describe(one)["digest"] for one in built] == digests
+    kept = hub / "strategies" / f"staying@Staying@{'0' * 64}.py"
+    kept.write_text(OWN.replace("Own", "Staying"))
+    with pytest.raises(Corrupt, match="its bytes are not those of its name"):
+        build({"name": "staying", "digest": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "line"),
+    [
+        ("nowhere.py:Own", "", "nowhere.py: No such file"),
+        ("Own", "", "write file.py:Class"),
+        ("mine.py:Own", "fedavg", "has the name of one of ours; give it another"),
+        ("mine.py:Own", "a@b", "use 1-63 of a-z"),
+        ("mine.py:Other", "", "has no attribute 'Other'; mend the file"),
+        ("mine.py:OWN", "", "is no Strategy: it must be a frozen dataclass; mend the file"),
+    ],
+)
+def test_what_is_no_strategy_is_not_taken_in(
+    target: str, name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    create(tmp_path / "hub", Settings())
+    Path("mine.py").write_text(f"{OWN}\nOWN = 3\n")
+    with pytest.raises(ConfigError) as caught:
+        allow_strategy(tmp_path / "hub", target, name)
+    assert line in str(caught.value)
+    assert not (tmp_path / "hub" / "strategies").exists()
