@@ -15,7 +15,7 @@ _fedml_simulate_complete()
         if [ -n "$_fedml_simulate_old" ]; then
             "$_fedml_simulate_old" "$@"
         else
-            COMPREPLY=($(compgen -W "coordinator site run model privacy \\
+            COMPREPLY=($(compgen -W "coordinator site run model privacy strategies \\
                 simulate demo predict serve" -- \\
                 "${COMP_WORDS[$COMP_CWORD]}"))
             [ ${#COMPREPLY[@]} -eq 1 ] && COMPREPLY[0]="${COMPREPLY[0]} "

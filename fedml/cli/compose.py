@@ -7,12 +7,13 @@ Whatever is wrong with a name, a key or a value becomes one `ConfigError` line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -22,9 +23,11 @@ import fedml
 from fedml import durable
 from fedml.cli.misspelt import meant, mend
 from fedml.errors import ConfigError, FedmlError
+from fedml.installed import Table, offers
 from fedml.records import SCALARS, to_record
 from fedml.rounds import Plan
-from fedml.strategies import Strategy, describe
+from fedml.simulation.executors.catalogue import EXECUTORS
+from fedml.strategies import REDUCERS, STRATEGIES, Strategy, describe
 
 VERSION = "1.3"  # of Hydra's behaviour
 _PLAN = tuple(field.name for field in fields(Plan))
@@ -34,6 +37,11 @@ _STAGE = (
 )  # fmt: skip
 _OURS = ("fedml.",)  # below which a `_target_` may lie
 SIMULATIONS = (*_OURS, "simulations.")  # the same for a simulation, which runs its user's own code
+_CHOICES: Mapping[str, Table[Any]] = {  # groups whose choices a package may add to
+    "strategy": STRATEGIES,
+    "strategy/reducer": REDUCERS,
+    "executor": EXECUTORS,
+}
 _IDENTIFY = "fedml.learning.recipe.identify"
 
 
@@ -59,6 +67,7 @@ def compose_plan(
     `config_dir` is a folder of the user's own configurations, searched beside ours. Raises
     `ConfigError` in one line, or `Contradiction` with all conflicts.
     """
+    offer_choices()
     home, searched = configs(), list(overrides)
     if config_dir is not None:
         if not config_dir.is_dir():
@@ -118,18 +127,66 @@ def _check_targets(value: object, where: str, targets: Sequence[str]) -> None:
         if "_target_" in value:
             target, allowed = str(value["_target_"]), tuple(targets)
             told = f"{where}._target_ {target!r}"
-            if not target.startswith(allowed):
-                raise ConfigError(f"{told}: only names below {' or '.join(allowed)} are built")
-            with clear_errors():
-                found = get_object(target)
-            if not str(getattr(found, "__module__", "")).startswith(allowed):
-                raise ConfigError(f"{told}: that is not fedml's own")
+            found = _offered(target)
+            if found is None:
+                if not target.startswith(allowed):
+                    raise ConfigError(f"{told}: only names below {' or '.join(allowed)} are built")
+                with clear_errors():
+                    found = get_object(target)
+                if not str(getattr(found, "__module__", "")).startswith(allowed):
+                    raise ConfigError(f"{told}: that is not fedml's own")
             _check_types(found, value, where)
         for key, item in value.items():
             _check_targets(item, f"{where}.{key}" if where else str(key), targets)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             _check_targets(item, f"{where}[{number}]", targets)
+
+
+def _offered(target: str) -> object:
+    """Return what a package offers as `target`, or None; a name that two have is refused."""
+    for table in _CHOICES.values():
+        for name, own in table.ours.items():
+            dotted = own.replace(":", ".") if isinstance(own, str) else _dotted(own)
+            if dotted == target:
+                table.find(name)
+        if (found := table.offered(target)) is not None:
+            return found
+    return None
+
+
+def _dotted(kind: object) -> str:
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+
+
+def offer_choices() -> None:
+    """Let Hydra know what packages offer, as it knows the files of our folder of configurations.
+
+    What is no good stays a choice, and is complained of when it is chosen.
+    """
+    for group, table in _CHOICES.items():
+        for offer in offers(table.kind):
+            name = offer.name.replace("-", "_")
+            if (configs() / group / f"{name}.yaml").exists():
+                continue  # ours; whoever chooses it is told
+            node: dict[str, object] = {"_target_": offer.dotted}
+            if table is EXECUTORS:
+                node["_partial_"] = True
+            with suppress(ConfigError):
+                node |= _defaults(table[offer.name])
+            ConfigStore.instance().store(name=name, node=node, group=group, provider="installed")
+
+
+def _defaults(kind: object) -> Mapping[str, object]:
+    """Return the settings of a dataclass that have a plain default."""
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return {}
+    found = {one.name: one.default for one in fields(kind) if one.init}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in found.items()
+        if value is None or isinstance(value, str | int | float | bool | tuple)
+    }
 
 
 def _check_types(kind: object, settings: Mapping[str, object], where: str) -> None:

@@ -34,7 +34,10 @@ def init(
         int, typer.Option(help="Port for /healthz, /readyz and /metrics, on loopback; 0: any.")
     ] = 0,
     registry: Annotated[
-        str, typer.Option(help="MLflow tracking URI; default a SQLite file in the folder.")
+        str,
+        typer.Option(
+            help="MLflow tracking URI, or NAME:PLACE of a package's own; default a SQLite file."
+        ),
     ] = "",
 ) -> None:
     """Make a coordinator: authority, release keys, registry, and a first operator's profile.
@@ -74,6 +77,24 @@ def run(folder: Dir) -> None:
     from fedml.coordinator.settings import is_region
 
     serve_forever(Regional(folder) if is_region(folder) else Service(folder))
+
+
+@app.command()
+def allow(
+    folder: Dir,
+    strategy: Annotated[str, typer.Option(help="A strategy's file and its class, file.py:Class.")],
+    name: Annotated[str, typer.Option(help="Default: the class's name in small letters.")] = "",
+) -> None:
+    """Let runs name a strategy that is in a file; the coordinator keeps a copy, by its digest.
+
+    It runs at the coordinator, so read it first. One that is running hears of it at once.
+
+    Example: fedml coordinator allow ./hub --strategy halfway.py:Halfway
+    """
+    from fedml.coordinator.allowance import allow_strategy
+
+    told, digest = allow_strategy(folder, strategy, name)
+    typer.echo(f"{folder}: runs may name strategy {told} {digest[:12]}")
 
 
 @app.command()

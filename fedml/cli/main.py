@@ -75,6 +75,25 @@ def simulate(ctx: typer.Context) -> int:
 
 
 @app.command()
+def strategies(
+    modes: Annotated[
+        bool, typer.Option("--modes", help="What goes with which privacy and secure aggregation.")
+    ] = False,
+    file: Annotated[
+        str, typer.Option(help="The same for a strategy of your own, file.py:Class.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List strategies, reducers, rules, recipes, executors and registries, and where each is from.
+
+    Example: fedml strategies --modes
+    """
+    from fedml.cli.strategies import tell
+
+    tell(file, show_modes=modes, as_json=as_json)
+
+
+@app.command()
 def demo(
     data: Annotated[
         str, typer.Option(help="'breast_cancer' (shipped) or 'heart'.")

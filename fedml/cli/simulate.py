@@ -28,6 +28,7 @@ from fedml.cli.compose import (
     clear_errors,
     configs,
     has_own,
+    offer_choices,
     plan_of,
 )
 from fedml.cli.live import Live
@@ -58,6 +59,7 @@ def simulate(argv: Sequence[str]) -> int:
     all run, whatever becomes of one; the status is 0 if each came to its end.
     """
     argv = resumption.expand(argv)
+    offer_choices()
     jobs = _Jobs()
     command = hydra.main(config_path=str(configs()), config_name="simulate", version_base=VERSION)(
         jobs.play

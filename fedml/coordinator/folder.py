@@ -6,6 +6,7 @@ enrolment/         tokens, revoked     releases/                the signed repos
 operator/          the first profile   registry/                MLflow, unless elsewhere
 audit.jsonl        who did what        press/                   bundles in the making
 parent/  shares/   a region's papers for its parent, and its rounds that are open
+strategies/        files that 'fedml coordinator allow' took in, by digest
 roster.json        sites that mask, and their keys: put there by an operator
 """
 
@@ -23,11 +24,14 @@ from fedml.identity.audit import AuditLog
 from fedml.identity.certificates import Authority, Credentials, new_key_and_csr
 from fedml.identity.enrolment import Invitations
 from fedml.identity.receipts import Sealer
+from fedml.installed import lend_kept
+from fedml.releases.registries import open_registry
 from fedml.releases.registry import Registry
 from fedml.releases.signing import Repository
 from fedml.secagg import Roster
 
 FIRST_OPERATOR = "admin"
+STRATEGIES = "strategies"
 _OPERATOR_DAYS = 365.0
 
 
@@ -50,6 +54,7 @@ class Folder:
     def open(path: Path) -> Folder:
         """Open what `create` made; raises `ConfigError` or, for damage, `Corrupt`."""
         settings = read_settings(path)
+        lend_kept("strategy", path / STRATEGIES)
         revocations = Revocations(path / "enrolment" / "revoked.jsonl")
         authority = Authority.load(path / "ca")
         return Folder(
@@ -67,11 +72,9 @@ class Folder:
 
     def registry(self) -> Registry:
         """Open the model registry; takes seconds, and migrates its database when it must."""
-        from fedml.releases.tracking import MlflowRegistry
-
         folder = self.path / "registry"
         uri = self.settings.registry or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
-        return MlflowRegistry(uri, folder / "artifacts")
+        return open_registry(uri, folder)
 
 
 def _roster(path: Path) -> Roster | None:

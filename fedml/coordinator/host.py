@@ -391,12 +391,13 @@ def run_info(journal: Journal, id: RunId, run: Run | None) -> RunInfo:
     history = journal.runs[id]
     done = [r for r in history.receipts if r.kind == "train" and r.model]
     scored = [r for r in history.receipts if r.scores]
+    model, rounds = history.title
     info = RunInfo(
         id,
-        history.plan.model,
+        model,
         "queued",
         len(done),
-        history.plan.rounds,
+        rounds,
         history.submitted.at,
         version=history.version,
         scores=scored[-1].scores if scored else {},

@@ -7,6 +7,7 @@ committed, and deliver them again.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -111,7 +112,7 @@ class History:
     """All that the journal says of one run."""
 
     submitted: Submitted
-    plan: Plan
+    read: Plan | Corrupt  # its plan, or why that cannot be read any more
     receipts: list[Receipt] = field(default_factory=list)
     seals: list[Seal] = field(default_factory=list)
     opened: Opened | None = None
@@ -125,6 +126,21 @@ class History:
     version: int = 0
     ended: Ended | None = None
     data: dict[str, str] = field(default_factory=dict)  # by site, as of its last round
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan; raises `Corrupt` if it does not read, as without its own strategy."""
+        if isinstance(self.read, Corrupt):
+            raise self.read
+        return self.read
+
+    @property
+    def title(self) -> tuple[str, int]:
+        """The model's name and the number of rounds, also of a plan that does not read."""
+        if isinstance(self.read, Plan):
+            return self.read.model, self.read.rounds
+        raw = json.loads(self.submitted.plan)
+        return str(raw.get("model", "")), int(raw.get("rounds", 0))
 
     @property
     def is_over(self) -> bool:
@@ -187,6 +203,9 @@ class Journal:
         try:
             for record in self._log.records:
                 self._note(_parse(self._log.path, record))
+            for history in self.runs.values():
+                if isinstance(history.read, Corrupt) and not history.is_over:
+                    raise history.read
         except BaseException:
             self._log.close()
             raise
@@ -269,14 +288,14 @@ class Journal:
             history = History(entry, self._plan(entry), due=entry.starts, queued=queued)
             self.runs = {**self.runs, entry.run: history}
 
-    def _plan(self, entry: Submitted) -> Plan:
+    def _plan(self, entry: Submitted) -> Plan | Corrupt:
         try:
             return Plan.from_json(entry.plan)
         except ConfigError as error:
-            raise Corrupt(
+            return Corrupt(
                 f"{self._log.path}: the plan of run {entry.run} does not read ({error}); "
                 "use the fedml that wrote it, or restore the folder from a backup"
-            ) from error
+            )
 
 
 def _parse(path: Path, record: Mapping[str, object]) -> Entry:

@@ -18,11 +18,12 @@ class Settings:
     """A coordinator's settings; 0 as a port takes a free one.
 
     `host` is the name by which sites and operators reach it, and is in its certificate; `bind`
-    is the address it listens on. `registry` is an MLflow tracking URI; "" keeps a SQLite file
-    in the folder. `grace` is how many seconds a site may be away before its task counts as lost.
-    `runs_at_once` is how many runs are played at a time; the others wait in order. `drain` is how
-    many seconds open rounds may take once the coordinator is told to stop. On `health_port` are
-    /healthz, /readyz and /metrics, for whoever reaches `health_bind`.
+    is the address it listens on. `registry` is an MLflow tracking URI, or NAME:PLACE of an
+    installed package's; "" keeps a SQLite file in the folder. `grace` is how many seconds a site
+    may be away before its task counts as lost. `runs_at_once` is how many runs are played at a
+    time; the others wait in order. `drain` is how many seconds open rounds may take once the
+    coordinator is told to stop. On `health_port` are /healthz, /readyz and /metrics, for whoever
+    reaches `health_bind`.
     """
 
     host: str = "localhost"

@@ -11,18 +11,14 @@ No torch here at run time: the site's daemon lists recipes and never loads one.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from fedml.errors import ConfigError, Refused
+from fedml.installed import Offer, digest_of, offers
 from fedml.protocol.messages import RecipeId
 
 if TYPE_CHECKING:
@@ -153,85 +149,42 @@ def installed(extra: Mapping[str, str] = _NONE) -> tuple[RecipeId, ...]:
 
 def identify(name: str, extra: Mapping[str, str] = _NONE) -> RecipeId:
     """Return the recipe's name with the SHA-256 of its source file, which is not imported."""
-    place, _ = _locate(name, extra)
-    return RecipeId(name, hashlib.sha256(_source(name, place)).hexdigest())
+    return RecipeId(name, digest_of(_locate(name, extra).source()))
 
 
 def load(wanted: RecipeId, extra: Mapping[str, str] = _NONE) -> Recipe:
     """Return the recipe `wanted`; raises `Refused` unless its very source is installed here."""
-    place, target = _locate(wanted.name, extra)
-    source = _source(wanted.name, place)
-    digest = hashlib.sha256(source).hexdigest()
+    offer = _locate(wanted.name, extra)
+    source = offer.source()
+    digest = digest_of(source)
     if digest != wanted.digest:
         raise Refused(
-            f"recipe {wanted.name}: {place} is {digest[:12]}, the run wants "
+            f"recipe {wanted.name}: {offer.place()} is {digest[:12]}, the run wants "
             f"{wanted.digest[:12]}; install the version the run was made with"
         )
-    home, _, attribute = target.rpartition(":")
+    kind = offer.load(source)
     try:
-        own = home.endswith(".py")
-        module = _execute(place, source, digest) if own else importlib.import_module(home)
-        recipe: Recipe = getattr(module, attribute)()
-    except (ImportError, AttributeError, TypeError, SyntaxError) as error:
-        raise ConfigError(f"recipe {wanted.name} ({target}) does not load: {error}") from error
-    return recipe
+        return cast(Recipe, cast(type, kind)())
+    except TypeError as error:
+        raise ConfigError(f"{offer} does not load: {error}; {offer.remedy}") from error
 
 
-def _catalogue(extra: Mapping[str, str]) -> Mapping[str, str]:
-    """Return `package.module:Class` or `file.py:Class` by recipe name."""
-    found = dict(BUILT_IN)
-    others = [(entry.name, entry.value) for entry in entry_points(group="fedml.recipes")]
-    for name, target in (*others, *extra.items()):
-        if found.get(name, target) != target:
-            raise ConfigError(f"recipe {name!r} is both {found[name]} and {target}; rename one")
-        found[name] = target
+def _catalogue(extra: Mapping[str, str]) -> Mapping[str, Offer]:
+    """Return every recipe by name; raises `ConfigError` where two have the same."""
+    found = {name: Offer("recipe", name, target, "fedml") for name, target in BUILT_IN.items()}
+    own = (Offer("recipe", name, target) for name, target in extra.items())
+    for offer in (*offers("recipe"), *own):
+        other = found.setdefault(offer.name, offer)
+        if other.target != offer.target:
+            name = offer.name
+            raise ConfigError(
+                f"recipe {name!r} is both {other.target} and {offer.target}; rename one"
+            )
     return found
 
 
-def _locate(name: str, extra: Mapping[str, str]) -> tuple[Path, str]:
+def _locate(name: str, extra: Mapping[str, str]) -> Offer:
     catalogue = _catalogue(extra)
     if name not in catalogue:
         raise Refused(f"no recipe {name!r} here; there are {', '.join(sorted(catalogue))}")
-    target = catalogue[name]
-    home, colon, attribute = target.rpartition(":")
-    if not (colon and home and attribute.isidentifier()):
-        raise ConfigError(f"recipe {name!r} is {target!r}; write /path/file.py:Class")
-    return (Path(home) if home.endswith(".py") else _module_file(name, home)), target
-
-
-def _module_file(name: str, module: str) -> Path:
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)  # of the top alone: this imports nothing
-    if spec is None:
-        raise ConfigError(f"recipe {name!r}: there is no module {top}; install its package")
-    if not rest:
-        return Path(spec.origin or top)
-    for folder in spec.submodule_search_locations or ():
-        stem = Path(folder, *rest)
-        for place in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
-            if place.is_file():
-                return place
-    raise ConfigError(f"recipe {name!r}: module {module} has no source file; reinstall its package")
-
-
-def _source(name: str, place: Path) -> bytes:
-    try:
-        return place.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"recipe {name!r}: {place}: {error.strerror}") from error
-
-
-def _execute(place: Path, source: bytes, digest: str) -> ModuleType:
-    """Run an operator's file, from the very bytes whose digest was compared."""
-    name = f"fedml_recipe_{digest[:16]}"
-    if name not in sys.modules:
-        module = ModuleType(name)
-        module.__file__ = str(place)
-        code = compile(source, str(place), "exec")
-        sys.modules[name] = module  # dataclasses look their module up
-        try:
-            exec(code, module.__dict__)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    return catalogue[name]

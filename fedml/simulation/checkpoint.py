@@ -209,6 +209,7 @@ def _record(entry: Entry) -> Record:
         "epsilon": [one.epsilon for one in counted],
         "missing": dict(receipt.missing),
         "left_out": grouped,
+        "damped": dict(receipt.damped),
         "metrics": dict(receipt.metrics),
         "scores": dict(receipt.scores),
         "model": receipt.model,
@@ -243,6 +244,7 @@ def _entry(raw: Mapping[str, Any]) -> Entry:
         opened=raw["opened"],
         closed=raw["closed"],
         kind=raw["kind"],
+        damped=raw.get("damped", {}),  # checkpoints from before have none
     )
     seen = {SiteId(site): Seen(*numbers) for site, numbers in raw["seen"].items()}
     return Entry(receipt, seen, raw["seconds"])

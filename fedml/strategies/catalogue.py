@@ -1,21 +1,23 @@
 """Strategies by name: how one is written into a plan and read from it, with no code on the wire.
 
-The table is closed: what this package has, and what installed packages offer under the entry
-point group `fedml.strategies` (a frozen dataclass that is a `Strategy`). A plan that names
-anything else is refused, so a coordinator never builds what a stranger describes.
+The tables are closed: what this package has, what installed packages offer under the entry point
+groups of `fedml.installed`, and the files of whoever runs this process. A plan that names anything
+else is refused, so a coordinator never builds what a stranger describes. What is not ours is named
+with the SHA-256 of its source, so that two machines mean the same code or find out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import entry_points
+from typing import TypeVar, cast
 
 import torch
 
 from fedml.errors import ConfigError
+from fedml.installed import Table
 from fedml.params import Params
+from fedml.protocol.messages import check_name
 from fedml.protocol.tasks import Brief, Slots
 from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import LocalRule, Personal, Plain, Reducer, Statistic, Strategy
@@ -44,60 +46,121 @@ from fedml.strategies.robust import (
 )
 from fedml.strategies.scaffold import Control, Scaffold
 
-RULES: Mapping[str, LocalRule] = {
-    "plain": Plain(),
-    "prox": Prox(),
-    "scaffold": Control(),
-    "fednova": Normalised(),
-    "feddyn": Dynamic(),
-    "fedexp": Squared(),
-    "qfedavg": Fair(),
-    "home": Home(),
-}
-STATISTICS: Mapping[str, Statistic] = {"newton": Curvature()}  # names that RULES does not have
-REDUCERS: Mapping[str, type[Reducer]] = {
-    "weighted-mean": WeightedMean,
-    "robust": Robust,
-    "median": Median,
-    "trimmed-mean": TrimmedMean,
-    "mean-around-median": MeanAroundMedian,
-    "krum": Krum,
-    "multi-krum": MultiKrum,
-    "bulyan": Bulyan,
-    "geometric-median": GeometricMedian,
-    "centred-clipping": CentredClipping,
-}
-_OURS: Mapping[str, type[Strategy]] = {
-    "fedavg": FedAvg,
-    "fedprox": FedProx,
-    "fedavgm": FedAvgM,
-    "fedadagrad": FedAdagrad,
-    "fedadam": FedAdam,
-    "fedyogi": FedYogi,
-    "scaffold": Scaffold,
-    "fednova": FedNova,
-    "feddyn": FedDyn,
-    "fedexp": FedExP,
-    "qfedavg": QFedAvg,
-    "fedper": FedPer,
-    "fedbn": FedBN,
-    "newton": Newton,
-}
+T = TypeVar("T")
+_DIGEST = "digest"  # beside "name" in the record of what is not ours
 
 
-@cache
-def strategies() -> Mapping[str, type[Strategy]]:
-    """Return every strategy there is, by name; a plug-in cannot take one of our names."""
-    found: dict[str, type[Strategy]] = {}
-    for point in entry_points(group="fedml.strategies"):
-        try:
-            found[point.name] = point.load()
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"strategy plug-in {point.name!r} ({point.value}) does not load: {error}; "
-                "mend or uninstall its package"
-            ) from error
-    return {**found, **_OURS}
+def _made(thing: object) -> object:
+    return thing() if isinstance(thing, type) else thing
+
+
+def _take_rule(thing: object) -> LocalRule:
+    """Return a rule, made if it is a class; it has no settings but those of a brief."""
+    rule = _made(thing)
+    told = getattr(rule, "reports", None)
+    if not (callable(getattr(rule, "gradient", None)) and callable(getattr(rule, "finish", None))):
+        raise ConfigError("is no LocalRule: it needs reports, gradient and finish")
+    if not (isinstance(told, frozenset) and all(isinstance(name, str) for name in told)):
+        raise ConfigError("is no LocalRule: reports must be a frozenset of names")
+    return cast(LocalRule, rule)
+
+
+def _take_statistic(thing: object) -> Statistic:
+    statistic = _made(thing)
+    parts = (getattr(statistic, name, None) for name in ("reports", "measure"))
+    if not all(callable(part) for part in parts):
+        raise ConfigError("is no Statistic: it needs reports and measure")
+    return cast(Statistic, statistic)
+
+
+def _take_class(thing: object, what: str, parts: tuple[str, ...]) -> type:
+    """Return a frozen dataclass that has `parts`, among its fields or beside them."""
+    frozen = isinstance(thing, type) and getattr(thing, "__dataclass_params__", None)
+    if not (isinstance(thing, type) and frozen and frozen.frozen):
+        raise ConfigError(f"is no {what}: it must be a frozen dataclass")
+    names = {field.name for field in dataclasses.fields(thing)}
+    if lacking := [part for part in parts if part not in names and not hasattr(thing, part)]:
+        raise ConfigError(f"is no {what}: it lacks {', '.join(lacking)}")
+    if taken := sorted(names & {"name", _DIGEST}):
+        raise ConfigError(f"has a setting {taken[0]!r}, which a plan needs: rename it")
+    return thing
+
+
+def _take_strategy(thing: object) -> type[Strategy]:
+    return _take_class(thing, "Strategy", ("reducer", "start", "brief", "advance"))
+
+
+def _take_reducer(thing: object) -> type[Reducer]:
+    return _take_class(thing, "Reducer", ("linear", "least", "start"))
+
+
+RULES: Table[LocalRule] = Table(
+    "rule",
+    {
+        "plain": Plain(),
+        "prox": Prox(),
+        "scaffold": Control(),
+        "fednova": Normalised(),
+        "feddyn": Dynamic(),
+        "fedexp": Squared(),
+        "qfedavg": Fair(),
+        "home": Home(),
+    },
+    _take_rule,
+    lambda: STATISTICS.ours,
+)
+STATISTICS: Table[Statistic] = Table(
+    "statistic", {"newton": Curvature()}, _take_statistic, lambda: RULES.ours
+)
+REDUCERS: Table[type[Reducer]] = Table(
+    "reducer",
+    {
+        "weighted-mean": WeightedMean,
+        "robust": Robust,
+        "median": Median,
+        "trimmed-mean": TrimmedMean,
+        "mean-around-median": MeanAroundMedian,
+        "krum": Krum,
+        "multi-krum": MultiKrum,
+        "bulyan": Bulyan,
+        "geometric-median": GeometricMedian,
+        "centred-clipping": CentredClipping,
+    },
+    _take_reducer,
+)
+STRATEGIES: Table[type[Strategy]] = Table(
+    "strategy",
+    {
+        "fedavg": FedAvg,
+        "fedprox": FedProx,
+        "fedavgm": FedAvgM,
+        "fedadagrad": FedAdagrad,
+        "fedadam": FedAdam,
+        "fedyogi": FedYogi,
+        "scaffold": Scaffold,
+        "fednova": FedNova,
+        "feddyn": FedDyn,
+        "fedexp": FedExP,
+        "qfedavg": QFedAvg,
+        "fedper": FedPer,
+        "fedbn": FedBN,
+        "newton": Newton,
+    },
+    _take_strategy,
+)
+
+
+def own(file: str, name: str = "", **settings: object) -> Strategy:
+    """Return a strategy of the user's own, `file.py:Class`, which this process knows from now on.
+
+    Its name is the class's in small letters, unless `name` says otherwise.
+    """
+    name = check_name("strategy", name or file.rpartition(":")[2].lower())
+    kind, _ = STRATEGIES.taken(STRATEGIES.lend(name, file))
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ConfigError(f"strategy {name}: {error}") from error
 
 
 def reports(brief: Brief) -> frozenset[str]:
@@ -151,6 +214,19 @@ def keeps_deltas(strategy: Strategy) -> bool:
     return bool(getattr(RULES.get(_brief(strategy).rule), "keeps_deltas", False))
 
 
+def not_at_once(brief: Brief) -> str:
+    """Return why many sites cannot train on `brief` as one computation, or ""."""
+    rule = RULES.get(brief.rule)
+    if rule is None or not getattr(rule, "elementwise", False):
+        return f"rule {brief.rule} is not elementwise"
+    return ""
+
+
+def one_by_one(strategy: Strategy) -> str:
+    """Return why a simulation cannot train all of its sites as one computation, or ""."""
+    return not_at_once(_brief(strategy))
+
+
 def _brief(strategy: Strategy) -> Brief:
     return strategy.brief(strategy.start(Params({"w": torch.zeros(1)})))
 
@@ -158,40 +234,51 @@ def _brief(strategy: Strategy) -> Brief:
 def describe(strategy: Strategy) -> dict[str, object]:
     """Return `strategy` as JSON values: its name and every setting, defaults too.
 
-    Raises `ConfigError` if its class is in no table, for then no plan can carry it.
+    What is not ours has its source's digest beside the name. Raises `ConfigError` if its class is
+    in no table, for then no plan can carry it.
     """
-    return _describe(strategies(), "strategy", strategy)
+    return _describe(STRATEGIES, strategy)
 
 
 def build(settings: Mapping[str, object]) -> Strategy:
     """Return the strategy that `describe` wrote; settings left out take their defaults.
 
-    Raises one `ConfigError` with all that is unknown or out of range.
+    Raises one `ConfigError` with all that is unknown or out of range, or if what is here by that
+    name is not of the digest that is given.
     """
-    return _build(strategies(), "strategy", settings)
+    return _build(STRATEGIES, settings)
 
 
-def _describe(table: Mapping[str, type], what: str, thing: object) -> dict[str, object]:
-    for name, kind in table.items():
-        if type(thing) is kind and dataclasses.is_dataclass(thing):
-            record = to_record(thing)
-            assert isinstance(record, dict)
-            if isinstance(reducer := getattr(thing, "reducer", None), tuple(REDUCERS.values())):
-                record["reducer"] = _describe(REDUCERS, "reducer", reducer)
-            return {"name": name, **record}
-    raise ConfigError(f"{what} {type(thing).__name__} is not installed; there are {_list(table)}")
+def _describe(table: Table[type[T]], thing: object) -> dict[str, object]:
+    try:
+        name, digest = table.named(type(thing))
+    except KeyError as error:
+        raise ConfigError(
+            f"{table.kind} {type(thing).__name__} is not installed; there are {_list(table)}"
+        ) from error
+    record = cast(dict[str, object], to_record(thing))
+    reducer = getattr(thing, "reducer", None)
+    if "reducer" in record and reducer is not None:
+        record["reducer"] = _describe(REDUCERS, reducer)
+    return {"name": name, **({_DIGEST: digest} if digest else {}), **record}
 
 
-def _build(table: Mapping[str, type], what: str, settings: object) -> Strategy:
+def _build(table: Table[type[T]], settings: object) -> T:
+    what = table.kind
     if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
         raise ConfigError(f"{what} {settings!r:.60}: needs a name; there are {_list(table)}")
-    name = settings["name"]
+    name, rest = settings["name"], {k: v for k, v in settings.items() if k != "name"}
     if name not in table:
-        raise ConfigError(f"{what} {name!r:.60} is not installed; there are {_list(table)}")
-    rest = {key: value for key, value in settings.items() if key != "name"}
-    readers: dict[object, Reader] = {Reducer: lambda raw: _build(REDUCERS, "reducer", raw)}
-    built: Strategy = from_record(table[name], rest, name, readers)
-    return built
+        raise ConfigError(
+            f"{what} {name!r:.60} is not installed; there are {_list(table)}; install its "
+            "package, or let an operator allow its file"
+        )
+    digest = rest.get(_DIGEST) if name not in table.ours else None
+    kind, found = table.find(name, digest if isinstance(digest, str) else "")
+    if found:
+        rest.pop(_DIGEST, None)
+    readers: dict[object, Reader] = {Reducer: lambda raw: _build(REDUCERS, raw)}
+    return from_record(kind, rest, name, readers)
 
 
 def _list(table: Mapping[str, object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fedml.cli.compose import compose_plan, configs
 from fedml.cli.simulate import simulate
 from fedml.errors import ConfigError, Contradiction, FedmlError
 from fedml.rounds import Gate, Plan, Wire
-from fedml.strategies import REDUCERS, FedAdam, FedProx, build, describe
+from fedml.strategies import REDUCERS, FedAdam, FedAvg, FedProx, build, describe
 from fedml.strategies.robust import Krum
 
 RUN = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=60"]
@@ -26,8 +27,14 @@ NEEDED = {
     "population=column": ["population.column=target"],
     "population=crowd": ["cohort.size=5"],
     "task=own": ["model=breast_cancer", "training.lr=1", "training.steps=1"],
+    "strategy=own": [f"strategy.file={__file__}:Mine"],
     "population=shards": ["population.drop_rest=true"],
 }
+
+
+@dataclass(frozen=True)
+class Mine(FedAvg):
+    """A strategy of the user's own, in the user's own file."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +52,7 @@ def test_every_configuration_builds(choice: str) -> None:
 def test_every_strategy_has_a_configuration_with_its_defaults() -> None:
     from fedml.strategies import catalogue
 
-    for name in catalogue._OURS:
+    for name in catalogue.STRATEGIES.ours:
         plan = compose_plan("simulate", [f"strategy={name}"])
         assert describe(plan.strategy) == describe(build({"name": name}))
 

@@ -23,7 +23,7 @@ from fedml.simulation.executors.base import CutTask, Executor, MakeExecutor, Mem
 from fedml.simulation.executors.cluster import Cluster
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
-from fedml.strategies import strategies
+from fedml.strategies import STRATEGIES
 from tests.simulation.worlds import Single, engine, holdings, plan, recipe, singles, start
 
 ROUNDED: list[MakeExecutor] = [Vectorised, Auto]  # equal to the reference up to rounding
@@ -191,9 +191,9 @@ def test_private_updates_are_drawn_from_the_reference_s_distribution(make: MakeE
     assert spread(make) == pytest.approx(spread(Inline), rel=0.15)  # six times its deviation
 
 
-@pytest.mark.parametrize("name", sorted(strategies()))
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_every_strategy_comes_to_the_reference_s_parameters(make: MakeExecutor, name: str) -> None:
-    a_plan = replace(plan(), strategy=strategies()[name]())
+    a_plan = replace(plan(), strategy=STRATEGIES[name]())
 
     def final(kind: MakeExecutor) -> Params:
         executor = kind(a_plan, recipe(), holdings(), Memory())
@@ -238,7 +238,7 @@ def test_each_site_has_a_memory_of_its_own(
     if make in ELSEWHERE:
         pytest.skip("its workers have the installed rules only, and none of those remembers")
 
-    monkeypatch.setitem(catalogue.RULES, "remembering", Remembering())
+    monkeypatch.setitem(catalogue.RULES.ours, "remembering", Remembering())
     executor = make(plan(), recipe(), holdings(), Memory())
     work = tasks(rule="remembering")
     assert all(isinstance(one, Update) for one in singles(executor, work[:2]))

@@ -13,17 +13,17 @@ from fedml.protocol.tasks import Brief, Slots, Update
 from fedml.strategies import (
     RULES,
     STATISTICS,
+    STRATEGIES,
     ServerState,
     Strategy,
     build,
     describe,
     own_model,
-    strategies,
 )
 
 Memory = dict[int, Slots]  # what each site keeps
 
-NAMES = sorted(strategies())
+NAMES = sorted(STRATEGIES)
 TARGET = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 
 

@@ -16,12 +16,12 @@ from fedml.protocol.messages import Assignment, Privacy, Trained, Training
 from fedml.protocol.tasks import Brief, Slots, Task
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Cohort, Plan
-from fedml.strategies import measures, strategies
+from fedml.strategies import STRATEGIES, measures
 from tests.coordinator.tree import tree
 from tests.coordinator.world import Hub, Site, first_params, packed, plan
 from tests.simulation.worlds import engine, holdings, recipe
 
-NAMES = sorted(strategies())
+NAMES = sorted(STRATEGIES)
 RECORD = Privacy("record", epsilon=5.0, delta=1e-5, rounds=4)
 
 
@@ -63,7 +63,7 @@ class Learner(Site):
 
 def plan_of(name: str, **changes: object) -> Plan:
     return plan(
-        strategy=strategies()[name](),
+        strategy=STRATEGIES[name](),
         training=Training(lr=0.5, steps=3, batch_size=32),
         cohort=Cohort(quorum=4, deadline=60.0),
         rounds=4,  # the last one stays open: a run that ends presses a version, which takes long
@@ -148,7 +148,7 @@ async def test_it_comes_to_the_same_bytes_over_two_regions(name: str, tmp_path: 
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_record_privacy_takes_it_or_the_plan_refuses_it(name: str, tmp_path: Path) -> None:
-    if measures(strategies()[name]()):
+    if measures(STRATEGIES[name]()):
         with pytest.raises(Contradiction, match="with record privacy: its sites report exact"):
             plan_of(name, privacy=RECORD)
         return

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedml import durable
+from fedml.coordinator.host import run_info
 from fedml.coordinator.journal import (
     Ended,
     Entry,
@@ -295,3 +296,22 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_records_and_tells(
 
 def path_size(folder: Path) -> int:
     return (folder / "journal.jsonl").stat().st_size
+
+
+def test_a_strategy_that_is_gone_stops_those_runs_alone_that_need_it(tmp_path: Path) -> None:
+    text = plan().to_json()
+    assert text.count('"fedavgm"') == 1
+    fresh = Journal(tmp_path)
+    fresh.append(replace(SUBMITTED, plan=text.replace('"fedavgm"', '"gone"')))
+    fresh.close()
+    with pytest.raises(Corrupt, match=r"run line-1 does not read .*strategy 'gone' is not inst"):
+        Journal(tmp_path)
+    log = durable.Log(tmp_path / "journal.jsonl")
+    entry = {"run": RUN, "state": "done", "detail": ""}
+    log.append({"kind": "Ended", "entry": entry})
+    log.close()
+    over = Journal(tmp_path)
+    info = run_info(over, RUN, None)
+    assert (info.model, info.rounds, info.state) == ("line", 3, "done")
+    with pytest.raises(Corrupt, match="use the fedml that wrote it"):
+        over.runs[RUN].plan  # noqa: B018 - it is the reading that fails

@@ -149,7 +149,7 @@ class Bent(WeightedMean):
 def test_slots_that_only_a_mean_leaves_in_step_refuse_other_reducers(
     strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(catalogue.REDUCERS, "bent", Bent)
+    monkeypatch.setitem(catalogue.REDUCERS.ours, "bent", Bent)
     [found] = reasons(strategy=strategy)
     name = type(strategy).__name__
     assert f"strategy {name} with reducer Bent: its sites report slots" in found

@@ -26,7 +26,7 @@ from fedml.simulation.engine import Engine, Outcome, statuses
 from fedml.simulation.executors.base import Executor, Holding, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
-from fedml.strategies import build, catalogue, strategies
+from fedml.strategies import STRATEGIES, build, catalogue
 from tests.simulation.models import (
     Toy,
     cross_entropy,
@@ -105,7 +105,7 @@ def play(
 # --- equal to the reference --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(strategies()))
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_every_strategy_comes_to_the_same_model_and_receipts(name: str) -> None:
     convex = name == "newton"  # made for such; elsewhere its steps make rounding large
     recipe, holdings = Toy(line if convex else perceptron), sites(UNEVEN)
@@ -194,7 +194,7 @@ class Drift:
 
 
 def test_what_sites_remember_and_report_is_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(catalogue.RULES, "drift", Drift())
+    monkeypatch.setitem(catalogue.RULES.ours, "drift", Drift())
     recipe, holdings, plan = Toy(perceptron), sites(UNEVEN), toy_plan(SHORT)
     brief = Brief(first(recipe), "drift")
     tasks = [replace(task, brief=brief) for task in tasks_of(plan, recipe, holdings)]

@@ -82,15 +82,20 @@ def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:
 
 
 def chronicle(
-    a_plan: Plan, folder: Path | None = None, make: MakeExecutor = Inline, least: float = 0.0
+    a_plan: Plan,
+    folder: Path | None = None,
+    make: MakeExecutor = Inline,
+    least: float = 0.0,
+    rows: Mapping[SiteId, Holding] | None = None,
 ) -> tuple[Engine, Chronicle]:
     """Return a simulation, begun or going on in `folder`, that is noted as it plays."""
+    rows = holdings() if rows is None else rows
     place = folder or Path(tempfile.mkdtemp())
     told = Chronicle(Checkpoints(place, least))
     run = told.begin(a_plan, start())
-    witness = Witness(make(a_plan, recipe(), holdings(), told.memory))
+    witness = Witness(make(a_plan, recipe(), rows, told.memory))
     told.follow(run, witness)
-    sites = statuses(a_plan, holdings())
+    sites = statuses(a_plan, rows)
     return Engine(run, witness, sites, watch=told.note, now=told.now), told
 
 

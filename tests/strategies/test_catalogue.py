@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 
 import pytest
 
 from fedml.errors import ConfigError
-from fedml.strategies import FedAdam, FedAvg, FedProx, build, catalogue, describe, strategies
+from fedml.strategies import FedAdam, FedAvg, FedProx, build, describe
 
 
 def test_every_setting_is_written_out() -> None:
@@ -52,28 +51,3 @@ class Theirs(FedAvg):
 def test_a_strategy_that_is_not_installed_cannot_be_described() -> None:
     with pytest.raises(ConfigError, match="Theirs is not installed"):
         describe(Theirs())
-
-
-def plug_in(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
-    monkeypatch.setattr(catalogue, "entry_points", lambda group: list(points))
-    strategies.cache_clear()
-    monkeypatch.setattr(catalogue, "strategies", strategies.__wrapped__)
-
-
-def test_an_installed_plug_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("theirs", f"{__name__}:Theirs", "fedml.strategies")
-    monkeypatch.setattr(EntryPoint, "load", lambda self: Theirs)
-    plug_in(monkeypatch, point)
-    assert build(describe(Theirs(0.5))) == Theirs(0.5)
-
-
-def test_a_plug_in_cannot_take_our_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EntryPoint, "load", lambda self: Theirs)
-    plug_in(monkeypatch, EntryPoint("fedavg", "x:Y", "fedml.strategies"))
-    assert type(build({"name": "fedavg"})) is FedAvg
-
-
-def test_a_plug_in_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    plug_in(monkeypatch, EntryPoint("broken", "no_such_module:X", "fedml.strategies"))
-    with pytest.raises(ConfigError, match=r"'broken' \(no_such_module:X\) does not load"):
-        build({"name": "fedavg"})

@@ -27,8 +27,9 @@ def play(script: str, folder: Path, seconds: float) -> subprocess.CompletedProce
     """Run a shell script in `folder` as a user would, who has `fedml` and nothing of ours."""
     programs, bash = folder / "bin", shutil.which("bash")
     programs.mkdir()
-    (programs / "fedml").write_text(f'#!/bin/sh\nexec {sys.executable} -m fedml "$@"\n')
-    (programs / "fedml").chmod(0o755)
+    for name, words in (("fedml", " -m fedml"), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable}{words} "$@"\n')
+        (programs / name).chmod(0o755)
     (folder / "script").write_text(script)
     assert bash is not None
     return subprocess.run(

@@ -35,7 +35,7 @@ ALL = list(commands(typer.main.get_command(app)))  # type: ignore[arg-type]
 def test_the_list_of_commands_is_whole() -> None:
     assert {path[0] for path in ALL if path} == {
         "simulate", "demo", "predict", "serve", "doctor", "operator", "coordinator",
-        "site", "run", "model", "privacy", "flower",
+        "site", "run", "model", "privacy", "flower", "strategies",
     }  # fmt: skip
     assert ("coordinator", "run") in ALL
 

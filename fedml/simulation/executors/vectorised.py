@@ -38,7 +38,7 @@ from fedml.simulation.executors.base import (
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.machine import tune_allocator
 from fedml.stacked import Stacked
-from fedml.strategies import RULES, is_personal
+from fedml.strategies import RULES, is_personal, not_at_once
 
 _CPU_BYTES = 2**30  # for one chunk, unless `bytes` says otherwise
 _GPU_SHARE = 0.6  # of what is free
@@ -92,9 +92,8 @@ class Vectorised:
         """Return why training on `brief` cannot be batched, or ""."""
         if self.plan.privacy.mode == "site_central":
             return "each site's update is bounded by itself"
-        rule = RULES.get(brief.rule)
-        if rule is None or not getattr(rule, "elementwise", False):
-            return f"rule {brief.rule} is not elementwise"
+        if reason := not_at_once(brief):
+            return reason
         return self._trainer if isinstance(self._trainer, str) else ""
 
     @cached_property

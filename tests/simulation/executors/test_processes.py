@@ -70,7 +70,7 @@ class Deadly:
 def play_deadly(
     folder: Path, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Processes, dict[SiteId, object]]:
-    monkeypatch.setitem(catalogue.RULES, "deadly", Deadly(folder, times))
+    monkeypatch.setitem(catalogue.RULES.ours, "deadly", Deadly(folder, times))
     executor = made()
     first, *rest = tasks()
     deadly = replace(first, brief=replace(first.brief, rule="deadly"))
