@@ -237,7 +237,7 @@ def _prepare(config: DictConfig, folder: Path, multirun: Path | None) -> _Job:
     holdings = population.deal(recipe, known)
     for note in holdings.notes if isinstance(holdings, Split) else ():
         print(note)
-    if plan.privacy.mode == "record_distributed":
+    if plan.privacy.mode == "record_distributed" and not plan.secagg.is_on:
         print(_TRUSTED)
     _check_cohort(plan, holdings)
     make = attackers.take_over(make) if attackers else make

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from fedml.learning.on_cpu import tune
 from fedml.learning.private import PrivateGradient
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
-from fedml.privacy.accounting import own_share, training_event, unit_of
+from fedml.privacy.accounting import SampledGaussian, own_share, training_event, unit_of
 from fedml.privacy.central import bounded
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
@@ -128,6 +128,27 @@ class Trainer:
             sent, weight, metrics = _bound(task, sent, slots, self.privacy), 1.0, {}
         update = Update(task.id, task.round, task.site, sent, weight, slots, metrics)
         return update, {name: slot.to("cpu") for name, slot in kept.items()}
+
+    def share(self, task: Task, rows: Rows, *, public_rows: int) -> Mapping[str, Tensor]:
+        """Return what `train` would make its update of, where sites share the noise of a sum.
+
+        By trainable tensor, the noised sum of clipped gradients in whole steps of the noise's
+        grid: float64, on the CPU. Raises as `train` does; it is one release, as that.
+        """
+        if self.privacy.mode != "record_distributed":
+            raise ConfigError(f"privacy.mode {self.privacy.mode!r}: its sites share no noise")
+        check_share(self.privacy, task.brief)
+        device = torch.device(self.device)
+        brief = on_device(task.brief, device)
+        with seeded(0, device), _failures_named(task):
+            model = self._fresh().to(device).train()
+            x, y = rows.x.to(device), rows.y.to(device)
+            descent = Descent(model, brief, {}, self.training, self.copy)
+            gradient, _ = self._private(descent, Rows(x, y, rows.groups), public_rows)
+            sums = gradient.whole()
+            first = {id(p): name for name, p in descent.trainable.items()}  # of its names
+            every = model.named_parameters(remove_duplicate=False)
+            return {name: sums[first[id(p)]] for name, p in every if p.requires_grad}
 
     def _build(self) -> nn.Module:
         with seeded(0, torch.device("cpu")):  # whichever task it is built for
@@ -246,16 +267,7 @@ class Trainer:
     ) -> tuple[Params, float, dict[str, float]]:
         if public_rows is None:
             raise ConfigError("public_rows is missing: under privacy a site declares its row count")
-        event = training_event(self.training, self.privacy, public_rows)
-        gradient = PrivateGradient(
-            self.recipe,
-            descent,
-            rows,
-            event=own_share(event, self.privacy),
-            clip=self.privacy.clip,
-            public_rows=public_rows,
-            unit=unit_of(self.privacy.mode),
-        )
+        gradient, event = self._private(descent, rows, public_rows)
         for _ in range(event.steps):
             gradient.fill()
             descent.step()
@@ -267,6 +279,22 @@ class Trainer:
             raise diverged(descent.steps, descent.steps)
         metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
         return delta, float(public_rows), metrics
+
+    def _private(
+        self, descent: Descent, rows: Rows, public_rows: int
+    ) -> tuple[PrivateGradient, SampledGaussian]:
+        """Return what fills private steps, and the event that they are accounted for as."""
+        event = training_event(self.training, self.privacy, public_rows)
+        gradient = PrivateGradient(
+            self.recipe,
+            descent,
+            rows,
+            event=own_share(event, self.privacy),
+            clip=self.privacy.clip,
+            public_rows=public_rows,
+            unit=unit_of(self.privacy.mode),
+        )
+        return gradient, event
 
 
 def check_share(privacy: Privacy, brief: Brief) -> None:

@@ -22,6 +22,7 @@ from fedml.protocol.parcels import is_coarse
 from fedml.protocol.secagg import Secagg, about
 from fedml.protocol.tasks import Brief
 from fedml.records import Reader, from_record, to_record
+from fedml.rounds.vectors import grain_of
 from fedml.secagg.terms import LEAST_COHORT
 from fedml.strategies import (
     NoisyMean,
@@ -35,6 +36,8 @@ from fedml.strategies import (
     needs_means,
     rule_of,
 )
+
+_ROOM = 2.0**30  # steps of a sum that surely fit the ring, with the noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +155,12 @@ class Plan:
 
     def check_served(self) -> None:
         """Raise `Contradiction` if only a simulation may play this plan, which is its own judge."""
-        if self.privacy.mode == "record_distributed":
+        if self.privacy.mode == "record_distributed" and not self.secagg.is_on:
             raise Contradiction(
                 [
                     "privacy.mode record_distributed: a site's update has a share of the noise "
                     "alone, and without secure aggregation a coordinator sees it; use "
-                    "privacy=record, or simulate the run"
+                    "secagg=sa1, or privacy=record, or simulate the run"
                 ]
             )
 
@@ -390,10 +393,40 @@ def _secagg(plan: Plan) -> Iterator[str]:
             f"wire.up {plan.wire.up} with secagg: masked words cannot be packed, and what is "
             "rounded is not what is masked; use wire.up=exact"
         )
-    if plan.privacy.mode in ("site_central", "record_distributed"):
+    if plan.privacy.mode == "site_central":
         yield (
             f"privacy.mode {plan.privacy.mode} with secagg: its noise is not made for masked sums "
             "here; use privacy=record or patient, or secagg=none"
+        )
+    if plan.privacy.mode == "record_distributed":
+        yield from _masked_shares(plan)
+
+
+def _masked_shares(plan: Plan) -> Iterator[str]:
+    """Say what a masked sum whose noise is shared cannot have, beside `_shared_noise`."""
+    settings, training, sharers = plan.secagg, plan.training, plan.privacy.sharers
+    honest = plan.cohort.quorum - settings.colluders
+    if settings.colluders and sharers > honest:
+        yield (
+            f"privacy.sharers {sharers} is above cohort.quorum {plan.cohort.quorum} less "
+            f"secagg.colluders {settings.colluders}, who know their own shares: lower sharers to "
+            f"{honest}, or raise the quorum"
+        )
+    if training.weight_decay:
+        yield (
+            f"training.weight_decay {training.weight_decay} with secagg in mode "
+            "record_distributed: what is summed are gradients alone, set it to 0"
+        )
+    try:
+        step = abs(grain_of(training, plan.privacy)) / training.lr
+    except ConfigError:
+        return  # of steps or epsilon, and told as such
+    cohort = plan.cohort
+    sites = cohort.size or len(cohort.sites) or cohort.quorum
+    if (most := sites * settings.weight_cap * plan.privacy.clip / step) > _ROOM:
+        yield (
+            f"secagg.weight_cap {settings.weight_cap:g} at {sites} sites: sums of up to {most:.3g} "
+            "steps of the noise's grid leave the ring of 2^32, lower it or privacy.epsilon"
         )
 
 

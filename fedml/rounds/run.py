@@ -35,6 +35,7 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.plan import Plan, about_of
 from fedml.rounds.selection import Muster, Pool, Roll
+from fedml.rounds.vectors import grain_of
 from fedml.secagg import Roster, Terms
 from fedml.strategies import Aggregate, ServerState, is_personal, reports
 
@@ -342,7 +343,8 @@ class Run:
         if self._roster is None:
             raise ConfigError("secagg=sa1 without a roster of the sites' identity keys")
         more = about_of(self.plan, brief)
-        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more)
+        grain = grain_of(self.plan.training, self.plan.privacy)
+        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more, grain)
 
     def _carry(
         self, commands: Sequence[rounds.Command | masked.Command], now: float

@@ -41,6 +41,7 @@ from fedml.rounds import (
     WakeAt,
     about_of,
 )
+from fedml.rounds.vectors import grain_of
 from fedml.simulation.executors.base import Answer, CutTask, Executor
 from fedml.simulation.marks import mark_of, marks_of
 from fedml.simulation.veil import Veil
@@ -92,7 +93,8 @@ class Engine:
         if isinstance(self.sites, Pool):
             raise ConfigError("secagg with a crowd: use a population whose sites are listed")
         plan, sites = self.run.plan, [status.site for status in self.sites]
-        self._veil = Veil(plan.secagg, sites, partial(about_of, plan))
+        grain = grain_of(plan.training, plan.privacy)
+        self._veil = Veil(plan.secagg, sites, partial(about_of, plan), grain)
         self.run.enrol(self._veil.roster)
 
     def play(self) -> Outcome:

@@ -39,7 +39,9 @@ colluders = 0           # other sites that may help the coordinator; masked roun
 # held_out = "data/held_out.csv"     # other rows, to score models on
 # rows = 100                         # your public statement of how many training rows there are
 # recipes = ["breast-cancer"]        # which recipes may read it
-# privacy = "record"                 # "record": refuse tasks without it; "none": allow them too
+# privacy = "record"                 # "record": refuse tasks without it; "none": allow them too;
+#                                    # "record_distributed": allow sites to share the noise of a
+#                                    # masked sum; set `colluders`, for others know their own share
 # patients = 40                      # your public statement of how many patients the training
 #                                    # rows are of: then budget and privacy ("patient") are theirs
 # epsilon = 3.0                      # lifetime budget of each row, at this delta
@@ -74,7 +76,7 @@ class Dataset:
     rows: int
     recipes: tuple[str, ...]
     held_out: Path | None = None
-    privacy: Literal["record", "patient", "site_central", "none"] = "record"
+    privacy: Literal["record", "patient", "site_central", "record_distributed", "none"] = "record"
     epsilon: float = 0.0
     delta: float = 1e-5
     patients: int = 0
@@ -89,7 +91,7 @@ class Dataset:
         if unknown := sorted(self.recipe_epsilon.keys() - {*self.recipes}):
             raise ConfigError(f"recipe_epsilon {unknown}: recipes are {list(self.recipes)}")
         self._check_units()
-        if self.privacy in ("record", "patient") and self.epsilon <= 0:
+        if self.privacy not in ("none", "site_central") and self.epsilon <= 0:
             raise ConfigError(
                 f"epsilon {self.epsilon}: privacy {self.privacy!r} needs a budget above 0"
             )
@@ -107,10 +109,10 @@ class Dataset:
             raise ConfigError(f"patients {self.patients}: state a public number, or leave it out")
         if self.privacy == "patient" and not self.patients:
             raise ConfigError("privacy 'patient' needs `patients`, your public number of them")
-        if self.privacy == "record" and self.patients:
+        if self.privacy in ("record", "record_distributed") and self.patients:
             raise ConfigError(
-                f"patients {self.patients} with privacy 'record': a budget is about one kind of "
-                'unit; say privacy = "patient", or leave patients out'
+                f"patients {self.patients} with privacy {self.privacy!r}: a budget is about one "
+                'kind of unit; say privacy = "patient", or leave patients out'
             )
 
     @property

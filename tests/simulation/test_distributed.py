@@ -18,10 +18,12 @@ from fedml.learning.trainer import Trainer
 from fedml.params import Params
 from fedml.privacy.accounting import SampledGaussian, epsilon, training_event
 from fedml.privacy.audit import judge
+from fedml.privacy.noise import FINENESS
 from fedml.protocol.messages import Privacy, RecipeId, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Brief, Task, Update
 from fedml.recipes.breast_cancer import BreastCancer
 from fedml.rounds import Cohort, Evaluation, Plan
+from fedml.rounds.vectors import grain_of, shares_of
 from fedml.simulation.canaries import Audit
 from fedml.simulation.executors.base import Holding, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
@@ -146,6 +148,60 @@ def test_the_sum_is_that_of_all_sites_clipped_gradients(
     )
     got, wanted = reduction.result().delta, central.delta
     assert float((got - wanted).norm()) < 1e-6 * float(wanted.norm())
+
+
+class Tied(Wide):
+    """Two layers with one weight between them, and one that stays as it is."""
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        first, second, still = (nn.Linear(4, 4) for _ in range(3))
+        second.weight = first.weight
+        still.requires_grad_(False)
+        return nn.Sequential(first, nn.Tanh(), second, still)
+
+
+@pytest.mark.parametrize("recipe", [Wide(flat=False), Tied(flat=False)], ids=["plain", "tied"])
+def test_a_share_for_a_masked_sum_is_what_an_update_is_made_of(
+    recipe: Wide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale(monkeypatch, noise=1e-6)  # and so is the grid's step
+    brief = Brief(Params(recipe.build().state_dict()))
+    task, rows = Task(TaskId("t"), RunId("r"), 1, SITES[0], "train", brief), rows_of(30, 1)
+    trainer = Trainer(recipe, Training(lr=0.5, steps=1), SHARED)
+    update, _ = trainer.train(task, rows, {}, seed=0, public_rows=40)
+    values = shares_of(trainer.share(task, rows, public_rows=40), brief)
+    whole = torch.from_numpy(values["noised:float32"])
+    assert torch.equal(whole, whole.round()) and float(whole.abs().max()) > 1e4
+    moved = whole * grain_of(trainer.training, SHARED) * 1e-6 / 40
+    wanted = update.delta.buffers[torch.float32].double()
+    assert float((moved - wanted).norm()) < 1e-4 * float(wanted.norm())  # the noise that is left
+
+
+def test_a_share_for_a_masked_sum_has_a_share_of_the_noise_in_steps_of_its_own_grid() -> None:
+    recipe = Wide(flat=True)
+    brief = Brief(Params(recipe.build().state_dict()))
+    task = Task(TaskId("t"), RunId("r"), 1, SITES[0], "train", brief)
+    whole = Trainer(recipe, ONE_STEP, SHARED).share(task, rows_of(30, 1), public_rows=40)
+    steps = torch.cat([part.flatten() for part in whole.values()])
+    assert torch.equal(steps, steps.round())
+    assert abs(chi_square(steps, FINENESS)) < 5
+    share = training_event(ONE_STEP, SHARED, 40).noise / math.sqrt(SHARED.sharers)
+    step = -share * SHARED.clip / FINENESS
+    assert grain_of(ONE_STEP, SHARED) == pytest.approx(step, rel=1e-12)
+
+
+def test_modes_and_rules_that_share_no_noise_give_no_share() -> None:
+    recipe = Wide(flat=True)
+    brief = Brief(Params(recipe.build().state_dict()))
+    task, rows = Task(TaskId("t"), RunId("r"), 1, SITES[0], "train", brief), rows_of(9, 1)
+    alone = replace(SHARED, mode="record", sharers=0)
+    with pytest.raises(ConfigError, match="'record': its sites share no noise"):
+        Trainer(recipe, ONE_STEP, alone).share(task, rows, public_rows=9)
+    with pytest.raises(Refused, match="rule prox in mode record_distributed"):
+        bent = replace(task, brief=replace(brief, rule="prox", settings={"mu": 0.1}))
+        Trainer(recipe, ONE_STEP, SHARED).share(bent, rows, public_rows=9)
+    assert grain_of(ONE_STEP, alone) == 0.0
 
 
 @pytest.mark.parametrize("make", MAKERS)
