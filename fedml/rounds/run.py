@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from fedml.errors import ConfigError
 from fedml.params import Params
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import RunId, Scores, SiteId
 from fedml.protocol.operations import Counted, Receipt, RunState
 from fedml.protocol.parcels import is_coarse, rounded
@@ -35,7 +36,6 @@ from fedml.rounds.hosting import (
 )
 from fedml.rounds.plan import Plan, about_of
 from fedml.rounds.selection import Muster, Pool, Roll
-from fedml.rounds.vectors import grain_of
 from fedml.secagg import Roster, Terms
 from fedml.strategies import Aggregate, ServerState, is_personal, reports
 

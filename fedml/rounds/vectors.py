@@ -5,9 +5,10 @@ scores are fine parts. Where the plain mean takes the largest of integer buffers
 say), a masked sum has their mean, rounded.
 
 Where sites share the noise of their sum, what a site puts in is the noised sum of its rows' clipped
-gradients in steps of the noise's own grid, the same at all sites: whole numbers, which add up
-exactly. Learning rate and weights follow the sum, so nothing that was made of one site's share
-alone, as a rounded float would be, is ever added up. Nothing else is in such a vector.
+gradients, or its clipped update, in steps of the noise's own grid, the same at all sites: whole
+numbers, which add up exactly. Learning rate and weights follow the sum, so nothing that was made
+of one site's share alone, as a rounded float would be, is ever added up. Nothing else is in such
+a vector.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from torch import Tensor
 
 from fedml.errors import MalformedUpdate, RoundFailed
 from fedml.params import Layout, Params
-from fedml.privacy.accounting import own_share, training_event
-from fedml.privacy.noise import FINENESS
-from fedml.protocol.messages import Privacy, Scores, Training
+from fedml.protocol.messages import Scores
 from fedml.protocol.secagg import Part, Secagg
 from fedml.protocol.tasks import Brief, Report, Update
 from fedml.secagg.masking import Floats, Total
@@ -33,17 +32,6 @@ _NUMBER_CLIP = 2.0**20  # of a slot that is one number, a count of steps say; it
 _INTEGER_CLIP = 2.0**16  # of a batch counter's delta
 _NOISED = "noised"  # the part of a vector whose noise is shared
 _CLIPPED = "clipped"  # metric: which share of an update's numbers was beyond the clip
-
-
-def grain_of(training: Training, privacy: Privacy) -> float:
-    """Return how far a step of the shared noise's grid moves the sum of deltas times weights.
-
-    0 where sites do not share the noise of their sum.
-    """
-    if privacy.mode != "record_distributed":
-        return 0.0
-    share = own_share(training_event(training, privacy, 1), privacy)
-    return -training.lr * privacy.clip * share.noise / FINENESS
 
 
 def parts_of(brief: Brief, settings: Secagg, *, shared: bool = False) -> tuple[Part, ...]:
@@ -95,8 +83,8 @@ def numbers_of(update: Update, brief: Brief, settings: Secagg) -> dict[str, Floa
 def shares_of(whole: Mapping[str, Tensor], brief: Brief) -> dict[str, Floats]:
     """Return what a site puts into the sum whose noise it shares; raises `MalformedUpdate`.
 
-    `whole` has the noised sums of trainable tensors' gradients in steps of the grid; the other
-    tensors stay where they are.
+    `whole` has the noised sums of trainable tensors' gradients, or an update, in steps of the
+    grid; the other tensors stay where they are.
     """
     layout = brief.params.layout
     values = {dtype: np.zeros(size) for dtype, size in layout.sizes.items()}
@@ -123,7 +111,7 @@ def scores_of(report: Report, settings: Secagg) -> dict[str, Floats]:
 def aggregate_of(
     total: Total, count: int, brief: Brief, settings: Secagg, grain: float = 0.0
 ) -> Aggregate:
-    """Return the cohort's masked updates as one; `grain` as `grain_of` tells it."""
+    """Return the cohort's masked updates as one; `grain` as `privacy.shares` tells it."""
     means, weight = {}, total.weight * settings.weight_cap
     if grain:
         layout = brief.params.layout

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedml.errors import ConfigError
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import DatasetCard, SiteId, TaskId
 from fedml.protocol.operations import Receipt
 from fedml.protocol.tasks import Report, Stack, Task, Update
@@ -41,7 +42,6 @@ from fedml.rounds import (
     WakeAt,
     about_of,
 )
-from fedml.rounds.vectors import grain_of
 from fedml.simulation.executors.base import Answer, CutTask, Executor
 from fedml.simulation.marks import mark_of, marks_of
 from fedml.simulation.veil import Veil

@@ -31,7 +31,7 @@ class Veil:
     ) -> None:
         """Mask for `sites`; `about` says what they were told beside the model.
 
-        `grain` is that of `vectors.grain_of`: not 0 if they share the noise of their sum.
+        `grain` is that of `privacy.shares.grain_of`: not 0 if they share the noise of their sum.
         """
         self._settings, self._about, self._grain = settings, about, grain
         self._identities = {site: Ed25519PrivateKey.generate() for site in sites}

@@ -23,6 +23,7 @@ _ALLOWED: Mapping[PrivacyMode, tuple[PrivacyMode, ...]] = {
     "patient": ("patient",),
     "site_central": ("site_central", "record", "patient"),
     "record_distributed": ("record_distributed", "record"),
+    "site_distributed": ("site_distributed", "record", "patient"),
     "none": get_args(PrivacyMode),
 }
 
@@ -92,15 +93,16 @@ def _check_company(policy: Policy, assignment: Assignment) -> None:
         )
     if policy.secagg == "required" and not assignment.masking:
         raise Refused("policy secagg = 'required': the task's answer would not be masked")
-    if assignment.privacy.mode == "record_distributed":
+    if assignment.privacy.shares_noise:
         _check_sharers(policy, assignment)
 
 
 def _check_sharers(policy: Policy, assignment: Assignment) -> None:
     """Raise `Refused` unless every sum that can be opened has the whole noise, and nothing else."""
+    mode = assignment.privacy.mode
     if not assignment.masking:
         raise Refused(
-            "mode 'record_distributed' adds a share of the noise alone, which protects nothing "
+            f"mode {mode!r} adds a share of the noise alone, which protects nothing "
             "unless updates are summed under secure aggregation: the task's answer would not be "
             "masked"
         )
@@ -114,7 +116,7 @@ def _check_sharers(policy: Policy, assignment: Assignment) -> None:
         )
     if assignment.kind == "train" and (bare := [p.name for p in masking.parts if not p.whole]):
         raise Refused(
-            f"mode 'record_distributed' hides a sum in whole numbers and nothing beside it: the "
+            f"mode {mode!r} hides a sum in whole numbers and nothing beside it: the "
             f"task asks for {bare[0]!r} too, or otherwise"
         )
 

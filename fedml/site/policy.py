@@ -48,7 +48,8 @@ colluders = 0           # other sites that may help the coordinator; masked roun
 # delta = 1e-5
 # run_epsilon = 1.0                  # of it, at most so much for one run
 # site_epsilon = 2.0                 # lifetime budget of this site as a whole, for privacy
-#                                    # "site_central": clipped here, noise by the coordinator
+#                                    # "site_central": clipped here, noise by the coordinator,
+#                                    # or "site_distributed": each site adds its share, masked
 # recipe_epsilon = { "breast-cancer" = 2.0 }  # and for all runs of one recipe
 """
 
@@ -76,7 +77,9 @@ class Dataset:
     rows: int
     recipes: tuple[str, ...]
     held_out: Path | None = None
-    privacy: Literal["record", "patient", "site_central", "record_distributed", "none"] = "record"
+    privacy: Literal[
+        "record", "patient", "site_central", "record_distributed", "site_distributed", "none"
+    ] = "record"
     epsilon: float = 0.0
     delta: float = 1e-5
     patients: int = 0
@@ -91,13 +94,14 @@ class Dataset:
         if unknown := sorted(self.recipe_epsilon.keys() - {*self.recipes}):
             raise ConfigError(f"recipe_epsilon {unknown}: recipes are {list(self.recipes)}")
         self._check_units()
-        if self.privacy not in ("none", "site_central") and self.epsilon <= 0:
+        by_site = self.privacy in ("site_central", "site_distributed")
+        if self.privacy != "none" and not by_site and self.epsilon <= 0:
             raise ConfigError(
                 f"epsilon {self.epsilon}: privacy {self.privacy!r} needs a budget above 0"
             )
-        if self.privacy == "site_central" and self.site_epsilon <= 0:
+        if by_site and self.site_epsilon <= 0:
             raise ConfigError(
-                f"site_epsilon {self.site_epsilon}: privacy 'site_central' needs a budget above 0"
+                f"site_epsilon {self.site_epsilon}: privacy {self.privacy!r} needs a budget above 0"
             )
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta {self.delta}: must lie between 0 and 1")

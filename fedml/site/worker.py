@@ -171,19 +171,18 @@ def _train(
     folder = Path(job["folder"])
     trainer = Trainer(recipe, assignment.training, assignment.privacy, device=str(job["device"]))
     rows, public = _rows(recipe, job), int(job["public_rows"])
-    if assignment.privacy.mode == "record_distributed":  # masked: the gate has looked
-        whole = trainer.share(task, rows, public_rows=public)
+    about = {"seed": assignment.seed, "public_rows": public}
+    if assignment.privacy.shares_noise:  # masked: the gate has looked
+        whole, kept = trainer.share(task, rows, memory, **about)
         parts = _leave_vector(folder, vectors.shares_of(whole, task.brief))
-        failpoints.reach("worker.trained")
-        outcome: dict[str, object] = {"parts": parts, "weight": float(public)}
-        durable.replace(folder / "outcome.json", durable.dump_json(outcome))
-        return
-    update, kept = trainer.train(task, rows, memory, seed=assignment.seed, public_rows=public)
-    if assignment.masking:
+        outcome: dict[str, object] = {"parts": parts}  # what it counts is public: the door's
+    elif assignment.masking:
+        update, kept = trainer.train(task, rows, memory, **about)
         settings = Masking.from_json(assignment.masking).settings
         parts = _leave_vector(folder, vectors.numbers_of(update, task.brief, settings))
         outcome = {"parts": parts, "weight": update.weight}
     else:
+        update, kept = trainer.train(task, rows, memory, **about)
         form = _leave_update(folder, update, assignment.up)
         metrics = dict(update.metrics)
         outcome = {"weight": update.weight, "metrics": metrics, "form": form}

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedml.errors import Contradiction, Refused, Untrusted
 from fedml.params import Params
 from fedml.privacy.accounting import training_event
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import (
     Assignment,
     Blob,
@@ -35,7 +36,6 @@ from fedml.protocol.secagg import Adverts, Masking, Part, Secagg
 from fedml.protocol.tasks import Brief, Update
 from fedml.rounds import Cohort, Evaluation, MaskedRound, Opening, Plan, Relay
 from fedml.rounds.round import Close, DeadlinePassed, SendTask
-from fedml.rounds.vectors import grain_of
 from fedml.secagg import Demands, Member, Roster, Site, Terms
 from fedml.secagg.masking import Total
 from fedml.simulation.executors.base import Holding
@@ -77,6 +77,7 @@ POLICY = Policy(
     datasets={
         "records": Dataset(Path("t"), 50, ("wide",), privacy="record_distributed", epsilon=3.0),
         "strict": Dataset(Path("t"), 50, ("wide",), epsilon=3.0),
+        "whole": Dataset(Path("t"), 50, ("wide",), privacy="site_distributed", site_epsilon=3.0),
     },
 )
 ROWS = {site: 10 + 7 * place for place, site in enumerate(SITES)}
@@ -207,6 +208,20 @@ def test_sharers_above_the_quorum(monkeypatch: pytest.MonkeyPatch, defended: boo
     decide(replace(ORDER, privacy=replace(FOUR, sharers=1000)))
     noise, std = sum_of(5, replace(FOUR, sharers=1000), quorum=5)
     assert squares(noise, std) < stats.chi2.ppf(CHANCE, noise.numel())
+
+
+def test_a_whole_site_s_update_is_refused_for_the_same_reasons() -> None:
+    whole = replace(ORDER, dataset="whole", privacy=replace(FOUR, mode="site_distributed"))
+    assert decide(whole).event == training_event(STEP, whole.privacy, 50)
+    for wrong, reason in (
+        (replace(whole, masking=""), "mode 'site_distributed' adds a share of the noise alone"),
+        (replace(whole, masking=masked(threshold=3).masking), "masked sum may be of 3 sites"),
+        (replace(whole, privacy=replace(whole.privacy, sharers=5)), "the shares of 5"),
+        (replace(whole, dataset="records"), "privacy = 'record_distributed': the task asks for"),
+        (replace(whole, kind="evaluate"), "held_out is not set|scores are not noised"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            decide(wrong)
 
 
 # --- what is not the sum -----------------------------------------------------------------------

@@ -12,11 +12,12 @@ import torch
 
 from fedml.params import Params
 from fedml.privacy.accounting import epsilon, training_event
+from fedml.privacy.chain import read
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import Privacy, SiteId, Training
 from fedml.protocol.operations import RunDetail
 from fedml.protocol.secagg import Secagg
-from fedml.rounds import Cohort, Plan
-from fedml.rounds.vectors import grain_of
+from fedml.rounds import Cohort, Evaluation, Plan
 from tests.faults import fleet as fleets
 from tests.faults.fleet import TRAIN, first_params
 from tests.faults.test_masked import Veiled
@@ -35,6 +36,10 @@ class Sharing(Veiled):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, SITES, heartbeat=1.0, grace=4.0)
         self._policy = self._policy.replace('"none"', '"record_distributed"')
+        self._policy += (
+            f'[datasets.whole]\ntrain = "train.csv"\nrows = {TRAIN}\nrecipes = ["small"]\n'
+            'privacy = "site_distributed"\nsite_epsilon = 6\ndelta = 1e-5\n'
+        )
 
     def make(self, addresses: dict[str, str] | None = None) -> None:  # type: ignore[override]
         super().make(addresses)
@@ -64,9 +69,9 @@ def trained(detail: RunDetail) -> list[int]:
     return [len(r.counted) for r in detail.receipts if r.kind == "train" and r.model]
 
 
-def off_grid(before: Params, after: Params, a_plan: Plan, counted: int) -> float:
+def off_grid(before: Params, after: Params, a_plan: Plan, weight: int) -> float:
     """Return how far, in steps, a round's sum is from whole steps of the shared noise's grid."""
-    worst, step = 0.0, grain_of(STEP, a_plan.privacy) / (TRAIN * counted)
+    worst, step = 0.0, grain_of(a_plan.training, a_plan.privacy) / weight
     for name, tensor in after.items():
         steps = (tensor.double() - before[name].double()) / step
         assert float(steps.abs().max()) > 1  # noise, at least
@@ -84,7 +89,7 @@ def test_a_masked_sum_is_whole_steps_of_the_shared_noise_and_each_site_is_charge
     moved = [first_params(a_plan), fleet.params(run, 1), fleet.params(run, 2)]
     torch.set_num_threads(1)
     for before, after in itertools.pairwise(moved):
-        assert off_grid(before, after, a_plan, 4) < 0.02  # float32 of the model
+        assert off_grid(before, after, a_plan, 4 * TRAIN) < 0.02  # float32 of the model
     event = training_event(STEP, a_plan.privacy, TRAIN)
     for site in SITES:
         charged = [e for e in fleet.ledger(site) if e.run == run and e.state == "charged"]
@@ -105,5 +110,30 @@ def test_a_site_that_assumes_colluders_stays_out_where_the_others_noise_is_too_l
     assert trained(detail)[0] == 3
     [reason] = {r.missing[WARY] for r in detail.receipts if WARY in r.missing}
     assert "policy colluders = 1: the masked sum may be of 3 sites, whose 2 honest ones" in reason
-    assert off_grid(first_params(a_plan), fleet.params(run, 1), a_plan, 3) < 0.02
+    assert off_grid(first_params(a_plan), fleet.params(run, 1), a_plan, 3 * TRAIN) < 0.02
     assert not [e for e in fleet.ledger(WARY) if e.run == run]
+
+
+def test_whole_sites_share_the_noise_of_their_sum_and_pay_from_their_own_ledgers(
+    fleet: Sharing,
+) -> None:
+    shared = replace(plan(3, sharers=2).privacy, mode="site_distributed", evaluation_epsilon=0.0)
+    a_plan = replace(
+        plan(3, sharers=2),
+        dataset="whole",
+        training=Training(lr=0.05, steps=3, batch_size=8),
+        privacy=shared,
+        evaluation=Evaluation(at_end=False),
+        gates=(),
+        rounds=2,
+    )
+    run = fleet.submit(a_plan)
+    detail = fleet.finish(run)
+    assert trained(detail) == [4, 4], detail.receipts
+    moved = [first_params(a_plan), fleet.params(run, 1), fleet.params(run, 2)]
+    for before, after in itertools.pairwise(moved):
+        assert off_grid(before, after, a_plan, 4) < 0.02
+    event = training_event(a_plan.training, shared, TRAIN)
+    for site in SITES:
+        entries = read(fleet.site(site) / "ledger" / "site" / "whole.jsonl")
+        assert [(e.event, e.state) for e in entries if e.run == run] == [(event, "charged")] * 2

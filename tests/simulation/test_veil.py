@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedml.errors import ConfigError, Contradiction
-from fedml.protocol.messages import Privacy, SiteId, TaskId, Training
+from fedml.protocol.messages import Privacy, PrivacyMode, SiteId, TaskId, Training
 from fedml.protocol.secagg import Secagg
 from fedml.protocol.tasks import Task
 from fedml.rounds import Evaluation, Gate, Plan, Wire
@@ -64,12 +64,13 @@ class Heard:
         yield from (self.answers[task.id] for task in tasks)
 
 
+@pytest.mark.parametrize("mode", ["record_distributed", "site_distributed"])
 @pytest.mark.parametrize("make", [Inline, Vectorised])
 def test_sites_that_share_the_noise_of_a_masked_sum_come_to_the_plain_sum_s_model(
-    make: MakeExecutor,
+    make: MakeExecutor, mode: PrivacyMode
 ) -> None:
     """Noise is never drawn twice, so the same updates are summed both ways."""
-    privacy = Privacy("record_distributed", 3.0, 1e-5, clip=0.5, rounds=4, sharers=3)
+    privacy = Privacy(mode, 3.0, 1e-5, clip=0.5, rounds=4, sharers=3)
     plain = replace(
         plan(strategy=FedAvg(), quorum=3, rounds=4, evaluation=Evaluation(at_end=False)),
         training=Training(lr=2.0, steps=1),
