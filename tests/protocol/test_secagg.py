@@ -93,7 +93,7 @@ def test_whole_parts_are_named_so_and_no_others_are() -> None:
     assert Masking.from_json(shared.to_json()) == shared
     for wrong in ({"clip": 2.0}, {"fine": True}):
         with pytest.raises(ConfigError, match="whole numbers are not fine, and have clip 1"):
-            replace(shared.parts[0], **wrong)  # type: ignore[arg-type]
+            replace(shared.parts[0], **wrong)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"attempt": 1}', MASKING.to_json()[:-2]])
