@@ -206,8 +206,8 @@ class _Job:
 
 
 _TRUSTED = (
-    "privacy record_distributed: epsilon is that of the sum of all sites' updates, which this "
-    "simulation adds up as the party that all would trust"
+    "privacy {mode}: epsilon is that of the sum of all sites' updates, which this simulation "
+    "adds up as the party that all would trust"
 )
 
 
@@ -239,8 +239,8 @@ def _prepare(config: DictConfig, folder: Path, multirun: Path | None) -> _Job:
     holdings = population.deal(recipe, known)
     for note in holdings.notes if isinstance(holdings, Split) else ():
         print(note)
-    if plan.privacy.mode == "record_distributed":
-        print(_TRUSTED)
+    if plan.privacy.shares_noise and not plan.secagg.is_on:
+        print(_TRUSTED.format(mode=plan.privacy.mode))
     _check_cohort(plan, holdings)
     make = attackers.take_over(make) if attackers else make
     digest = known.digest if known else of_holdings(holdings)

@@ -9,7 +9,7 @@ Whatever follows the noise (weight decay, the rule, momentum) costs nothing more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class PrivateGradient:
         names = sorted(descent.trainable, key=lambda name: descent.gradients[name].data_ptr())
         sizes = [descent.gradients[name].numel() for name in names]
         self._flat = torch.zeros(sum(sizes), dtype=torch.float64, device=rows.x.device)
+        self._trainable = descent.trainable
         parts = [descent.trainable[name] for name in names], self._flat.split(sizes)
         self._sums: dict[Tensor, Tensor] = {
             p: total.view(p.shape) for p, total in zip(*parts, strict=True)
@@ -68,6 +69,20 @@ class PrivateGradient:
 
     def fill(self) -> None:
         """Set the gradients of one step: (sum of clipped ones + noise) / expected batch."""
+        self._sum_up()
+        for gradient, total in self._filled:
+            gradient.copy_(total).mul_(self._unit)
+
+    def whole(self) -> Mapping[str, Tensor]:
+        """Return the noisy sums of one step on the CPU, as whole numbers of the noise's grid.
+
+        `fill` makes gradients of the same; floats are no good where sums of several sites,
+        each with a share of the noise, must tell no more than their total.
+        """
+        self._sum_up()
+        return {name: self._sums[p].cpu() for name, p in self._trainable.items()}
+
+    def _sum_up(self) -> None:
         self._flat.zero_()
         most = self._persons.most if self._persons is not None else 1
         room = max(1, self._gradients.rows_at_once // most)
@@ -77,8 +92,6 @@ class PrivateGradient:
         released = self._flat.cpu()
         self._noise.hide(released)
         self._flat.copy_(released)
-        for gradient, total in self._filled:
-            gradient.copy_(total).mul_(self._unit)
 
     def _add(self, chunk: Tensor) -> None:
         """Add the clipped gradients of some rows, or some persons."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,8 +22,9 @@ from fedml.learning.on_cpu import tune
 from fedml.learning.private import PrivateGradient
 from fedml.learning.recipe import Recipe, Rows
 from fedml.params import Params
-from fedml.privacy.accounting import own_share, training_event, unit_of
+from fedml.privacy.accounting import SampledGaussian, own_share, training_event, unit_of
 from fedml.privacy.central import bounded
+from fedml.privacy.shares import grain_of, hidden
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
 from fedml.strategies import STATISTICS, own_model
@@ -60,10 +61,11 @@ class Trainer:
 
     Under privacy, one call is one `training_event`: it must be charged before the update leaves,
     and called again it is another release. In mode "site_central" the update is clipped as a
-    whole, and the coordinator's to make noisy. With precision "bf16" the model runs
-    under autocast, and its parameters, their gradients and the loss stay float32. A model is
-    built once and copied for each task, so no task sees what another left in it. `copy` gives
-    the memory that a task trains in, and in which its delta comes to lie.
+    whole, and the coordinator's to make noisy; in mode "site_distributed" it has a share of the
+    noise. With precision "bf16" the model runs under autocast, and its parameters, their
+    gradients and the loss stay float32. A model is built once and copied for each task, so no
+    task sees what another left in it. `copy` gives the memory that a task trains in, and in
+    which its delta comes to lie.
     """
 
     recipe: Recipe
@@ -101,6 +103,11 @@ class Trainer:
         """
         if task.brief.rule in STATISTICS:
             return self._measure(task, rows), memory
+        if self.privacy.mode == "site_distributed":
+            whole, kept = self._hidden(task, rows, memory, seed)
+            step, like = grain_of(self.training, self.privacy), task.brief.params
+            noised = Params({name: (whole[name] * step).to(t.dtype) for name, t in like.items()})
+            return Update(task.id, task.round, task.site, noised, 1.0), kept
         rule = find_rule(task.brief.rule)
         check_share(self.privacy, task.brief)
         reads_loss = getattr(rule, "reads_loss", False)
@@ -125,9 +132,44 @@ class Trainer:
         slots = {name: slot.to("cpu") for name, slot in told.items()}
         sent = slots.pop("delta", delta.to("cpu"))
         if self.privacy.mode == "site_central":
-            sent, weight, metrics = _bound(task, sent, slots, self.privacy), 1.0, {}
+            sent, weight, metrics = _bound(task, sent, slots, self.privacy.clip), 1.0, {}
         update = Update(task.id, task.round, task.site, sent, weight, slots, metrics)
         return update, {name: slot.to("cpu") for name, slot in kept.items()}
+
+    def share(
+        self, task: Task, rows: Rows, memory: Slots, *, seed: int, public_rows: int
+    ) -> tuple[Mapping[str, Tensor], Slots]:
+        """Return what `train` would make its update of, where sites share the noise of a sum.
+
+        By tensor, the noised sum of clipped gradients, or the noised update, in whole steps of
+        the noise's grid: float64, on the CPU. Raises as `train` does; it is one release, as that.
+        """
+        if self.privacy.mode == "site_distributed":
+            return self._hidden(task, rows, memory, seed)
+        if self.privacy.mode != "record_distributed":
+            raise ConfigError(f"privacy.mode {self.privacy.mode!r}: its sites share no noise")
+        check_share(self.privacy, task.brief)
+        device = torch.device(self.device)
+        brief = on_device(task.brief, device)
+        with seeded(seed, device), _failures_named(task):
+            model = self._fresh().to(device).train()
+            x, y = rows.x.to(device), rows.y.to(device)
+            descent = Descent(model, brief, {}, self.training, self.copy)
+            gradient, _ = self._private(descent, Rows(x, y, rows.groups), public_rows)
+            sums = gradient.whole()
+            first = {id(p): name for name, p in descent.trainable.items()}  # of its names
+            every = model.named_parameters(remove_duplicate=False)
+            return {name: sums[first[id(p)]] for name, p in every if p.requires_grad}, {}
+
+    def _hidden(self, task: Task, rows: Rows, memory: Slots, seed: int) -> tuple[Params, Slots]:
+        """Return a site's whole update with its share of noise on it, in steps of the grid."""
+        update, kept = self._bounding.train(task, rows, memory, seed=seed)
+        return hidden(update.delta, grain_of(self.training, self.privacy)), kept
+
+    @cached_property
+    def _bounding(self) -> Trainer:
+        """The same, without the noise: a site's update is bounded alike, whoever adds it."""
+        return replace(self, privacy=replace(self.privacy, mode="site_central", sharers=0))
 
     def _build(self) -> nn.Module:
         with seeded(0, torch.device("cpu")):  # whichever task it is built for
@@ -246,16 +288,7 @@ class Trainer:
     ) -> tuple[Params, float, dict[str, float]]:
         if public_rows is None:
             raise ConfigError("public_rows is missing: under privacy a site declares its row count")
-        event = training_event(self.training, self.privacy, public_rows)
-        gradient = PrivateGradient(
-            self.recipe,
-            descent,
-            rows,
-            event=own_share(event, self.privacy),
-            clip=self.privacy.clip,
-            public_rows=public_rows,
-            unit=unit_of(self.privacy.mode),
-        )
+        gradient, event = self._private(descent, rows, public_rows)
         for _ in range(event.steps):
             gradient.fill()
             descent.step()
@@ -268,6 +301,22 @@ class Trainer:
         metrics = {"steps": float(event.steps), "noise_multiplier": event.noise}
         return delta, float(public_rows), metrics
 
+    def _private(
+        self, descent: Descent, rows: Rows, public_rows: int
+    ) -> tuple[PrivateGradient, SampledGaussian]:
+        """Return what fills private steps, and the event that they are accounted for as."""
+        event = training_event(self.training, self.privacy, public_rows)
+        gradient = PrivateGradient(
+            self.recipe,
+            descent,
+            rows,
+            event=own_share(event, self.privacy),
+            clip=self.privacy.clip,
+            public_rows=public_rows,
+            unit=unit_of(self.privacy.mode),
+        )
+        return gradient, event
+
 
 def check_share(privacy: Privacy, brief: Brief) -> None:
     """Raise `Refused` if a site with a share of the noise would report more than its sum."""
@@ -278,14 +327,14 @@ def check_share(privacy: Privacy, brief: Brief) -> None:
         )
 
 
-def _bound(task: Task, delta: Params, slots: Slots, privacy: Privacy) -> Params:
+def _bound(task: Task, delta: Params, slots: Slots, clip: float) -> Params:
     """Return all that a whole site may say under site-level privacy."""
     if slots:
         raise Refused(
-            f"rule {task.brief.rule} reports {sorted(slots)} beside the delta, which site_central "
-            "does not bound; use strategy=fedavg"
+            f"rule {task.brief.rule} reports {sorted(slots)} beside the delta, which the clip of a "
+            "whole site's update does not bound; use strategy=fedavg"
         )
-    return bounded(delta, privacy.clip)
+    return bounded(delta, clip)
 
 
 def path_of(training: Training, steps: int) -> dict[str, float]:

@@ -124,7 +124,7 @@ def training_event(training: Training, privacy: Privacy, public_rows: int) -> Sa
     In mode `record_distributed` it is what the sum of all sites' updates costs. That is known to
     each site only if all of them take all their rows, in one step: then all add the same noise.
     """
-    if privacy.mode == "site_central":  # each site takes part in the sum, and all know it
+    if unit_of(privacy.mode) == "site":  # each site takes part in the sum, and all know it
         return SampledGaussian(1.0, noise_multiplier(privacy, 1.0, 1), 1)
     if privacy.mode == "none":
         raise ConfigError(f"privacy.mode {privacy.mode!r} has no cost to account; use 'record'")
@@ -148,22 +148,26 @@ def training_event(training: Training, privacy: Privacy, public_rows: int) -> Sa
 def own_share(event: SampledGaussian, privacy: Privacy) -> SampledGaussian:
     """Return `event` with the noise that one site adds to its own sum.
 
-    All of it, or in mode `record_distributed` what makes it whole at `sharers` sites, for
-    variances add up. Source: Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 4.
+    All of it, or where sites share noise what makes it whole at `sharers` sites, for variances
+    add up. Source: Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 4.
     """
     return replace(event, noise=event.noise / math.sqrt(max(1, privacy.sharers)))
 
 
 def unit_of(mode: PrivacyMode) -> Unit:
     """Return whose presence a mode hides, and so which of a dataset's ledgers it is charged to."""
-    units: dict[PrivacyMode, Unit] = {"site_central": "site", "patient": "patient"}
+    units: dict[PrivacyMode, Unit] = {
+        "site_central": "site",
+        "site_distributed": "site",
+        "patient": "patient",
+    }
     return units.get(mode, "record")
 
 
 def evaluation_event(privacy: Privacy) -> Pure:
     """Return what one evaluation costs a held-out row; raises `Refused` if none is allowed."""
-    if privacy.mode == "site_central":
-        raise Refused("scores are not noised under site_central: set evaluation.at_end=false")
+    if unit_of(privacy.mode) == "site":
+        raise Refused(f"scores are not noised under {privacy.mode}: set evaluation.at_end=false")
     if privacy.evaluation_epsilon == 0:
         raise Refused("no scores leave this site: set privacy.evaluation_epsilon above 0")
     return Pure(privacy.evaluation_epsilon, 1)

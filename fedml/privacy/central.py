@@ -1,8 +1,9 @@
-"""Site-level privacy with a trusted coordinator: updates are bounded, and their sum made noisy.
+"""Site-level privacy: updates are bounded, and their sum made noisy.
 
-The unit is a whole site. Each site clips its own update to a public norm, whatever its rows; the
-coordinator adds Gaussian noise to the sum before anybody else sees anything of it. Who takes part
-is public, and so cannot amplify: neighbours differ by one site's update, there or zero.
+The unit is a whole site. Each site clips its own update to a public norm, whatever its rows; a
+trusted coordinator adds Gaussian noise to the sum before anybody else sees anything of it, or each
+site a share of it before its update is masked. Who takes part is public, and so cannot amplify:
+neighbours differ by one site's update, there or zero.
 """
 
 from __future__ import annotations

@@ -135,7 +135,9 @@ class Training:
             )
 
 
-PrivacyMode = Literal["none", "record", "patient", "site_central", "record_distributed"]
+PrivacyMode = Literal[
+    "none", "record", "patient", "site_central", "record_distributed", "site_distributed"
+]
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class Privacy:
 
     Mode `site_central` is (epsilon, delta)-DP for one site's updates, there or zero, against
     everybody but the coordinator, which is trusted to add the noise: sites bound their updates to
-    L2 norm `clip`, and all of them weigh the same.
+    L2 norm `clip`, and all of them weigh the same. Mode `site_distributed` trusts `sharers` sites
+    in the place of the coordinator: each adds its share of the noise to its bounded update.
     """
 
     mode: PrivacyMode = "none"
@@ -170,7 +173,12 @@ class Privacy:
     @property
     def in_training(self) -> bool:
         """True if training itself is private: rows' gradients are clipped, and drowned in noise."""
-        return self.mode not in ("none", "site_central")
+        return self.mode not in ("none", "site_central", "site_distributed")
+
+    @property
+    def shares_noise(self) -> bool:
+        """True if a site's answer has a share of the noise, which their sum has whole."""
+        return self.mode in ("record_distributed", "site_distributed")
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(PrivacyMode):
@@ -187,10 +195,11 @@ class Privacy:
                 f"privacy.rounds {self.rounds}, evaluation_epsilon {self.evaluation_epsilon}: "
                 "rounds is 1 or more, evaluation_epsilon 0 or more"
             )
-        if (self.sharers > 0) != (self.mode == "record_distributed"):
+        if (self.sharers > 0) != self.shares_noise:
             raise ConfigError(
-                f"privacy.sharers {self.sharers} with mode {self.mode!r}: in mode "
-                "record_distributed give the number of sites whose noise adds up, else leave it 0"
+                f"privacy.sharers {self.sharers} with mode {self.mode!r}: in modes "
+                "record_distributed and site_distributed give the number of sites whose noise "
+                "adds up, else leave it 0"
             )
 
 

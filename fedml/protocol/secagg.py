@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, MalformedMessage
@@ -81,15 +81,19 @@ class Part:
     """A stretch of the masked vector: `size` numbers within +-`clip`; what is beyond is clipped.
 
     A `fine` part takes two words a number, for a resolution of about 2^-50 of its range: meant
-    for the few numbers of metrics and counts.
+    for the few numbers of metrics and counts. A `whole` part is of whole numbers, which go into
+    the sum as they are, modulo 2^32: neither weighed nor clipped, so its `clip` says 1.
     """
 
     name: str
     size: int
     clip: float
     fine: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
+        if self.whole and (self.fine or self.clip != 1):
+            raise ConfigError(f"part {self.name!r}: whole numbers are not fine, and have clip 1")
         if self.size < 0 or not 0 < self.clip < math.inf:
             raise ConfigError(
                 f"part {self.name!r}: size {self.size}, clip {self.clip}; the clip is above 0"
@@ -107,8 +111,13 @@ class Masking:
     settings: Secagg
 
     def to_json(self) -> str:
-        """Return canonical JSON, as it travels in `Assignment.masking`."""
-        return dump_json(to_record(self)).decode()
+        """Return canonical JSON, as it travels in `Assignment.masking`.
+
+        `whole` is written where it is true: sites from before do not know the word.
+        """
+        record = cast(dict[str, object], to_record(self))
+        record["parts"] = [_record(part) for part in self.parts]
+        return dump_json(record).decode()
 
     @staticmethod
     def from_json(text: str) -> Masking:
@@ -117,6 +126,13 @@ class Masking:
             return from_record(Masking, json.loads(text), "masking")
         except (ValueError, RecursionError, ConfigError) as error:
             raise MalformedMessage(f"masking: {error}") from error
+
+
+def _record(part: Part) -> object:
+    record = cast(dict[str, object], to_record(part))
+    if not part.whole:
+        del record["whole"]
+    return record
 
 
 def about(

@@ -30,7 +30,10 @@ def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -
                 "may learn single rows from it. Scores and counts of rows are exact."
             )
         case "site_central":
-            body = f"{_trusting(privacy)} {_cost(privacy, spent)}"
+            body = f"{_of_sites(privacy, _TRUSTING)} {_cost(privacy, spent)}"
+        case "site_distributed":
+            whom = _AMONG.format(sharers=privacy.sharers)
+            body = f"{_of_sites(privacy, whom)} {_cost(privacy, spent)}"
         case "record_distributed":
             body = f"{_sharing(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
         case "record" | "patient":
@@ -64,11 +67,21 @@ def _sharing(privacy: Privacy) -> str:
     )
 
 
-def _trusting(privacy: Privacy) -> str:
+_TRUSTING = (
+    "everybody who sees the model, the other sites included, but not against the coordinator, "
+    "which sees each site's exact update and is trusted to add the noise before anybody else sees "
+    "their sum"
+)
+_AMONG = (
+    "everybody who sees the model or the masked sums of all sites' updates, the coordinator "
+    "included, but not against whoever sees a single site's update, which has a share of the noise "
+    "alone, as {sharers} sites add it"
+)
+
+
+def _of_sites(privacy: Privacy, whom: str) -> str:
     return (
-        "Protected is each site's data as a whole, against everybody who sees the model, the "
-        "other sites included, but not against the coordinator, which sees each site's exact "
-        "update and is trusted to add the noise before anybody else sees their sum: "
+        f"Protected is each site's data as a whole, against {whom}: "
         f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy over the "
         f"whole run, unit one site, adjacency {ADJACENCY}, where a removed site's update is zero. "
         f"Each site clips its update to norm {privacy.clip:g} itself, and its own ledger charged "

@@ -65,14 +65,23 @@ Command = SendTask | CancelTask | WakeAt | Relay | Close | Fail
 
 
 def terms_of(
-    opening: Opening, brief: Brief, settings: Secagg, roster: Roster, about: str = ""
+    opening: Opening,
+    brief: Brief,
+    settings: Secagg,
+    roster: Roster,
+    about: str = "",
+    *,
+    shared: bool = False,
 ) -> Terms:
     """Return what a round is about, as the coordinator and each site work it out alike.
 
-    `about` is what else must be equal: see `protocol.secagg.about`.
+    `about` is what else must be equal: see `protocol.secagg.about`. `shared` says that sites
+    share the noise of their sum.
     """
-    train = opening.kind == "train"
-    parts = vectors.parts_of(brief, settings) if train else vectors.score_parts(settings)
+    if opening.kind == "train":
+        parts = vectors.parts_of(brief, settings, shared=shared)
+    else:
+        parts = vectors.score_parts(settings)
     least = least_threshold(len(opening.asked), settings.colluders)
     return Terms(
         run=opening.run,
@@ -108,9 +117,17 @@ class MaskedRound:
     fewer sites than the threshold are left at any time; no update is known then.
     """
 
-    def __init__(self, opening: Opening, settings: Secagg, roster: Roster, about: str = "") -> None:
+    def __init__(
+        self,
+        opening: Opening,
+        settings: Secagg,
+        roster: Roster,
+        about: str = "",
+        grain: float = 0.0,
+    ) -> None:
+        """`about` is that of `terms_of`; `grain` is not 0 if sites share their sum's noise."""
         self.opening, self._settings, self._roster = opening, settings, roster
-        self._about = about
+        self._about, self._grain = about, grain
         self._sums: Coordinator | None = None
         self._brief: Brief | None = None
         self._counted: dict[SiteId, Counted] = {}
@@ -140,7 +157,8 @@ class MaskedRound:
     def open(self, brief: Brief) -> list[SendTask | WakeAt]:
         """Start the round: one task per site, a deadline, and one for the first exchange."""
         opening, self._brief = self.opening, brief
-        terms = terms_of(opening, brief, self._settings, self._roster, self._about)
+        shared = self._grain != 0
+        terms = terms_of(opening, brief, self._settings, self._roster, self._about, shared=shared)
         self._sums = Coordinator(self._roster, terms)
         tasks = [
             Task(opening.task_id(site), opening.run, opening.number, site, opening.kind, brief)
@@ -234,7 +252,7 @@ class MaskedRound:
             close = Close(vectors.scores_in(total, settings), self._account())
         else:
             count = len(self._counted)
-            aggregate = vectors.aggregate_of(total, count, self._brief, settings)
+            aggregate = vectors.aggregate_of(total, count, self._brief, settings, self._grain)
             close = Close(aggregate, self._account())
         self._over = True
         return [close]

@@ -16,7 +16,8 @@ from typing import Literal, cast, get_args
 
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
-from fedml.privacy.accounting import training_event
+from fedml.privacy.accounting import training_event, unit_of
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training, check_name
 from fedml.protocol.parcels import is_coarse
 from fedml.protocol.secagg import Secagg, about
@@ -35,6 +36,8 @@ from fedml.strategies import (
     needs_means,
     rule_of,
 )
+
+_ROOM = 2.0**30  # steps of a sum that surely fit the ring, with the noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +155,12 @@ class Plan:
 
     def check_served(self) -> None:
         """Raise `Contradiction` if only a simulation may play this plan, which is its own judge."""
-        if self.privacy.mode == "record_distributed":
+        if self.privacy.shares_noise and not self.secagg.is_on:
             raise Contradiction(
                 [
-                    "privacy.mode record_distributed: a site's update has a share of the noise "
+                    f"privacy.mode {self.privacy.mode}: a site's update has a share of the noise "
                     "alone, and without secure aggregation a coordinator sees it; use "
-                    "privacy=record, or simulate the run"
+                    "secagg=sa1, or another mode, or simulate the run"
                 ]
             )
 
@@ -283,7 +286,7 @@ def _privacy(plan: Plan) -> Iterator[str]:
     mode, name = plan.privacy.mode, type(plan.strategy).__name__
     if mode == "none":
         return
-    if plan.privacy.mode == "record_distributed":
+    if plan.privacy.shares_noise:
         yield from _shared_noise(plan)
     if measures(plan.strategy):
         yield (
@@ -295,24 +298,24 @@ def _privacy(plan: Plan) -> Iterator[str]:
             f"privacy.rounds {plan.privacy.rounds} is not rounds {plan.rounds}: "
             "noise is set for exactly the rounds that run, make them equal"
         )
-    yield from _central(plan) if mode == "site_central" else _by_record(plan)
+    yield from _by_site(plan) if unit_of(mode) == "site" else _by_record(plan)
 
 
-def _central(plan: Plan) -> Iterator[str]:
-    reducer, name = plan.strategy.reducer, type(plan.strategy).__name__
+def _by_site(plan: Plan) -> Iterator[str]:
+    reducer, name, mode = plan.strategy.reducer, type(plan.strategy).__name__, plan.privacy.mode
     if not isinstance(reducer, WeightedMean):
         yield (
-            f"reducer {type(reducer).__name__} with site_central privacy: what one site can do to "
+            f"reducer {type(reducer).__name__} with {mode} privacy: what one site can do to "
             "it is not bounded by a clip; use strategy.reducer=weighted-mean, or privacy=record"
         )
     if needs_means(plan.strategy):
         yield (
-            f"strategy {name} with site_central privacy: its sites report slots, which the clip "
+            f"strategy {name} with {mode} privacy: its sites report slots, which the clip "
             "does not bound; use strategy=fedavg, fedprox or fedadam"
         )
     if _evaluates(plan):
         yield (
-            "evaluation with site_central privacy: a site's scores would leave without noise; set "
+            f"evaluation with {mode} privacy: a site's scores would leave without noise; set "
             "evaluation.at_end=false and every=0, and score the model on rows that are nobody's"
         )
 
@@ -333,12 +336,19 @@ def _by_record(plan: Plan) -> Iterator[str]:
 
 def _shared_noise(plan: Plan) -> Iterator[str]:
     """Say what keeps a sum's noise, of which each site adds a share, from being whole."""
-    strategy, sharers, quorum = plan.strategy, plan.privacy.sharers, plan.cohort.quorum
+    sharers, quorum = plan.privacy.sharers, plan.cohort.quorum
     if sharers > quorum:
         yield (
             f"privacy.sharers {sharers} is above cohort.quorum {quorum}: a round of so few sites "
             "would lack noise, raise the quorum or lower sharers, which adds noise"
         )
+    if plan.privacy.mode == "record_distributed":
+        yield from _one_step(plan)
+
+
+def _one_step(plan: Plan) -> Iterator[str]:
+    """Say what keeps a round from being one plain step, whose noise all sites know."""
+    strategy = plan.strategy
     if plan.training.steps != 1 or plan.training.batch_size:
         yield (
             f"training.steps {plan.training.steps} and batch_size {plan.training.batch_size} in "
@@ -390,10 +400,42 @@ def _secagg(plan: Plan) -> Iterator[str]:
             f"wire.up {plan.wire.up} with secagg: masked words cannot be packed, and what is "
             "rounded is not what is masked; use wire.up=exact"
         )
-    if plan.privacy.mode in ("site_central", "record_distributed"):
+    if plan.privacy.mode == "site_central":
         yield (
             f"privacy.mode {plan.privacy.mode} with secagg: its noise is not made for masked sums "
             "here; use privacy=record or patient, or secagg=none"
+        )
+    if plan.privacy.shares_noise:
+        yield from _masked_shares(plan)
+
+
+def _masked_shares(plan: Plan) -> Iterator[str]:
+    """Say what a masked sum whose noise is shared cannot have, beside `_shared_noise`."""
+    settings, training, sharers = plan.secagg, plan.training, plan.privacy.sharers
+    honest = plan.cohort.quorum - settings.colluders
+    if settings.colluders and sharers > honest:
+        yield (
+            f"privacy.sharers {sharers} is above cohort.quorum {plan.cohort.quorum} less "
+            f"secagg.colluders {settings.colluders}, who know their own shares: lower sharers to "
+            f"{honest}, or raise the quorum"
+        )
+    if unit_of(plan.privacy.mode) == "site":
+        return  # a site weighs 1, and its update is a few noises long at most
+    if training.weight_decay:
+        yield (
+            f"training.weight_decay {training.weight_decay} with secagg in mode "
+            "record_distributed: what is summed are gradients alone, set it to 0"
+        )
+    try:
+        step = abs(grain_of(training, plan.privacy)) / training.lr
+    except ConfigError:
+        return  # of steps or epsilon, and told as such
+    cohort = plan.cohort
+    sites = cohort.size or len(cohort.sites) or cohort.quorum
+    if (most := sites * settings.weight_cap * plan.privacy.clip / step) > _ROOM:
+        yield (
+            f"secagg.weight_cap {settings.weight_cap:g} at {sites} sites: sums of up to {most:.3g} "
+            "steps of the noise's grid leave the ring of 2^32, lower it or privacy.epsilon"
         )
 
 
@@ -412,7 +454,8 @@ def _wire(plan: Plan) -> Iterator[str]:
             "remember their deltas as they were before rounding, and fall out of step with the "
             "coordinator; use wire.up=zstd or exact"
         )
-    if is_coarse(plan.wire.up) and plan.privacy.mode in ("site_central", "record_distributed"):
+    by_site = plan.privacy.mode != "none" and unit_of(plan.privacy.mode) == "site"
+    if is_coarse(plan.wire.up) and (by_site or plan.privacy.shares_noise):
         yield (
             f"wire.up {plan.wire.up} with {plan.privacy.mode} privacy: rounding moves an update "
             "after its norm was bounded, or shares of noise; use wire.up=zstd or exact"

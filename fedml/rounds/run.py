@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from fedml.errors import ConfigError
 from fedml.params import Params
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import RunId, Scores, SiteId
 from fedml.protocol.operations import Counted, Receipt, RunState
 from fedml.protocol.parcels import is_coarse, rounded
@@ -342,7 +343,8 @@ class Run:
         if self._roster is None:
             raise ConfigError("secagg=sa1 without a roster of the sites' identity keys")
         more = about_of(self.plan, brief)
-        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more)
+        grain = grain_of(self.plan.training, self.plan.privacy)
+        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more, grain)
 
     def _carry(
         self, commands: Sequence[rounds.Command | masked.Command], now: float

@@ -3,6 +3,12 @@
 A delta and each slot are a part for each of their dtypes; a slot that is one number, metrics and
 scores are fine parts. Where the plain mean takes the largest of integer buffers (a batch counter,
 say), a masked sum has their mean, rounded.
+
+Where sites share the noise of their sum, what a site puts in is the noised sum of its rows' clipped
+gradients, or its clipped update, in steps of the noise's own grid, the same at all sites: whole
+numbers, which add up exactly. Learning rate and weights follow the sum, so nothing that was made
+of one site's share alone, as a rounded float would be, is ever added up. Nothing else is in such
+a vector.
 """
 
 from __future__ import annotations
@@ -24,11 +30,15 @@ from fedml.strategies import NUMBER, Aggregate, numbers, reports
 _WIDE = (torch.float32, torch.float64)  # what numpy and a `Total` deal in as it is
 _NUMBER_CLIP = 2.0**20  # of a slot that is one number, a count of steps say; it is fine
 _INTEGER_CLIP = 2.0**16  # of a batch counter's delta
+_NOISED = "noised"  # the part of a vector whose noise is shared
 _CLIPPED = "clipped"  # metric: which share of an update's numbers was beyond the clip
 
 
-def parts_of(brief: Brief, settings: Secagg) -> tuple[Part, ...]:
-    """Return the parts of a masked update that answers `brief`."""
+def parts_of(brief: Brief, settings: Secagg, *, shared: bool = False) -> tuple[Part, ...]:
+    """Return the parts of a masked update that answers `brief`; `shared` as the noise may be."""
+    if shared:
+        sizes = brief.params.layout.sizes
+        return tuple(Part(_name(_NOISED, d), size, 1.0, whole=True) for d, size in sizes.items())
     parts = [
         Part(_name(slot, dtype), size, settings.clip if dtype.is_floating_point else _INTEGER_CLIP)
         for slot, layout in _layouts(brief)
@@ -70,6 +80,22 @@ def numbers_of(update: Update, brief: Brief, settings: Secagg) -> dict[str, Floa
     return values
 
 
+def shares_of(whole: Mapping[str, Tensor], brief: Brief) -> dict[str, Floats]:
+    """Return what a site puts into the sum whose noise it shares; raises `MalformedUpdate`.
+
+    `whole` has the noised sums of trainable tensors' gradients, or an update, in steps of the
+    grid; the other tensors stay where they are.
+    """
+    layout = brief.params.layout
+    values = {dtype: np.zeros(size) for dtype, size in layout.sizes.items()}
+    for name, steps in whole.items():
+        dtype, start, end, shape = layout.places[name]
+        if tuple(steps.shape) != shape or not torch.equal(steps, steps.round()):
+            raise MalformedUpdate(f"{name}: a share of the sum is whole numbers of shape {shape}")
+        values[dtype][start:end] = steps.reshape(-1).numpy()
+    return {_name(_NOISED, dtype): array for dtype, array in values.items()}
+
+
 def scores_of(report: Report, settings: Secagg) -> dict[str, Floats]:
     """Return what a site puts into the sum of scores, which it does with the weight cap."""
     values: dict[str, Floats] = {}
@@ -82,9 +108,18 @@ def scores_of(report: Report, settings: Secagg) -> dict[str, Floats]:
     return values
 
 
-def aggregate_of(total: Total, count: int, brief: Brief, settings: Secagg) -> Aggregate:
-    """Return the cohort's masked updates as one."""
-    means = {}
+def aggregate_of(
+    total: Total, count: int, brief: Brief, settings: Secagg, grain: float = 0.0
+) -> Aggregate:
+    """Return the cohort's masked updates as one; `grain` as `privacy.shares` tells it."""
+    means, weight = {}, total.weight * settings.weight_cap
+    if grain:
+        layout = brief.params.layout
+        sums = {
+            dtype: _mean(total, _name(_NOISED, dtype), dtype, size, grain / settings.weight_cap)
+            for dtype, size in layout.sizes.items()
+        }
+        return Aggregate(Params.over(layout, sums), {}, weight, count, {})
     for slot, layout in _layouts(brief):
         buffers = {d: _mean(total, _name(slot, d), d, size) for d, size in layout.sizes.items()}
         means[slot] = Params.over(layout, buffers)
@@ -96,7 +131,7 @@ def aggregate_of(total: Total, count: int, brief: Brief, settings: Secagg) -> Ag
         if (share := total.mean(f"has {name}")[0]) > 0:
             metrics[name] = float(total.mean(f"metric {name}")[0] / share)
     delta = means.pop("")
-    return Aggregate(delta, means, total.weight * settings.weight_cap, count, metrics)
+    return Aggregate(delta, means, weight, count, metrics)
 
 
 def scores_in(total: Total, settings: Secagg) -> Scores:
@@ -142,7 +177,9 @@ def _beyond(arrays: Sequence[Floats], clip: float) -> float:
     return sum(int((np.abs(a) > clip).sum()) for a in outside) / max(1, sum(map(len, arrays)))
 
 
-def _mean(total: Total, name: str, dtype: torch.dtype, size: int) -> Tensor:
+def _mean(total: Total, name: str, dtype: torch.dtype, size: int, factor: float = 1.0) -> Tensor:
     wide = torch.empty(size, dtype=dtype if dtype in _WIDE else torch.float64)
     total.mean_into(name, wide.numpy())
+    if factor != 1:
+        wide *= factor
     return wide.to(dtype) if dtype.is_floating_point else wide.round_().to(dtype)

@@ -108,6 +108,11 @@ class Roster:
             ) from error
 
 
+def _row(part: Part) -> list[object]:
+    row = [part.name, part.size, float(part.clip).hex(), part.fine]
+    return [*row, "whole"] if part.whole else row
+
+
 @dataclass(frozen=True)
 class Terms:
     """All that fixes one attempt at a masked round; the digests in it are SHA-256 or BLAKE3.
@@ -167,7 +172,7 @@ class Terms:
         record = {
             "cohort": self.cohort,
             "kind": self.kind,
-            "parts": [[p.name, p.size, float(p.clip).hex(), p.fine] for p in self.parts],
+            "parts": [_row(part) for part in self.parts],
             "settings": self.settings,
             "threshold": self.threshold,
             "weight_cap": float(self.weight_cap).hex(),

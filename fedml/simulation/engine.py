@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedml.errors import ConfigError
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import DatasetCard, SiteId, TaskId
 from fedml.protocol.operations import Receipt
 from fedml.protocol.tasks import Report, Stack, Task, Update
@@ -92,7 +93,8 @@ class Engine:
         if isinstance(self.sites, Pool):
             raise ConfigError("secagg with a crowd: use a population whose sites are listed")
         plan, sites = self.run.plan, [status.site for status in self.sites]
-        self._veil = Veil(plan.secagg, sites, partial(about_of, plan))
+        grain = grain_of(plan.training, plan.privacy)
+        self._veil = Veil(plan.secagg, sites, partial(about_of, plan), grain)
         self.run.enrol(self._veil.roster)
 
     def play(self) -> Outcome:

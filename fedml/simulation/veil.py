@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
 
 from fedml.errors import FedmlError
 from fedml.protocol.messages import SiteId
@@ -26,9 +27,13 @@ class Veil:
         settings: Secagg,
         sites: Sequence[SiteId],
         about: Callable[[Brief], str] = lambda _: "",
+        grain: float = 0.0,
     ) -> None:
-        """Mask for `sites`; `about` says what they were told beside the model."""
-        self._settings, self._about = settings, about
+        """Mask for `sites`; `about` says what they were told beside the model.
+
+        `grain` is that of `privacy.shares.grain_of`: not 0 if they share the noise of their sum.
+        """
+        self._settings, self._about, self._grain = settings, about, grain
         self._identities = {site: Ed25519PrivateKey.generate() for site in sites}
         keys = {s: key.public_key().public_bytes_raw() for s, key in self._identities.items()}
         self.roster = Roster(tuple(Member(site, key) for site, key in keys.items()))
@@ -45,8 +50,8 @@ class Veil:
     def terms(self, brief: Brief) -> Terms:
         """Return what the open round is about, as each site works it out."""
         assert self._opening is not None, "no round is open"
-        about = self._about(brief)
-        return terms_of(self._opening, brief, self._settings, self.roster, about)
+        about, shared = self._about(brief), self._grain != 0
+        return terms_of(self._opening, brief, self._settings, self.roster, about, shared=shared)
 
     def begin(self, task: Task) -> Said | SiteLost:
         """Begin a task's session; return the site's keys for the round."""
@@ -79,7 +84,9 @@ class Veil:
         task, session = self._sessions[answer.site]
         settings, brief = self._settings, task.brief
         try:
-            if isinstance(answer, Update):
+            if isinstance(answer, Update) and self._grain:
+                values, weight = vectors.shares_of(self._whole(answer), brief), answer.weight
+            elif isinstance(answer, Update):
                 values, weight = vectors.numbers_of(answer, brief, settings), answer.weight
             else:
                 values, weight = vectors.scores_of(answer, settings), settings.weight_cap
@@ -89,6 +96,11 @@ class Veil:
             return SiteLost(answer.site, str(error), task=task.id)
         message = Masked(session.terms.context, answer.site)
         return Said(task.id, message, words, epsilon=answer.epsilon)
+
+    def _whole(self, update: Update) -> dict[str, Tensor]:
+        """Return what a site's worker would have left, which an executor made a delta of."""
+        steps = update.weight / self._grain
+        return {name: (moved.double() * steps).round() for name, moved in update.delta.items()}
 
 
 def _answer(session: Site, relay: Relay) -> FromSite | None:

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from fedml.errors import Busy, Refused
 from fedml.privacy.accounting import Event, evaluation_event, training_event, unit_of
 from fedml.protocol.messages import Assignment, PrivacyMode, RecipeId, RunId
+from fedml.protocol.secagg import Masking
 from fedml.site.policy import Dataset, Policy
 
 # modes of a run, by what the policy demands
@@ -21,6 +22,8 @@ _ALLOWED: Mapping[PrivacyMode, tuple[PrivacyMode, ...]] = {
     "record": ("record",),
     "patient": ("patient",),
     "site_central": ("site_central", "record", "patient"),
+    "record_distributed": ("record_distributed", "record"),
+    "site_distributed": ("site_distributed", "record", "patient"),
     "none": get_args(PrivacyMode),
 }
 
@@ -90,10 +93,31 @@ def _check_company(policy: Policy, assignment: Assignment) -> None:
         )
     if policy.secagg == "required" and not assignment.masking:
         raise Refused("policy secagg = 'required': the task's answer would not be masked")
-    if assignment.privacy.mode == "record_distributed":
+    if assignment.privacy.shares_noise:
+        _check_sharers(policy, assignment)
+
+
+def _check_sharers(policy: Policy, assignment: Assignment) -> None:
+    """Raise `Refused` unless every sum that can be opened has the whole noise, and nothing else."""
+    mode = assignment.privacy.mode
+    if not assignment.masking:
         raise Refused(
-            "mode 'record_distributed' adds a share of the noise alone, which protects nothing "
-            "unless updates are summed under secure aggregation, and this site has none for it"
+            f"mode {mode!r} adds a share of the noise alone, which protects nothing "
+            "unless updates are summed under secure aggregation: the task's answer would not be "
+            "masked"
+        )
+    masking, sharers = Masking.from_json(assignment.masking), assignment.privacy.sharers
+    honest = masking.threshold - policy.colluders
+    if sharers > honest:
+        raise Refused(
+            f"policy colluders = {policy.colluders}: the masked sum may be of {masking.threshold} "
+            f"sites, whose {honest} honest ones add too little noise if it is to be the shares of "
+            f"{sharers}"
+        )
+    if assignment.kind == "train" and (bare := [p.name for p in masking.parts if not p.whole]):
+        raise Refused(
+            f"mode {mode!r} hides a sum in whole numbers and nothing beside it: the "
+            f"task asks for {bare[0]!r} too, or otherwise"
         )
 
 

@@ -39,14 +39,17 @@ colluders = 0           # other sites that may help the coordinator; masked roun
 # held_out = "data/held_out.csv"     # other rows, to score models on
 # rows = 100                         # your public statement of how many training rows there are
 # recipes = ["breast-cancer"]        # which recipes may read it
-# privacy = "record"                 # "record": refuse tasks without it; "none": allow them too
+# privacy = "record"                 # "record": refuse tasks without it; "none": allow them too;
+#                                    # "record_distributed": allow sites to share the noise of a
+#                                    # masked sum; set `colluders`, for others know their own share
 # patients = 40                      # your public statement of how many patients the training
 #                                    # rows are of: then budget and privacy ("patient") are theirs
 # epsilon = 3.0                      # lifetime budget of each row, at this delta
 # delta = 1e-5
 # run_epsilon = 1.0                  # of it, at most so much for one run
 # site_epsilon = 2.0                 # lifetime budget of this site as a whole, for privacy
-#                                    # "site_central": clipped here, noise by the coordinator
+#                                    # "site_central": clipped here, noise by the coordinator,
+#                                    # or "site_distributed": each site adds its share, masked
 # recipe_epsilon = { "breast-cancer" = 2.0 }  # and for all runs of one recipe
 """
 
@@ -74,7 +77,9 @@ class Dataset:
     rows: int
     recipes: tuple[str, ...]
     held_out: Path | None = None
-    privacy: Literal["record", "patient", "site_central", "none"] = "record"
+    privacy: Literal[
+        "record", "patient", "site_central", "record_distributed", "site_distributed", "none"
+    ] = "record"
     epsilon: float = 0.0
     delta: float = 1e-5
     patients: int = 0
@@ -89,13 +94,14 @@ class Dataset:
         if unknown := sorted(self.recipe_epsilon.keys() - {*self.recipes}):
             raise ConfigError(f"recipe_epsilon {unknown}: recipes are {list(self.recipes)}")
         self._check_units()
-        if self.privacy in ("record", "patient") and self.epsilon <= 0:
+        by_site = self.privacy in ("site_central", "site_distributed")
+        if self.privacy != "none" and not by_site and self.epsilon <= 0:
             raise ConfigError(
                 f"epsilon {self.epsilon}: privacy {self.privacy!r} needs a budget above 0"
             )
-        if self.privacy == "site_central" and self.site_epsilon <= 0:
+        if by_site and self.site_epsilon <= 0:
             raise ConfigError(
-                f"site_epsilon {self.site_epsilon}: privacy 'site_central' needs a budget above 0"
+                f"site_epsilon {self.site_epsilon}: privacy {self.privacy!r} needs a budget above 0"
             )
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta {self.delta}: must lie between 0 and 1")
@@ -107,10 +113,10 @@ class Dataset:
             raise ConfigError(f"patients {self.patients}: state a public number, or leave it out")
         if self.privacy == "patient" and not self.patients:
             raise ConfigError("privacy 'patient' needs `patients`, your public number of them")
-        if self.privacy == "record" and self.patients:
+        if self.privacy in ("record", "record_distributed") and self.patients:
             raise ConfigError(
-                f"patients {self.patients} with privacy 'record': a budget is about one kind of "
-                'unit; say privacy = "patient", or leave patients out'
+                f"patients {self.patients} with privacy {self.privacy!r}: a budget is about one "
+                'kind of unit; say privacy = "patient", or leave patients out'
             )
 
     @property

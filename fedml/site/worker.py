@@ -170,18 +170,19 @@ def _train(
 ) -> None:
     folder = Path(job["folder"])
     trainer = Trainer(recipe, assignment.training, assignment.privacy, device=str(job["device"]))
-    update, kept = trainer.train(
-        task,
-        _rows(recipe, job),
-        memory,
-        seed=assignment.seed,
-        public_rows=int(job["public_rows"]),
-    )
-    if assignment.masking:
+    rows, public = _rows(recipe, job), int(job["public_rows"])
+    about = {"seed": assignment.seed, "public_rows": public}
+    if assignment.privacy.shares_noise:  # masked: the gate has looked
+        whole, kept = trainer.share(task, rows, memory, **about)
+        parts = _leave_vector(folder, vectors.shares_of(whole, task.brief))
+        outcome: dict[str, object] = {"parts": parts}  # what it counts is public: the door's
+    elif assignment.masking:
+        update, kept = trainer.train(task, rows, memory, **about)
         settings = Masking.from_json(assignment.masking).settings
         parts = _leave_vector(folder, vectors.numbers_of(update, task.brief, settings))
-        outcome: dict[str, object] = {"parts": parts, "weight": update.weight}
+        outcome = {"parts": parts, "weight": update.weight}
     else:
+        update, kept = trainer.train(task, rows, memory, **about)
         form = _leave_update(folder, update, assignment.up)
         metrics = dict(update.metrics)
         outcome = {"weight": update.weight, "metrics": metrics, "form": form}

@@ -22,6 +22,7 @@ NEEDED = {
     "privacy=record_distributed": ["privacy.epsilon=3", "training.steps=1"],
     "privacy=patient": ["privacy.epsilon=3"],
     "privacy=site_central": ["privacy.epsilon=3", "evaluation.at_end=false"],
+    "privacy=site_distributed": ["privacy.epsilon=3", "evaluation.at_end=false"],
     "secagg=sa1": ["cohort.quorum=3"],
     "population=files": ["population.files={bern: bern.csv}"],
     "population=column": ["population.column=target"],

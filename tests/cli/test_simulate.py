@@ -100,6 +100,9 @@ def test_a_simulation_says_that_it_is_the_party_that_sites_who_share_noise_trust
     found = run_simulation(*shared, "cohort.quorum=5", "privacy.evaluation_epsilon=100")
     assert found["state"] == "done" and found["scores"]["accuracy"] > 0.5
     assert "adds up as the party that all would trust" in capsys.readouterr().out
+    masked = run_simulation(*shared, "cohort.quorum=5", "secagg=sa1", "evaluation.at_end=false")
+    assert (masked["state"], masked["rounds"]) == ("done", 3)
+    assert "the party that all would trust" not in capsys.readouterr().out
 
 
 def test_a_simulation_learns() -> None:

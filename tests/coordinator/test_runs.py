@@ -28,6 +28,7 @@ from fedml.protocol.messages import (
     TaskId,
 )
 from fedml.protocol.operations import ModelVersion
+from fedml.protocol.secagg import Secagg
 from fedml.releases.manifest import Manifest
 from fedml.releases.registry import UNTOLD, MemoryRegistry, Story
 from fedml.rounds import Cohort
@@ -296,10 +297,15 @@ async def test_a_contradictory_plan_is_refused_with_all_its_reasons(hub: Hub) ->
         plan(rounds=0)
 
 
-async def test_a_plan_whose_sites_share_the_noise_is_refused(hub: Hub) -> None:
+async def test_a_plan_whose_sites_share_the_noise_is_refused_without_masks(hub: Hub) -> None:
     shared = Privacy("record_distributed", 3.0, 1e-5, rounds=3, sharers=2)
     with pytest.raises(ConfigError, match="without secure aggregation a coordinator sees it"):
         await hub.operator.submit(plan(privacy=shared).to_json())
+    masked = plan(
+        privacy=shared, secagg=Secagg("sa1"), cohort=Cohort(quorum=3, deadline=60.0)
+    )  # which goes on to what masks want
+    with pytest.raises(ConfigError, match=r"secagg=sa1 and no .*roster\.json"):
+        await hub.operator.submit(masked.to_json())
     assert not await hub.operator.list_runs()
 
 

@@ -232,5 +232,5 @@ def test_under_site_central_a_whole_update_is_bounded_and_says_nothing_else() ->
 def test_under_site_central_a_rule_that_reports_more_is_refused() -> None:
     recipe = Given(small)
     trainer = Trainer(recipe, Training(lr=0.1, steps=1), Privacy("site_central", 3.0, 1e-5))
-    with pytest.raises(Refused, match="beside the delta, which site_central does not bound"):
+    with pytest.raises(Refused, match="beside the delta, which the clip of a whole site's"):
         trainer.train(task_for(recipe, rule="fednova"), some_rows(), {}, seed=0)

@@ -84,7 +84,7 @@ privacies = st.one_of(
     st.builds(Privacy, st.just("record"), positive, st.floats(1e-9, 0.5), positive),
     st.builds(
         Privacy,
-        st.just("record_distributed"),
+        st.sampled_from(["record_distributed", "site_distributed"]),
         positive,
         st.floats(1e-9, 0.5),
         sharers=st.integers(1, 10_000),

@@ -86,6 +86,16 @@ def test_an_order_s_masking_comes_back_as_it_was() -> None:
     assert Masking.from_json(MASKING.to_json()) == MASKING
 
 
+def test_whole_parts_are_named_so_and_no_others_are() -> None:
+    """A site from before, which knows no word of whole parts, reads all other orders."""
+    assert "whole" not in MASKING.to_json()
+    shared = replace(MASKING, parts=(Part("noised", 3, 1.0, whole=True),))
+    assert Masking.from_json(shared.to_json()) == shared
+    for wrong in ({"clip": 2.0}, {"fine": True}):
+        with pytest.raises(ConfigError, match="whole numbers are not fine, and have clip 1"):
+            replace(shared.parts[0], **wrong)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"attempt": 1}', MASKING.to_json()[:-2]])
 def test_masking_that_is_none_is_malformed(text: str) -> None:
     with pytest.raises(MalformedMessage, match="masking: "):

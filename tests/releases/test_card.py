@@ -36,6 +36,17 @@ def test_a_card_of_a_trusting_plan_says_whom_it_trusts() -> None:
     assert "each training row" not in text
 
 
+def test_a_card_of_sites_that_share_noise_says_who_must_not_see_one_update() -> None:
+    sharing = Privacy("site_distributed", 2.0, 1e-5, clip=0.5, rounds=4, sharers=4)
+    text = card("heart/2", sharing, 4, {"bern": 1.99})
+    for word in (
+        "each site's data as a whole", "the coordinator included, but not against whoever sees a",
+        "as 4 sites add it", "unit one site", "epsilon 2, delta 1e-05", "norm 0.5", "No amplif",
+    ):  # fmt: skip
+        assert word in text
+    assert "trusted to add" not in text
+
+
 def test_a_card_claims_no_more_than_the_plan_asked() -> None:
     mild = card("heart/2", Privacy("record", 8.0, 1e-3, rounds=2), 2, {"bern": 7.99})
     assert "epsilon 8, delta 0.001" in mild and "no scores of held-out rows left" in mild

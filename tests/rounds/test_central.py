@@ -14,7 +14,7 @@ from fedml.privacy import accounting
 from fedml.protocol.messages import Privacy, SiteId, TaskId
 from fedml.protocol.secagg import Secagg
 from fedml.protocol.tasks import Stack, Task, Update
-from fedml.rounds import Committed, Evaluation, Event, Run, UpdateArrived, Wire
+from fedml.rounds import Cohort, Committed, Evaluation, Event, Run, UpdateArrived, Wire
 from fedml.rounds.round import SendTask
 from fedml.stacked import Stacked
 from fedml.strategies import FedAvg, NoisyMean, Scaffold, WeightedMean, add_stack
@@ -161,8 +161,24 @@ def test_the_run_s_noise_keeps_its_epsilon_without_amplification() -> None:
         ({"secagg": Secagg("sa1")}, "site_central with secagg: its noise is not made for masked"),
     ],
 )
-def test_what_site_central_cannot_bound_is_refused(
+def test_what_a_site_s_clip_cannot_bound_is_refused(
     changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(Contradiction, match=message):
         plan(**{"privacy": CENTRAL, "strategy": FedAvg(), **changes})
+    if "secagg" not in changes:
+        shared = replace(CENTRAL, mode="site_distributed", sharers=2)
+        with pytest.raises(Contradiction, match=message):
+            plan(**{"privacy": shared, "strategy": FedAvg(), **changes})
+
+
+def test_sites_that_share_noise_for_themselves_as_units_are_served_under_masks_alone() -> None:
+    shared = replace(CENTRAL, mode="site_distributed", sharers=3)
+    fields = {"privacy": shared, "strategy": FedAvg(), "cohort": Cohort(quorum=3, deadline=60.0)}
+    with pytest.raises(Contradiction, match="without secure aggregation a coordinator sees it"):
+        plan(**fields).check_served()
+    masked = plan(**fields, secagg=Secagg("sa1"))
+    masked.check_served()
+    assert isinstance(masked.reducer, WeightedMean) and not isinstance(masked.reducer, NoisyMean)
+    with pytest.raises(Contradiction, match=r"sharers 4 is above cohort\.quorum 3"):
+        plan(**{**fields, "privacy": replace(shared, sharers=4)})

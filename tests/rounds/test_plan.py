@@ -40,11 +40,12 @@ def reasons(**changes: object) -> tuple[str, ...]:
     return caught.value.reasons
 
 
-def test_a_plan_whose_sites_share_the_noise_is_played_by_simulations_alone() -> None:
+def test_a_plan_whose_sites_share_the_noise_is_served_under_masks_alone() -> None:
     shared = plan(**SHARED)
     assert Plan.from_json(shared.to_json()) == shared
     with pytest.raises(Contradiction, match="without secure aggregation a coordinator sees it"):
         shared.check_served()
+    plan(**SHARED, secagg=Secagg("sa1", weight_cap=100.0)).check_served()
     plan(privacy=RECORD).check_served()
 
 
@@ -95,7 +96,22 @@ def test_a_plan_whose_sites_share_the_noise_is_played_by_simulations_alone() -> 
         ({**SHARED, "strategy": FedAvg(reducer=Median())}, "nothing but their sum may be looked"),
         ({**SHARED, "strategy": FedProx()}, "strategy FedProx in mode record_distributed"),
         ({**SHARED, "wire": Wire(up="bf16+zstd")}, "wire.up bf16+zstd with record_distributed"),
-        ({**SHARED, "secagg": Secagg("sa1")}, "privacy.mode record_distributed with secagg"),
+        (
+            {**SHARED, "secagg": Secagg("sa1", colluders=1)},
+            "sharers 3 is above cohort.quorum 3 less secagg.colluders 1",
+        ),
+        (
+            {
+                **SHARED,
+                "secagg": Secagg("sa1"),
+                "training": Training(lr=1, steps=1, weight_decay=0.1),
+            },
+            "training.weight_decay 0.1 with secagg in mode record_distributed",
+        ),
+        (
+            {**SHARED, "secagg": Secagg("sa1", weight_cap=1e9)},
+            "secagg.weight_cap 1e+09 at 3 sites: sums of up to",
+        ),
         ({"gates": (Gate(metric="auc", at_least=0.9),)}, "gates on auc without a last evaluation"),
         ({"evaluation": Evaluation(every=-1)}, "evaluation.every -1"),
     ],

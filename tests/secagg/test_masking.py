@@ -103,6 +103,20 @@ def test_what_is_beyond_the_clip_is_clipped() -> None:
     assert total.mean("metrics").tolist() == pytest.approx([1.0, -1.0])
 
 
+@given(st.lists(st.lists(st.integers(-(2**45), 2**45), min_size=3, max_size=3), min_size=1))
+def test_whole_numbers_add_up_as_they_are_modulo_the_ring(rows: list[list[int]]) -> None:
+    """No weight and no clip touches them, so a sum tells nothing of how it came about."""
+    grid = Grid(len(rows), (Part("noised", 3, 1.0, whole=True),))
+    total = Total(grid)
+    for number, row in enumerate(rows, 1):
+        vector = Vector(grid, {"noised": np.array(row, np.float64)}, number / len(rows))
+        total.add(np.concatenate([*mask(vector, grid, [], 1)]), 1)
+    out = np.empty(3)
+    total.mean_into("noised", out, 1)
+    wanted = [(sum(column) + 2**31) % 2**32 - 2**31 for column in zip(*rows, strict=True)]
+    assert np.rint(out * total.weight).astype(np.int64).tolist() == wanted
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("part", ["delta", "metrics"])
 def test_what_is_not_finite_is_refused(bad: float, part: str) -> None:

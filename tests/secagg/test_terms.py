@@ -25,6 +25,7 @@ WORLD = World(5)
         {"parts": (Part("delta", 1003, 0.25), PARTS[1])},
         {"parts": (Part("delta", 1004, 0.5), PARTS[1])},
         {"parts": (PARTS[0], Part("metrics", 2, 100.0))},
+        {"parts": (Part("delta", 1003, 1.0, whole=True), PARTS[1])},
         {"parts": PARTS[:1]},
         {"weight_cap": 50.0},
         {"kind": "evaluate"},
@@ -34,6 +35,11 @@ WORLD = World(5)
 )
 def test_every_field_is_in_the_context(change: dict[str, object]) -> None:
     assert WORLD.terms(**change).context != WORLD.terms().context
+
+
+def test_whether_numbers_are_whole_is_in_the_context() -> None:
+    one, other = (Part("delta", 3, 1.0, whole=whole) for whole in (False, True))
+    assert WORLD.terms(parts=(one,)).context != WORLD.terms(parts=(other,)).context
 
 
 def test_the_order_of_a_cohort_is_not() -> None:

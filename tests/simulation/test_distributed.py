@@ -16,12 +16,21 @@ from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import Rows
 from fedml.learning.trainer import Trainer
 from fedml.params import Params
-from fedml.privacy.accounting import SampledGaussian, epsilon, training_event
+from fedml.privacy.accounting import (
+    SampledGaussian,
+    epsilon,
+    evaluation_event,
+    training_event,
+    unit_of,
+)
 from fedml.privacy.audit import judge
+from fedml.privacy.noise import FINENESS
+from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import Privacy, RecipeId, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Brief, Task, Update
 from fedml.recipes.breast_cancer import BreastCancer
 from fedml.rounds import Cohort, Evaluation, Plan
+from fedml.rounds.vectors import shares_of
 from fedml.simulation.canaries import Audit
 from fedml.simulation.executors.base import Holding, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
@@ -148,6 +157,102 @@ def test_the_sum_is_that_of_all_sites_clipped_gradients(
     assert float((got - wanted).norm()) < 1e-6 * float(wanted.norm())
 
 
+class Tied(Wide):
+    """Two layers with one weight between them, and one that stays as it is."""
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        first, second, still = (nn.Linear(4, 4) for _ in range(3))
+        second.weight = first.weight
+        still.requires_grad_(False)
+        return nn.Sequential(first, nn.Tanh(), second, still)
+
+
+@pytest.mark.parametrize("recipe", [Wide(flat=False), Tied(flat=False)], ids=["plain", "tied"])
+def test_a_share_for_a_masked_sum_is_what_an_update_is_made_of(
+    recipe: Wide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale(monkeypatch, noise=1e-6)  # and so is the grid's step
+    brief = Brief(Params(recipe.build().state_dict()))
+    task, rows = Task(TaskId("t"), RunId("r"), 1, SITES[0], "train", brief), rows_of(30, 1)
+    trainer = Trainer(recipe, Training(lr=0.5, steps=1), SHARED)
+    update, _ = trainer.train(task, rows, {}, seed=0, public_rows=40)
+    share, kept = trainer.share(task, rows, {}, seed=0, public_rows=40)
+    values = shares_of(share, brief)
+    assert not kept
+    whole = torch.from_numpy(values["noised:float32"])
+    assert torch.equal(whole, whole.round()) and float(whole.abs().max()) > 1e4
+    moved = whole * grain_of(trainer.training, SHARED) * 1e-6 / 40
+    wanted = update.delta.buffers[torch.float32].double()
+    assert float((moved - wanted).norm()) < 1e-4 * float(wanted.norm())  # the noise that is left
+
+
+def test_a_share_for_a_masked_sum_has_a_share_of_the_noise_in_steps_of_its_own_grid() -> None:
+    recipe = Wide(flat=True)
+    brief = Brief(Params(recipe.build().state_dict()))
+    task = Task(TaskId("t"), RunId("r"), 1, SITES[0], "train", brief)
+    trainer = Trainer(recipe, ONE_STEP, SHARED)
+    whole, _ = trainer.share(task, rows_of(30, 1), {}, seed=0, public_rows=40)
+    steps = torch.cat([part.flatten() for part in whole.values()])
+    assert torch.equal(steps, steps.round())
+    assert abs(chi_square(steps, FINENESS)) < 5
+    share = training_event(ONE_STEP, SHARED, 40).noise / math.sqrt(SHARED.sharers)
+    step = -share * SHARED.clip / FINENESS
+    assert grain_of(ONE_STEP, SHARED) == pytest.approx(step, rel=1e-12)
+
+
+BY_SITE = Privacy("site_distributed", 3.0, 1e-5, clip=0.5, rounds=10, sharers=5)
+
+
+def test_a_whole_site_s_update_is_bounded_and_has_a_share_of_the_noise() -> None:
+    """However steep its rows: what is masked is the clipped update, and noise on its own grid."""
+    recipe = Wide(flat=False)
+    brief = Brief(Params(recipe.build().state_dict()))
+    task, rows = Task(TaskId("t"), RunId("r"), 1, SITES[0], "train", brief), rows_of(90, 1)
+    steep = Training(lr=1000.0, steps=3)
+    event = training_event(steep, BY_SITE, 90)
+    share, step = event.noise * BY_SITE.clip / math.sqrt(5), grain_of(steep, BY_SITE)
+    assert step == pytest.approx(share / FINENESS, rel=1e-12)
+    bound, _ = Trainer(recipe, steep, replace(BY_SITE, mode="site_central", sharers=0)).train(
+        task, rows, {}, seed=0
+    )
+    exact = bound.delta.buffers[torch.float32].double()
+    assert 0.49 < float(exact.norm()) <= 0.5
+    trainer = Trainer(recipe, steep, BY_SITE)
+    whole, kept = trainer.share(task, rows, {}, seed=0, public_rows=90)
+    steps = torch.from_numpy(shares_of(whole, brief)["noised:float32"])
+    assert torch.equal(steps, steps.round()) and not kept
+    assert abs(chi_square(steps * step - exact, share)) < 5
+    update, _ = trainer.train(task, rows, {}, seed=0, public_rows=90)  # for a sum in the open
+    assert (update.weight, update.metrics, update.slots) == (1.0, {}, {})
+    assert abs(chi_square(update.delta.buffers[torch.float32].double() - exact, share)) < 5
+    with pytest.raises(Refused, match="beside the delta, which the clip of a whole site"):
+        trainer.share(
+            replace(task, brief=replace(brief, rule="fednova")), rows, {}, seed=0, public_rows=90
+        )
+
+
+def test_a_site_as_a_unit_pays_as_where_the_coordinator_adds_the_noise() -> None:
+    central = replace(BY_SITE, mode="site_central", sharers=0)
+    assert training_event(ONE_STEP, BY_SITE, 7) == training_event(ONE_STEP, central, 90)
+    assert unit_of("site_distributed") == "site"
+    with pytest.raises(Refused, match="scores are not noised under site_distributed"):
+        evaluation_event(BY_SITE)
+
+
+def test_modes_and_rules_that_share_no_noise_give_no_share() -> None:
+    recipe = Wide(flat=True)
+    brief = Brief(Params(recipe.build().state_dict()))
+    task, rows = Task(TaskId("t"), RunId("r"), 1, SITES[0], "train", brief), rows_of(9, 1)
+    alone = replace(SHARED, mode="record", sharers=0)
+    with pytest.raises(ConfigError, match="'record': its sites share no noise"):
+        Trainer(recipe, ONE_STEP, alone).share(task, rows, {}, seed=0, public_rows=9)
+    with pytest.raises(Refused, match="rule prox in mode record_distributed"):
+        bent = replace(task, brief=replace(brief, rule="prox", settings={"mu": 0.1}))
+        Trainer(recipe, ONE_STEP, SHARED).share(bent, rows, {}, seed=0, public_rows=9)
+    assert grain_of(ONE_STEP, alone) == 0.0
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_site_accounts_for_the_sum_whatever_its_own_rows(make: MakeExecutor) -> None:
     events = {training_event(ONE_STEP, SHARED, count) for count in COUNTS}
@@ -219,6 +324,12 @@ def test_scores_are_paid_for_as_in_mode_record() -> None:
 
 
 def test_sharers_are_for_the_mode_that_shares() -> None:
-    for mode, sharers in (("record", 3), ("none", 1), ("record_distributed", 0)):
+    for mode, sharers in (
+        ("record", 3),
+        ("none", 1),
+        ("record_distributed", 0),
+        ("site_central", 2),
+        ("site_distributed", 0),
+    ):
         with pytest.raises(ConfigError, match=r"privacy\.sharers"):
             Privacy(mode, 1.0, 1e-5, sharers=sharers)  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ def test_a_patient_s_task_costs_by_the_public_number_of_patients() -> None:
                 "privacy": replace(TASK.privacy, mode="record_distributed", sharers=4),
                 "dataset": "open",
             },
-            "summed under secure aggregation, and this site has none",
+            "summed under secure aggregation: the task's answer would not be masked",
         ),
         (
             {"privacy": replace(TASK.privacy, epsilon=3.1)},

@@ -23,7 +23,7 @@ from fedml.learning.private_cohort import Release, train_privately
 from fedml.learning.recipe import Recipe, Rows
 from fedml.learning.rowstack import RowStack
 from fedml.learning.trainer import check_share, diverged, on_device, path_of, seeded
-from fedml.privacy.accounting import Event, evaluation_event, own_share, training_event
+from fedml.privacy.accounting import Event, evaluation_event, own_share, training_event, unit_of
 from fedml.protocol.messages import SiteId
 from fedml.protocol.tasks import Brief, Stack, Task
 from fedml.rounds import Plan, SiteLost
@@ -90,7 +90,7 @@ class Vectorised:
 
     def why_not(self, brief: Brief) -> str:
         """Return why training on `brief` cannot be batched, or ""."""
-        if self.plan.privacy.mode == "site_central":
+        if unit_of(self.plan.privacy.mode) == "site":
             return "each site's update is bounded by itself"
         if reason := not_at_once(brief):
             return reason
