@@ -25,7 +25,7 @@ from fedml.strategies.reducers import check_weight, is_sane
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
-_ELEMENTS = 2**19  # of all updates together that are widened to float64 at a time
+_ELEMENTS = 2**18  # of all updates together that are widened to float64 at a time
 _MOST = 1e100  # of a value: the squares of a billion such add up to a float64
 
 
