@@ -12,9 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 
 from fedml.errors import ConfigError
-from fedml.simulation.results import RESULTS
+from fedml.learning.recipe import Recipe
+from fedml.params import read
+from fedml.protocol.messages import SiteId
+from fedml.simulation.executors.base import Holding
+from fedml.simulation.results import MODEL, RESULTS
 
 Figure = Callable[[Path], float]  # from a simulation's output folder to a number
 
@@ -57,6 +62,16 @@ def curve(folder: Path, score: str) -> Mapping[int, float]:
     if not found:
         raise ConfigError(f"{folder}: no score {score!r} was kept; set evaluation.every")
     return found
+
+
+def percent_right_of(folder: Path, recipe: Recipe, holdings: Mapping[SiteId, Holding]) -> float:
+    """Return the final model's accuracy over the rows that `holdings` keep for testing."""
+    kept = [one.held_out for one in holdings.values()]
+    model = recipe.build()
+    model.load_state_dict(dict(read(folder / MODEL)[""]))
+    x, y = torch.cat([rows.x for rows in kept]), torch.cat([rows.y for rows in kept])
+    with torch.no_grad():
+        return 100 * float((model(x).argmax(1) == y).double().mean())
 
 
 def _own(experiment: str) -> Mapping[str, Figure]:

@@ -23,7 +23,8 @@ _SETTINGS: Mapping[str, tuple[Privacy, Secagg]] = {
     "record": (_RECORD, Secagg()),
     "patient": (replace(_RECORD, mode="patient"), Secagg()),
     "site_central": (replace(_RECORD, mode="site_central"), Secagg()),
-    "record_distributed": (_SHARED, Secagg()),
+    "record_distributed": (_SHARED, Secagg("sa1")),  # as real sites take part in it
+    "site_distributed": (replace(_SHARED, mode="site_distributed"), Secagg("sa1")),
     "secagg": (Privacy(), Secagg("sa1")),
     "vectorised": (Privacy(), Secagg()),
 }

@@ -49,14 +49,21 @@ class Sites:
         }
 
 
-def _divided(dataset: str, seed: int) -> tuple[Rows, Rows]:
-    """Return all rows to train on and all to test on, prepared."""
+def shipped(dataset: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return a dataset's rows and labels as scikit-learn ships them; raises `ConfigError`."""
     try:
         from sklearn import datasets
-        from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ConfigError("scikit-learn is missing: pip install 'fedml-consortium[sim]'") from error
     x, y = getattr(datasets, f"load_{dataset}")(return_X_y=True)
+    return x, y
+
+
+def _divided(dataset: str, seed: int) -> tuple[Rows, Rows]:
+    """Return all rows to train on and all to test on, prepared."""
+    x, y = shipped(dataset)
+    from sklearn.model_selection import train_test_split
+
     train, test = train_test_split(
         np.arange(len(y)), test_size=_TESTED, stratify=y, random_state=seed
     )

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import yaml
 
-from fedml.params import read
-from simulations.figures import Figure
+from simulations.figures import Figure, percent_right_of
 from simulations.privacy.data import Sites
 from simulations.privacy.recipe import cancer, digits
 
@@ -21,12 +19,7 @@ def percent_right(folder: Path) -> float:
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     recipe = _RECIPES[settings["model"]]()
     dealt = Sites(settings["population"]["sites"], settings["population"]["seed"])
-    kept = [one.held_out for one in dealt.deal(recipe, None).values()]
-    model = recipe.build()
-    model.load_state_dict(dict(read(folder / "model.safetensors")[""]))
-    x, y = torch.cat([rows.x for rows in kept]), torch.cat([rows.y for rows in kept])
-    with torch.no_grad():
-        return 100 * float((model(x).argmax(1) == y).double().mean())
+    return percent_right_of(folder, recipe, dealt.deal(recipe, None))
 
 
 FIGURES: Mapping[str, Figure] = {"percent right": percent_right}

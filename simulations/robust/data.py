@@ -15,6 +15,7 @@ from fedml.learning.recipe import Recipe, Rows
 from fedml.protocol.messages import SiteId
 from fedml.simulation.executors.base import Holding
 from fedml.simulation.population import IID, Data, Dirichlet
+from simulations.privacy.data import shipped
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,6 @@ class Sites:
 
 class _Digits:
     def rows(self, recipe: Recipe) -> Rows:
-        """Return pixels of 0 to 16 and the digits."""
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ConfigError("scikit-learn is missing: pip install 'fedml-consortium[sim]'") from (
-                error
-            )
-        pixels, digits = load_digits(return_X_y=True)
-        return Rows(torch.tensor(pixels, dtype=torch.float32), torch.tensor(digits))
+        """Return pixels, brought from 0 to 16 to 0 to 1, and the digits."""
+        pixels, digits = shipped("digits")
+        return Rows(torch.from_numpy(pixels / 16).float(), torch.from_numpy(digits).long())

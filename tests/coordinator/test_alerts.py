@@ -11,6 +11,7 @@ from fedml.protocol.messages import SiteId
 from fedml.rounds import Cohort
 from fedml.strategies import FedAvg
 from fedml.strategies.robust import MultiKrum
+from fedml.telemetry import ALERTS
 from tests.coordinator.world import Hub, Site, delta, hub, packed, plan
 
 SITES = ("bern", "kyoto", "lima", "oslo", "quito")
@@ -41,9 +42,11 @@ async def test_a_site_damped_in_five_rounds_in_a_row_raises_an_alert(
         await a_hub.receipt(run, 3)
         assert not any("alert" in line for line in receipts.lines(a_hub.runs.detail(run)))
     async with hub(tmp_path) as a_hub:
+        before = ALERTS.labels("damped")._value.get()
         await play(a_hub, tmp_path, 3)
         assert (await a_hub.end(run)).state == "done"
         last = list(receipts.lines(a_hub.runs.detail(run)))[-1]
+    assert ALERTS.labels("damped")._value.get() == before + 1
     assert last.startswith(f"alert: {alert.replace('5', '6')}0% of an even share: ")
     told = [line for line in capsys.readouterr().out.splitlines() if "[warning  ] alert" in line]
     assert len(told) == 1 and alert in told[0]

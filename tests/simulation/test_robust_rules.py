@@ -18,7 +18,7 @@ from fedml.simulation.executors.vectorised import Vectorised
 from fedml.strategies import FedAvg, Reducer, WeightedMean
 from fedml.strategies.robust import GeometricMedian, Krum, Median, MultiKrum, Robust, TrimmedMean
 from simulations.robust.data import Sites
-from simulations.robust.recipe import SoftmaxRegression
+from simulations.robust.recipe import digits
 
 pytest.importorskip("sklearn")
 
@@ -36,7 +36,7 @@ ATTACKS: Mapping[str, Attack | None] = {
 
 @functools.cache
 def sites(alpha: float) -> Mapping[SiteId, Holding]:
-    return Sites(alpha=alpha).deal(SoftmaxRegression(), None)
+    return Sites(alpha=alpha).deal(digits(), None)
 
 
 def play(reducer: Reducer, attack: Attack | None, alpha: float = 0.0, rounds: int = 100) -> Outcome:
@@ -51,8 +51,8 @@ def play(reducer: Reducer, attack: Attack | None, alpha: float = 0.0, rounds: in
         evaluation=Evaluation(),
     )
     make = Attackers(attack, sites=LIARS).take_over(Vectorised) if attack else Vectorised
-    executor = make(plan, SoftmaxRegression(), sites(alpha), Memory())
-    run = Run.begin(RunId("r"), plan, Params(SoftmaxRegression().build().state_dict()))
+    executor = make(plan, digits(), sites(alpha), Memory())
+    run = Run.begin(RunId("r"), plan, Params(digits().build().state_dict()))
     return Engine(run, executor, statuses(plan, sites(alpha))).play()
 
 
