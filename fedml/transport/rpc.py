@@ -66,6 +66,7 @@ class _Line:
     def __init__(self, address: str, credentials: grpc.ChannelCredentials) -> None:
         self.address = address
         self._channel = grpc.aio.secure_channel(address, credentials, options=CLIENT_OPTIONS)
+        self._closing = asyncio.Event()
 
     @classmethod
     def of(cls, credentials: Credentials) -> _Line:
@@ -115,8 +116,8 @@ class _Line:
         answers = _answers(call)
         try:
             with _errors_of(self.address):
+                await self.begin(call, codec.encode_part(start))
                 with suppress(asyncio.InvalidStateError):  # it is over; reading says why
-                    await call.write(codec.encode_part(start))
                     offset = await _go(answers)
                     async with aclosing(pour(source, start.blob.digest, offset)) as chunks:
                         async for chunk in chunks:
@@ -131,8 +132,24 @@ class _Line:
         """Open a call that sends and receives; the caller maps its errors."""
         return self._channel.stream_stream(_path(method), bytes, bytes)(None)
 
+    async def begin(self, call: _Stream, first: bytes) -> None:
+        """Send the first message; gRPC never ends the wait if its channel closes before that."""
+        writing = asyncio.create_task(call.write(first))
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait([writing, closing], return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                raise Unreachable(f"coordinator at {self.address}: the connection was closed")
+            with suppress(Unreachable), _errors_of(self.address):  # it is over; reading says why
+                await writing
+        finally:
+            for task in (writing, closing):
+                task.cancel()
+            await asyncio.gather(writing, closing, return_exceptions=True)
+
     async def close(self) -> None:
         """Hang up, with all calls."""
+        self._closing.set()
         await self._channel.close(None)
 
 
@@ -179,12 +196,11 @@ class GrpcLink:
         """See `Link`."""
         await self.close()
         self._pulse = Pulse()
-        stream = self._open().converse("Federation/Connect")
-        self._stream = stream
+        line = self._open()
+        self._stream = stream = line.converse("Federation/Connect")
         try:
             async with asyncio.timeout(ANSWER):
-                with suppress(Unreachable):  # it is over; reading says why
-                    await self._write(stream, hello)
+                await line.begin(stream, codec.encode_event(hello))
                 self._first = await self._read(stream)
         except TimeoutError as error:
             raise Unreachable(f"no welcome within {ANSWER:.0f} s") from error

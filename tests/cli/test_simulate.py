@@ -293,3 +293,15 @@ def test_a_masked_simulation_comes_to_the_plain_one_s_model() -> None:
     masked = read(Path("out", "model.safetensors"))[""]
     assert (masked - plain).norm() < 1e-6 < plain.norm()
     assert "mode: sa1" in Path("out", "config.yaml").read_text()
+
+
+def test_who_counts_for_little_in_five_rounds_in_a_row_is_told_at_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    liars = ["experiment=robust", "attackers=inner_product", "attackers.sites=[guest-0,guest-1]"]
+    run_simulation(*liars, "executor=inline", "rounds=4")
+    assert "alert" not in capsys.readouterr().out
+    run_simulation(*liars, "executor=inline", "rounds=5", "hydra.run.dir=again")
+    told = [s for s in capsys.readouterr().out.splitlines() if s.startswith("alert: ")]
+    assert [line.split()[1] for line in told] == ["guest-0", "guest-1"]
+    assert all("counted for little in 5 rounds in a row" in line for line in told)

@@ -7,6 +7,7 @@ import hashlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +30,6 @@ from fedml.protocol.messages import (
 )
 from fedml.protocol.operations import RunInfo
 from fedml.telemetry import BYTES
-from fedml.transport import rpc
 from fedml.transport.chunks import Intake
 from fedml.transport.link import Link
 from tests.transport.world import HELLO, MIB, TASK, GrpcPlace, MemoryPlace, Place, World
@@ -155,10 +155,9 @@ async def test_hanging_up_wakes_who_waits_for_a_command(place: Place, link: Link
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_hanging_up_wakes_who_waits_for_the_welcome(
-    place: Place, link: Link, turns: int, monkeypatch: pytest.MonkeyPatch
+    place: Place, link: Link, turns: int
 ) -> None:
     """However far the stream has come; gRPC forgets a call that is about to begin, we do not."""
-    monkeypatch.setattr(rpc, "ANSWER", 0.5)
     connecting = asyncio.create_task(link.connect(HELLO))
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -168,6 +167,26 @@ async def test_hanging_up_wakes_who_waits_for_the_welcome(
     except Unreachable:
         return
     await link.close()
+
+
+@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("way", ["up", "down"])
+async def test_hanging_up_ends_a_transfer_that_is_about_to_begin(
+    place: Place, link: Link, way: str, turns: int
+) -> None:
+    desk, mine = place.world.desk, place.world.site_store()
+    blob = (mine if way == "up" else desk.store).put_bytes(DATA)
+    desk.asked_for.add(blob)
+    desk.may_get.add(blob.digest)
+    await link.connect(HELLO)
+    work = link.upload(blob, mine, TASK) if way == "up" else link.download(blob, mine)
+    sending = asyncio.create_task(work)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await link.close()
+    with suppress(Unreachable):
+        await soon(sending)
+    assert sending.done()
 
 
 async def test_a_site_that_does_not_read_is_cut_off(place: Place, link: Link) -> None:
