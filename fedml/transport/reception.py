@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, closing
 
 from fedml import __version__
 from fedml.errors import (
@@ -126,13 +126,13 @@ class Reception:
             async with aclosing(turn.waits()) as waits:
                 async for _ in waits:
                     yield Stored(0, False)
-            intake = store.receive(blob, who.name)
-            yield Stored(intake.offset, True)
-            async with (
-                aclosing(self._desk.pulse(who).of(_chunks(who, parts))) as sent,
-                aclosing(turn.over(sent)) as chunks,
-            ):
-                await catch(chunks, intake)
+            with closing(store.receive(blob, who.name)) as intake:
+                yield Stored(intake.offset, True)
+                async with (
+                    aclosing(self._desk.pulse(who).of(_chunks(who, parts))) as sent,
+                    aclosing(turn.over(sent)) as chunks,
+                ):
+                    await catch(chunks, intake)
         yield Stored(blob.size, True)
 
     async def fetch(self, who: Identity, request: FetchRequest) -> AsyncGenerator[Chunk]:
