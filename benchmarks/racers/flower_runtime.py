@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedml.cli.demo.federation import free_ports
 from fedml.errors import TaskFailed
 
 SITES = 2
@@ -98,7 +99,7 @@ def play(app: Path, rounds: int) -> list[float]:
     """
     home, times = app.parent / "flower", app.parent / "their-times"
     home.mkdir()
-    link, *ports = _free_ports(1 + SITES)
+    link, *ports = free_ports(1 + SITES)
     settings = f'[superlink.here]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
     (home / "config.toml").write_text(settings)
     place = ("--insecure", "--host", "127.0.0.1")
@@ -162,14 +163,6 @@ def _environment(home: Path) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return {**os.environ, **quiet, "FLWR_HOME": str(home), "PATH": path}
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def _await_port(port: int) -> None:

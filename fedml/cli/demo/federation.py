@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from fedml.errors import FedmlError, TaskFailed, Unreachable
+from fedml.errors import ConfigError, FedmlError, TaskFailed, Unreachable
 from fedml.identity.certificates import Credentials
 from fedml.protocol.operations import SiteInfo
 from fedml.transport.link import Operations
 from fedml.transport.rpc import OperationsClient
 
 T = TypeVar("T")
+_PORTS = range(20_000, 32_000)
 _PATIENCE = 60.0  # seconds for anything here to come about
 
 
@@ -31,15 +34,19 @@ def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Return ports nobody listens on now, all different.
+
+    They are below those that systems give to connections that go out, or one of these might have
+    a port before the program does that it is for.
+    """
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as taken, suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise ConfigError(f"{count} free ports are not to be had between {_PORTS[0]} and {_PORTS[-1]}")
 
 
 class Federation:
