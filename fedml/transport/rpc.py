@@ -63,8 +63,13 @@ _Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 class _Line:
     """A channel to one address that speaks our dataclasses and raises our errors."""
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials) -> None:
-        self.address = address
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials,
+        papers: Credentials | None = None,
+    ) -> None:
+        self.address, self._papers = address, papers
         self._channel = grpc.aio.secure_channel(address, credentials, options=CLIENT_OPTIONS)
         self._closing = asyncio.Event()
 
@@ -74,7 +79,13 @@ class _Line:
         return cls(
             credentials.address,
             grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate),
+            credentials,
         )
+
+    def serves(self, credentials: Credentials) -> bool:
+        """True if it is up, and was dialled with this very certificate."""
+        ready = grpc.ChannelConnectivity.READY
+        return self._papers is credentials and self._channel.get_state() is ready
 
     async def reach(self, patience: float) -> None:
         """Return once connected; raises `Unreachable` after `patience` seconds."""
@@ -194,8 +205,9 @@ class GrpcLink:
 
     async def connect(self, hello: Hello) -> None:
         """See `Link`."""
-        await self.close()
-        self._pulse = Pulse()
+        if self._stream or not (self._line and self._line.serves(self._credentials)):
+            await self.close()  # else a transfer has dialled already, and goes on
+            self._pulse = Pulse()
         line = self._open()
         self._stream = stream = line.converse("Federation/Connect")
         try:

@@ -12,10 +12,11 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 Way = Literal["up", "down"]  # to the coordinator, to the site
-_READING = 0.5  # seconds
+_READING, _LOOK = 0.5, 0.05  # seconds
 _PIECE = 16_384
 _IN_FLIGHT = 8  # pieces
 
@@ -184,7 +185,8 @@ class Relay:
                 way.passed += len(data)
                 if room <= len(data):
                     way.reset_at = float("inf")
-                    await asyncio.sleep(_READING)  # a reset throws away what was not read
+                    await writer.drain()
+                    await self._until_read(writer)  # a reset throws away what was not
                     self._reset()
                 await writer.drain()
         except OSError:
@@ -193,6 +195,15 @@ class Relay:
             taking.cancel()
             writer.close()
             self._writers.discard(writer)
+
+    async def _until_read(self, writer: asyncio.StreamWriter) -> None:
+        """Return when the peer has had nothing to read for a while, however slow it is."""
+        quiet = 0.0
+        for _ in range(200):
+            await asyncio.sleep(_LOOK)
+            quiet = 0.0 if _unread(writer) else quiet + _LOOK
+            if quiet >= _READING:
+                return
 
     async def _take(
         self,
@@ -213,6 +224,17 @@ class Relay:
         for writer in [*self._writers]:
             _abort(writer)
         self._writers.clear()
+
+
+def _unread(writer: asyncio.StreamWriter) -> int:
+    """Return how many bytes that were written lie unread at the peer, as the kernel has it."""
+    ours, theirs = (writer.get_extra_info(name)[1] for name in ("sockname", "peername"))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, remote, _, queues, *_ = line.split()
+            if [int(end.rpartition(":")[2], 16) for end in (local, remote)] == [theirs, ours]:
+                return int(queues.partition(":")[2], 16)
+    return 0
 
 
 def _plug() -> socket.socket:

@@ -28,7 +28,7 @@ from fedml.errors import (
     Untrusted,
 )
 from fedml.identity.certificates import DAY, Authority, Credentials
-from fedml.protocol.messages import Welcome
+from fedml.protocol.messages import Cancel, Welcome
 from fedml.transport.rpc import GrpcLink, join, renew
 from fedml.transport.terms import status_of
 from tests.transport.world import HELLO, MIB, TASK, Cable, GrpcPlace, World, reach
@@ -170,6 +170,31 @@ async def test_a_cut_cable_is_noticed_and_the_link_comes_back(
             await link.receive()
     await link.connect(HELLO)
     assert await link.receive() == Welcome("test", 15.0)
+    await link.close()
+
+
+async def test_a_transfer_that_dialled_first_goes_on_when_the_stream_comes(
+    place: GrpcPlace, cable: Cable
+) -> None:
+    """After a cut both dial again, in any order."""
+    desk, mine = place.world.desk, place.world.site_store()
+    blob = desk.store.put_bytes(DATA)
+    desk.may_get.add(blob.digest)
+    cable.delay = 0.02  # each piece
+    link = GrpcLink(place.world.credentials())
+    async with asyncio.timeout(60):
+        coming = asyncio.create_task(link.download(blob, mine))
+        while cable.down < MIB:  # noqa: ASYNC110 - a count, and no event
+            await asyncio.sleep(0.01)
+        await link.connect(HELLO)
+        assert await link.receive() == Welcome("test", 15.0)
+        await coming
+    assert cable.dialled == 1
+    place.world.desk.sends["mercy"](Cancel(TASK, "over"))
+    assert await link.receive() == Cancel(TASK, "over")
+    link.use(place.world.credentials())  # as after a renewal
+    await link.connect(HELLO)
+    assert cable.dialled == 2
     await link.close()
 
 
