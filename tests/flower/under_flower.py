@@ -18,9 +18,11 @@ def main(file: str, sites: int, rounds: int) -> None:
 
     @server.main()
     def serve(grid: Grid, context: Context) -> None:
-        result = FedAvg(min_available_nodes=sites).start(
-            grid, ArrayRecord(FIRST), num_rounds=rounds
+        # it decides how many to ask by who is there, before it waits for as many
+        strategy = FedAvg(
+            min_available_nodes=sites, min_train_nodes=sites, min_evaluate_nodes=sites
         )
+        result = strategy.start(grid, ArrayRecord(FIRST), num_rounds=rounds)
         losses = [m["eval_loss"] for m in result.evaluate_metrics_clientapp.values()]
         first, second = result.arrays.to_numpy_ndarrays()
         np.savez(file, losses=np.array(losses), first=first, second=second)
