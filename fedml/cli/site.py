@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedml.cli.profile import JsonOption
+from fedml.protocol.messages import PrivacyMode
 
 if TYPE_CHECKING:
     from fedml.identity.certificates import Identity
@@ -164,8 +166,20 @@ def allow(
     recipe: Annotated[str, typer.Option(help="The recipe that may read it.")],
     train: Annotated[Path, typer.Option(help="File with the rows to train on.")],
     rows: Annotated[int, typer.Option(help="Your public statement of how many there are.")],
-    epsilon: Annotated[float, typer.Option(help="Lifetime privacy budget of each row.")],
+    epsilon: Annotated[
+        float, typer.Option(help="Lifetime privacy budget of each row, or patient.")
+    ] = 0.0,
     delta: Annotated[float, typer.Option(help="The delta of that budget.")] = 1e-5,
+    privacy: Annotated[
+        PrivacyMode | None,
+        typer.Option(help="What runs must keep; patient with --patients, else record."),
+    ] = None,
+    site_epsilon: Annotated[
+        float, typer.Option(help="Lifetime budget of the site as a whole, for site_… modes.")
+    ] = 0.0,
+    run_epsilon: Annotated[
+        float | None, typer.Option(help="Of the budget, at most so much for one run.")
+    ] = None,
     held_out: Annotated[
         Path | None, typer.Option(help="File with other rows, to score models on.")
     ] = None,
@@ -183,6 +197,7 @@ def allow(
 
     path = folder / "policy.toml"
     own = read_policy(path).recipe_files
+    mode = privacy or ("patient" if patients else "record")
     extend(
         path,
         recipe,
@@ -193,13 +208,18 @@ def allow(
             rows,
             (recipe,),
             held_out.resolve() if held_out else None,
-            privacy="patient" if patients else "record",
+            privacy=mode,
             epsilon=epsilon,
             delta=delta,
             patients=patients,
+            site_epsilon=site_epsilon,
+            run_epsilon=math.inf if run_epsilon is None else run_epsilon,
         ),
     )
-    typer.echo(f"{path}: {recipe} may train on {dataset}, epsilon {epsilon:g} at delta {delta:g}")
+    told = (
+        "no budget" if mode == "none" else f"epsilon {epsilon or site_epsilon:g}, delta {delta:g}"
+    )
+    typer.echo(f"{path}: {recipe} may train on {dataset} in mode {mode}: {told}")
 
 
 @app.command()

@@ -53,7 +53,8 @@ class Mint:
         facts = self._facts(run, candidate, version)
         draft = work / f"draft-{secrets.token_hex(4)}"  # another press may not be quite dead
         name, spent = f"{facts.model}/{version}", facts.lineage.epsilon
-        text = card(name, run.plan.privacy, facts.lineage.rounds, spent)
+        plan, rounds = run.plan, facts.lineage.rounds
+        text = card(name, plan.privacy, rounds, spent, plan.secagg, plan.cohort.quorum)
         await press.bundle(run.plan.recipe, weights, facts, text, draft)
         draft.rename(work / "bundle")
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from fedml.privacy.accounting import ADJACENCY
 from fedml.protocol.messages import Privacy
+from fedml.protocol.secagg import Secagg
 
+_BARE = Secagg()
 _ROWS = "each training row of each site,"
 CARD = "privacy.txt"  # in a bundle, signed with the rest
 _ALWAYS = (
@@ -16,18 +18,29 @@ _ALWAYS = (
 )
 
 
-def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -> str:
+def card(
+    what: str,
+    privacy: Privacy,
+    rounds: int,
+    spent: Mapping[str, float],
+    secagg: Secagg = _BARE,
+    quorum: int = 0,
+) -> str:
     """Return the card of `what`, a version's name, made in `rounds` rounds under `privacy`.
 
-    `spent` is what each site's own ledger said that the run had cost, at the plan's delta.
+    `spent` is what each site's own ledger said that the run had cost, at the plan's delta. Where
+    `secagg` is on, at least `quorum` sites were in each sum.
     """
     head = f"{what}, trained in {_count(rounds, 'round')} at {_count(len(spent), 'site')}."
     match privacy.mode:
         case "none":
+            seen, exact = ("a site's update", "Scores and counts")
+            if secagg.is_on:
+                seen, exact = ("a sum of updates", "Sums of scores and of counts")
             body = (
                 "Rows stayed at their sites, and nothing more is promised: no epsilon holds for "
-                "this model. Whoever sees a site's update, as the coordinator does, or the model "
-                "may learn single rows from it. Scores and counts of rows are exact."
+                f"this model. Whoever sees {seen}, as the coordinator does, or the model may learn "
+                f"single rows from it. {exact} of rows are exact."
             )
         case "site_central":
             body = f"{_of_sites(privacy, _TRUSTING)} {_cost(privacy, spent)}"
@@ -38,11 +51,23 @@ def card(what: str, privacy: Privacy, rounds: int, spent: Mapping[str, float]) -
             body = f"{_sharing(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
         case "record" | "patient":
             body = f"{_promise(privacy)} {_cost(privacy, spent)} {_gaps(privacy)}"
-    return f"{head} {body} {_ALWAYS}\n"
+    masks = f" {_masks(secagg, quorum)}" if secagg.is_on else ""
+    return f"{head} {body}{masks} {_ALWAYS}\n"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _masks(secagg: Secagg, quorum: int) -> str:
+    helped = _count(secagg.colluders, "site")
+    alone = f"even with the help of {helped}" if secagg.colluders else "without a site's help"
+    return (
+        f"Updates, weights and scores were masked ({secagg.mode}): the coordinator, {alone}, saw "
+        "no single site's, and only sums of them, each with at least "
+        f"{quorum - secagg.colluders} sites that did not help it. Masks do not hide what a sum "
+        "itself tells."
+    )
 
 
 def _promise(privacy: Privacy) -> str:

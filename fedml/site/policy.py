@@ -15,7 +15,7 @@ from typing import Literal
 from fedml import durable, settings
 from fedml.errors import ConfigError
 from fedml.privacy.accounting import Unit
-from fedml.protocol.messages import check_digest, check_name
+from fedml.protocol.messages import PrivacyMode, check_digest, check_name
 
 TEMPLATE = """\
 # What this site allows. What is not allowed here is refused, whatever the coordinator asks.
@@ -77,9 +77,7 @@ class Dataset:
     rows: int
     recipes: tuple[str, ...]
     held_out: Path | None = None
-    privacy: Literal[
-        "record", "patient", "site_central", "record_distributed", "site_distributed", "none"
-    ] = "record"
+    privacy: PrivacyMode = "record"
     epsilon: float = 0.0
     delta: float = 1e-5
     patients: int = 0
@@ -199,7 +197,9 @@ def extend(
         "recipes": list(dataset.recipes),
         "patients": dataset.patients or None,
         "privacy": dataset.privacy,
-        "epsilon": dataset.epsilon,
+        "epsilon": dataset.epsilon or None,
+        "site_epsilon": dataset.site_epsilon or None,
+        "run_epsilon": dataset.run_epsilon if dataset.run_epsilon < math.inf else None,
         "delta": dataset.delta,
     }
     sections.append(_section("datasets", name, values))

@@ -98,6 +98,7 @@ def scores(detail: RunDetail) -> float:
 
 def test_a_masked_run_comes_to_the_plain_one_s_model_and_scores(fleet: Veiled) -> None:
     plans = [plan(1, masked=masked, quorum=4) for masked in (False, True)]
+    plans[1] = replace(plans[1], gates=())  # it becomes a version
     clear, veiled = (fleet.submit(each) for each in plans)  # all count, or a round is tried again
     one, other = fleet.finish(clear), fleet.finish(veiled)
     assert [r.round for r in other.receipts if r.kind == "train" and r.model] == [1, 2]
@@ -107,6 +108,8 @@ def test_a_masked_run_comes_to_the_plain_one_s_model_and_scores(fleet: Veiled) -
     for name, tensor in fleet.params(veiled, 2).items():
         assert (tensor.double() - moved[name].double()).abs().max() < 1e-7  # float32 of about 1
     assert not any(moved[n].equal(t) for n, t in first_params(plan(1)).items())
+    [card] = fleet.hub.rglob("privacy.txt")
+    assert "masked (sa1)" in card.read_text() and "with at least 4 sites" in card.read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedml.protocol.messages import Privacy
+from fedml.protocol.secagg import Secagg
 from fedml.releases.card import card
 
 PRIVATE = Privacy("record", 3.0, 1e-5, rounds=20, evaluation_epsilon=0.5)
@@ -45,6 +46,19 @@ def test_a_card_of_sites_that_share_noise_says_who_must_not_see_one_update() -> 
     ):  # fmt: skip
         assert word in text
     assert "trusted to add" not in text
+
+
+def test_a_card_of_masked_sums_says_what_the_coordinator_saw_and_what_a_sum_still_tells() -> None:
+    masked = card("heart/2", Privacy(), 4, {"bern": 0.0}, Secagg("sa1", colluders=2), 7)
+    for word in (
+        "masked (sa1)", "even with the help of 2 sites, saw no single site's", "at least 5 sites",
+        "Whoever sees a sum of updates", "no epsilon holds", "Masks do not hide what a sum",
+    ):  # fmt: skip
+        assert word in masked
+    assert "sees a site's update" not in masked
+    alone = card("heart/2", PRIVATE, 4, {"bern": 2.9}, Secagg("sa1"), 3)
+    assert "without a site's help" in alone and "at least 3 sites" in alone
+    assert "mask" not in card("heart/2", Privacy(), 4, {"bern": 0.0}, Secagg(), 3)
 
 
 def test_a_card_claims_no_more_than_the_plan_asked() -> None:
