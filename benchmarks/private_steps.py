@@ -13,9 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from opacus import PrivacyEngine
-from opacus.grad_sample import GradSampleModule
-from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -118,6 +115,9 @@ def ours(net: Net, rows: Rows) -> Step:
 
 def hooks(net: Net, rows: Rows) -> Step:
     """Opacus: every row's gradient written down; noise from torch's generator."""
+    from opacus.grad_sample import GradSampleModule  # seconds, which the others need not wait
+    from opacus.optimizers import DPOptimizer
+
     model = GradSampleModule(net.build(), loss_reduction="mean")
     optimiser = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=LR),
@@ -128,6 +128,8 @@ def hooks(net: Net, rows: Rows) -> Step:
 
 def ghost(net: Net, rows: Rows) -> Step:
     """Opacus: ghost norms and a second backward pass; noise from torch's generator."""
+    from opacus import PrivacyEngine
+
     model = net.build()
     made = PrivacyEngine().make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=LR),
@@ -184,6 +186,7 @@ def weigh(name: str, kind: str, count: int) -> int:
 
 def _settle() -> None:
     warnings.filterwarnings("ignore", module="opacus|torch")
+    warnings.filterwarnings("ignore", message="Full backward hook")  # of Opacus
     torch.set_num_threads(1)
     pages.keep_freed(_KEPT)
 

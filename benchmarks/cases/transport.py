@@ -20,7 +20,7 @@ def small(quick: bool, say: Say) -> Reading:
 @benchmark("transport/100MB", "s")
 def large(quick: bool, say: Say) -> Reading:
     """Measure the median round of a 100 MB model and four sites."""
-    return _round(100 * _MB, 1 if quick else 12, say)
+    return _round((20 if quick else 100) * _MB, 1 if quick else 12, say)
 
 
 @benchmark("transport/500MB", "s")
@@ -32,17 +32,17 @@ def huge(quick: bool, say: Say) -> Reading:
 @benchmark("transport/memory", "MB")
 def memory(quick: bool, say: Say) -> Reading:
     """Measure how far four updates of 100 MB raise the coordinator's memory; the limit is one."""
-    return _raised(4, 1 if quick else 6, say)
+    return _raised(4, 20 if quick else 100, 1 if quick else 6, say)
 
 
 @benchmark("transport/memory32", "MB")
 def memory_of_many(quick: bool, say: Say) -> Reading:
     """Measure the same with 32 sites."""
-    return _raised(32, 1 if quick else 2, say)
+    return _raised(32, 20 if quick else 100, 1 if quick else 2, say)
 
 
-def _raised(sites: int, rounds: int, say: Say) -> Reading:
-    size = 100 * _MB
+def _raised(sites: int, megabytes: int, rounds: int, say: Say) -> Reading:
+    size = megabytes * _MB
     account = federation.play(size, rounds, say, count=sites)
     return Reading((account.peak - account.before) / _MB, size / _MB)
 
