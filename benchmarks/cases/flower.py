@@ -47,7 +47,7 @@ def _bare(app: Path, rounds: int) -> float:
     from benchmarks.racers.flower_runtime import SITES
     from fedml.flower import app as apps
 
-    _, client = apps.read(app).load()
+    client = apps.read(app).load_client()
     contexts = [Context(1, 1000 + k, {}, RecordDict(), {}) for k in range(SITES)]
     strategy, arrays = FedAvg(), ArrayRecord([np.zeros(10, np.float32)])
     seconds = list[float]()

@@ -16,10 +16,13 @@ import torch
 from blake3 import blake3
 
 
-def sow(*key: int) -> None:
-    """Set the three global generators, and those of GPUs, to where `key` alone says."""
-    drawn = blake3(repr(key).encode()).digest()
-    whole = int.from_bytes(drawn[:8], "little") >> 1
+def draw(*key: int) -> int:
+    """Return a whole number, 0 or more and below 2^63, that follows from `key` alone."""
+    return int.from_bytes(blake3(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def sow(whole: int) -> None:
+    """Set the three global generators, and those of GPUs, to where `whole` alone says."""
     random.seed(whole)
     np.random.seed(whole % 2**32)
     # not torch.manual_seed: it takes a millisecond to tell accelerators that are not there
@@ -29,11 +32,11 @@ def sow(*key: int) -> None:
 
 
 @contextmanager
-def apart(*key: int) -> Iterator[None]:
-    """Draw from the stream of `key` meanwhile; the stream from before goes on afterwards."""
+def apart(whole: int) -> Iterator[None]:
+    """Draw from the stream of `whole` meanwhile; the stream from before goes on afterwards."""
     ours, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    sow(*key)
+    sow(whole)
     try:
         yield
     finally:
