@@ -1,4 +1,4 @@
-"""A folder of somebody's code and settings, told apart by a digest, and copied with nothing else."""
+"""A folder of somebody's code and settings: told apart by a digest, copied with nothing else."""
 
 from __future__ import annotations
 

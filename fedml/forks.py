@@ -21,9 +21,7 @@ from fedml.lifeline import die_with_parent
 Job = Mapping[str, Any]
 
 
-def serve(
-    parent: int, do: Callable[[Job], int], wanted: Callable[[Job], Iterable[str]]
-) -> None:
+def serve(parent: int, do: Callable[[Job], int], wanted: Callable[[Job], Iterable[str]]) -> None:
     """Serve the jobs of `parent`, a process id, until standard input ends.
 
     A child leaves with what `do` returns. The modules that it finds `wanted` then, of those that

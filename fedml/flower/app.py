@@ -91,7 +91,7 @@ def overridden(config: Mapping[str, Value], words: Sequence[str]) -> dict[str, V
     """
     wanted = dict[str, Value]()
     for text in words:
-        wanted |= _overrides(text)
+        wanted |= settings_of(text)
     if unknown := sorted(wanted.keys() - config.keys()):
         raise ConfigError(
             f"--run-config {', '.join(unknown)}: the app has no such setting; "
@@ -100,8 +100,9 @@ def overridden(config: Mapping[str, Value], words: Sequence[str]) -> dict[str, V
     return {**config, **wanted}
 
 
-def _overrides(text: str) -> dict[str, Value]:
-    where = f"--run-config {text!r}"
+def settings_of(text: str, option: str = "--run-config") -> dict[str, Value]:
+    """Return what `key=value ...` says, or the TOML file of that name; raises `ConfigError`."""
+    where = f"{option} {text!r}"
     if text.endswith(".toml"):
         try:
             return _flat(tomllib.loads(Path(text).expanduser().read_text()), where)

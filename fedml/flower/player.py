@@ -19,10 +19,12 @@ from flwr.serverapp import Grid
 
 from fedml import durable
 from fedml.errors import ConfigError, FedmlError, TaskFailed
+from fedml.flower import app as apps
 from fedml.flower import simulation
 from fedml.flower.record import Record
-from fedml.flower.remote import Ask, RemoteGrid
+from fedml.flower.remote import PART_READERS, Ask, Part, RemoteGrid
 from fedml.lifeline import die_with_parent
+from fedml.records import from_record
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
         said = {"done": _play(folder, ask)}
     except FedmlError as error:
         said = {"failed": str(error)}
-    except Exception as error:  # the outermost loop of this program
+    except Exception as error:  # noqa: BLE001 - the outermost loop of this program
         traceback.print_exc()
         said = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     print(json.dumps(said), file=answers)
@@ -56,28 +58,18 @@ def _play(folder: Path, ask: Ask) -> str:
     result = folder / "result.json"
     if result.exists():
         return str(result)
-    order = ask({"ready": True})
-    setup = simulation.Setup(
-        str(order["app"]),
-        str(order["digest"]),
-        dict(order["config"]),
-        int(order["sites"]),
-        int(order["seed"]),
-        version("flwr"),
-    )
+    part = from_record(Part, ask({"ready": True}), "part", PART_READERS)
+    flower = version("flwr")
+    setup = simulation.Setup(part.app, part.digest, part.config, part.sites, part.seed, flower)
     if (folder / "run.json").exists() and simulation.begun(folder) != setup:
         raise ConfigError(f"{folder} has another run; restore it from a backup")
+    if apps.read(Path(part.app)).digest() != part.digest:
+        raise ConfigError(
+            f"{part.app} is not what was taken in; take it out, and allow the app again"
+        )
 
     def seat(record: Record, tell: simulation.Tell) -> Grid:
-        return RemoteGrid(
-            setup.sites,
-            ask=ask,
-            record=record,
-            folder=folder,
-            seed=setup.seed,
-            committed=int(order["committed"]),
-            tell=tell,
-        )
+        return RemoteGrid(part, ask=ask, record=record, folder=folder, tell=tell)
 
     simulation.play(setup, folder, seat=seat)
     durable.sync_folder(folder)

@@ -23,7 +23,8 @@ from fedml.flower.contents import question
 from fedml.flower.grid import FIRST, Batch, Exchange, SeatedGrid, absent, check_question
 from fedml.flower.randomness import draw
 from fedml.flower.record import Kept, Record
-from fedml.records import from_record
+from fedml.protocol.apps import Values, read_values
+from fedml.records import Reader, from_record
 
 Ask = Callable[[Mapping[str, object]], Mapping[str, object]]
 
@@ -34,6 +35,21 @@ class Came:
 
     path: str = ""
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the coordinator says of a run; waves up to `committed` are over for it."""
+
+    app: str  # its folder
+    digest: str
+    config: Values
+    sites: int
+    seed: int
+    committed: int
+
+
+PART_READERS: Mapping[object, Reader] = {Values: read_values}
 
 
 @dataclass
@@ -50,26 +66,24 @@ class _Asked:
 class RemoteGrid(SeatedGrid):
     """The sites that a coordinator has given a run.
 
-    `ask` tells the coordinator something and returns what it says to it. Waves up to `committed`
-    are over for it. What travels is in `folder`.
+    `ask` tells the coordinator something and returns what it says to it. What travels is in
+    `folder`.
     """
 
     def __init__(
         self,
-        sites: int,
+        part: Part,
         *,
         ask: Ask,
         record: Record,
         folder: Path,
-        seed: int,
-        committed: int,
         tell: Callable[[Exchange], None],
         patience: float = 5.0,
     ) -> None:
         self._ask, self._record, self._folder = ask, record, folder
-        self._seed, self._committed, self._wave = seed, committed, 0
-        self._messages = [0] * sites  # that each site had
-        super().__init__(sites, tell, patience)
+        self._seed, self._committed, self._wave = part.seed, part.committed, 0
+        self._messages = [0] * part.sites  # that each site had
+        super().__init__(part.sites, tell, patience)
 
     def _answers(
         self, messages: Sequence[Message], batch: Batch, timeout: float | None
@@ -81,9 +95,7 @@ class RemoteGrid(SeatedGrid):
             if node not in self._nodes:
                 replies[place] = absent(message)
                 continue
-            nodes = (
-                {messages[k].metadata.dst_node_id for k in wave} for wave in waves
-            )
+            nodes = ({messages[k].metadata.dst_node_id for k in wave} for wave in waves)
             free = next((k for k, seen in enumerate(nodes) if node not in seen), len(waves))
             waves[free:free] = [[]] if free == len(waves) else []
             waves[free].append(place)
@@ -166,12 +178,12 @@ class RemoteGrid(SeatedGrid):
             path = outbox / str(len(written))
             path.write_bytes(data)
             written[key] = str(path), blake3(data).hexdigest()
-        path, digest = written[key]
+        place, digest = written[key]
         return {
             "site": each.site,
             "messages": each.ordinal,
             "seed": draw(self._seed, each.site, each.ordinal),
-            "path": path,
+            "path": place,
             "digest": digest,
             "is_kept": each.kept is not None,
         }

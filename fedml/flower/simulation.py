@@ -7,7 +7,7 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -184,7 +184,7 @@ def _simulated(setup: Setup) -> Seat:
     return seat
 
 
-def _serve(  # noqa: PLR0913 - a run's parts, each by its name
+def _serve(
     setup: Setup, folder: Path, record: Record, outcome: Outcome, tell: Tell, seat: Seat
 ) -> None:
     server = apps.read(Path(setup.app)).load_server()

@@ -250,7 +250,9 @@ class Assignment:
     up: str = ""
     keep_model: bool = False
     masking: str = ""  # `secagg.Masking` as JSON if the round is masked: the answer must be
-    app: str = ""  # `apps.AppTerms` as JSON if the recipe is a Flower app, the model a message to it
+    app: str = (
+        ""  # `apps.AppTerms` as JSON if the recipe is a Flower app, the model a message to it
+    )
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
