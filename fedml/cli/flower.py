@@ -137,7 +137,7 @@ def _on_federation(
         _rounds(scores)
         for site, reason in _silences(detail):
             typer.secho(f"no reply: {reason} (site {site})", fg="yellow", err=True)
-        typer.echo(f"{info.id}: {info.detail}; kept at the coordinator, under flower/runs")
+        typer.echo(f"{info.id}: {info.round} exchanges; {info.detail} at the coordinator")
     if as_json:
         emit({**result, "run": info.id, "state": info.state, "detail": info.detail})
     if info.state != "done":

@@ -236,6 +236,9 @@ def allow_app(
         list[str] | None,
         typer.Option(help="A dataset of the policy, of privacy 'none', whose files it is told."),
     ] = None,
+    seeded: Annotated[
+        bool, typer.Option("--seeded", help="What it draws follows from the run's seed.")
+    ] = False,
 ) -> None:
     """Let a Flower app run at this site: copy its code here, and allow it by its digest.
 
@@ -257,7 +260,8 @@ def allow_app(
     durable.make_folder(folder / "apps")
     place, digest = codebase.keep(app_dir, folder / "apps", name)
     config = settings_of(node_config, "--node-config")
-    add_app(path, name, AllowedApp(digest, place, "none", tuple(dataset or ()), config))
+    app = AllowedApp(digest, place, "none", tuple(dataset or ()), config, seeded=seeded)
+    add_app(path, name, app)
     typer.echo(f"{path}: app {name} {digest[:12]} may run here; from the daemon's next start on")
 
 
@@ -267,19 +271,21 @@ def check(folder: Dir) -> None:
 
     Example: fedml site check /var/lib/fedml
     """
-    from fedml.doctor.site import check_files, check_recipes
+    from fedml.doctor.site import check_apps, check_files, check_recipes
     from fedml.site.policy import read_policy
     from fedml.site.settings import read_settings
 
     settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
-    findings = [*check_recipes(policy), *check_files(policy)]
+    findings = [*check_recipes(policy), *check_apps(policy), *check_files(policy)]
     problems = [finding for finding in findings if finding.state == "fail"]
     for problem in problems:
         text = f"problem: {problem.what}: {problem.found}; {problem.advice}"
         typer.secho(text, fg="red", err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{settings.name}: {len(policy.datasets)} datasets, {len(policy.recipes)} recipes")
+    apps = f", {len(policy.apps)} apps" if policy.apps else ""
+    counts = f"{len(policy.datasets)} datasets, {len(policy.recipes)} recipes{apps}"
+    typer.echo(f"{settings.name}: {counts}")
 
 
 @app.command()

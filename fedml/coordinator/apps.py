@@ -29,7 +29,7 @@ from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.coordinator.patience import insist
 from fedml.coordinator.stage import played
 from fedml.errors import ConfigError, TaskFailed
-from fedml.protocol.apps import AppPlan, AppTerms
+from fedml.protocol.apps import FIRST_NODE, AppPlan, AppTerms
 from fedml.protocol.messages import (
     Assignment,
     Blob,
@@ -46,7 +46,6 @@ from fedml.records import from_record
 from fedml.rounds.hosting import End, Opened
 from fedml.rounds.round import Opening
 
-FIRST_NODE = 1000
 _LONGEST = 30 * 86400.0  # seconds that a wave may take
 _AGAIN = 2.0  # seconds until a site that is busy is asked again
 _log = structlog.get_logger()
@@ -219,7 +218,7 @@ class AppHost:
             while True:
                 told = await stage.hear()
                 if "done" in told:
-                    return End("done", self._count())
+                    return End("done", f"kept in {APPS}/runs/{self._id}")
                 if "failed" in told:
                     return End("failed", one_line(str(told["failed"])))
                 stage.answer(await self._answer(told))
@@ -278,6 +277,7 @@ class AppHost:
         bind_contextvars(round=wave.wave)
         _log.info("wave opened", about=wave.about, sites=len(asked))
         self._open = _Open(wave, opening, now)
+        self._desk.turns.take(self._id, asked)  # no other run opens a round where there is no room
         blobs = await self._send(wave, opening)
         try:
             await self._wait(wave, seconds)
@@ -363,6 +363,9 @@ class AppHost:
         for site in here.opening.asked:
             self._let_go(site, here.opening, counted=site in answered)
         self._close()
+        self._desk.turns.keep(self._id, ())
+        if self._desk.turns.yields(self._id):
+            self._desk.turn_over()
         self.at_rest.set()
         self._tell("running", here.wave.about)
 

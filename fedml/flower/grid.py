@@ -22,10 +22,9 @@ from fedml.flower.answer import Failure, answer, refusal
 from fedml.flower.contents import copied, question
 from fedml.flower.randomness import apart, draw
 from fedml.flower.record import Kept, Record
-from fedml.protocol.apps import Value
+from fedml.protocol.apps import FIRST_NODE, Value
 
 RUN = 1
-FIRST = 1000  # the first site's node id
 _ASKED = 5  # times in a row that a ServerApp may ask who is there
 
 
@@ -50,14 +49,14 @@ class Batch:
 
 
 class SeatedGrid(Grid):
-    """As many sites as there are, from node `FIRST` on, for the whole run.
+    """As many sites as there are, from node `FIRST_NODE` on, for the whole run.
 
     A ServerApp that waits for more sites than there are would wait forever: after `patience`
     seconds of asking who is there it gets a `ConfigError`.
     """
 
     def __init__(self, sites: int, tell: Callable[[Exchange], None], patience: float) -> None:
-        self._nodes = range(FIRST, FIRST + sites)
+        self._nodes = range(FIRST_NODE, FIRST_NODE + sites)
         self._tell, self._patience = tell, patience
         self._replies = dict[str, Message]()
         self._mutex = threading.RLock()  # older apps push from several threads
@@ -183,7 +182,7 @@ class SimulatedGrid(SeatedGrid):
         patience: float = 5.0,
     ) -> None:
         self._app, self._seed, self._record = app, seed, record
-        self._sites = {FIRST + k: _site(k, sites, config or {}) for k in range(sites)}
+        self._sites = {FIRST_NODE + k: _site(k, sites, config or {}) for k in range(sites)}
         super().__init__(sites, tell, patience)
 
     def _answers(
@@ -233,7 +232,7 @@ class SimulatedGrid(SeatedGrid):
 def _site(number: int, sites: int, config: Mapping[str, Value]) -> _Site:
     place: dict[str, Value] = {"partition-id": number, "num-partitions": sites}
     state = RecordDict()
-    return _Site(number, Context(RUN, FIRST + number, place, state, dict(config)))
+    return _Site(number, Context(RUN, FIRST_NODE + number, place, state, dict(config)))
 
 
 def _replay(kept: Kept, site: _Site, batch: Batch) -> Message:

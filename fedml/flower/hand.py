@@ -22,10 +22,10 @@ from fedml.errors import ConfigError, FedmlError
 from fedml.flower import app as apps
 from fedml.flower import private
 from fedml.flower.answer import answer
-from fedml.flower.grid import FIRST, RUN
-from fedml.flower.randomness import sow
+from fedml.flower.grid import RUN
+from fedml.flower.randomness import sow, sow_anew
 from fedml.protocol import codec
-from fedml.protocol.apps import AppTerms
+from fedml.protocol.apps import FIRST_NODE, AppTerms
 from fedml.protocol.messages import Assignment
 
 _before = frozenset(sys.modules)
@@ -76,8 +76,11 @@ def _answer(job: Mapping[str, Any], folder: Path) -> None:
     private.act_as(RUN, terms.node)
     context = _context(job, terms)
     client = app.load_client()
-    sow(order.seed)
-    reply, failure = answer(client, message, context, terms.node - FIRST)
+    if job["seeded"]:
+        sow(order.seed)
+    else:
+        sow_anew()
+    reply, failure = answer(client, message, context, terms.node - FIRST_NODE)
     if failure is not None and failure.trace:
         print(failure.trace, file=sys.stderr)  # the site's own log
     durable.replace(folder / "update.safetensors", private.message_bytes(reply))

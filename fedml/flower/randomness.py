@@ -7,6 +7,7 @@ would part from the run that it replays.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,15 @@ def sow(whole: int) -> None:
     torch.default_generator.manual_seed(whole)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(whole)
+
+
+def sow_anew() -> None:
+    """Set the same generators to where nobody else can know."""
+    random.seed(os.urandom(32))
+    np.random.seed(np.frombuffer(os.urandom(32), np.uint32))
+    torch.default_generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    if torch.cuda.is_available():
+        torch.cuda.seed_all()
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from fedml.errors import Corrupt, MalformedMessage
 from fedml.flower import private
 from fedml.flower.answer import Failure, refusal
 from fedml.flower.contents import question
-from fedml.flower.grid import FIRST, Batch, Exchange, SeatedGrid, absent, check_question
+from fedml.flower.grid import Batch, Exchange, SeatedGrid, absent, check_question
 from fedml.flower.randomness import draw
 from fedml.flower.record import Kept, Record
-from fedml.protocol.apps import Values, read_values
+from fedml.protocol.apps import FIRST_NODE, Values, read_values
 from fedml.records import Reader, from_record
 
 Ask = Callable[[Mapping[str, object]], Mapping[str, object]]
@@ -121,7 +121,7 @@ class RemoteGrid(SeatedGrid):
 
     def _asked_of(self, message: Message, batch: Batch) -> _Asked:
         node = message.metadata.dst_node_id
-        site = node - FIRST
+        site = node - FIRST_NODE
         ordinal, self._messages[site] = self._messages[site], self._messages[site] + 1
         private.give_id(message, f"{node}-{ordinal}")
         asked, kept = question(message, batch.digests), self._record.find(node, ordinal)
@@ -150,7 +150,7 @@ class RemoteGrid(SeatedGrid):
         for each in wave:
             if each.kept is None:
                 each.kept = _taken(each, came.get(str(each.site), Came(reason="no reply came")))
-                self._record.keep(FIRST + each.site, each.ordinal, each.kept)
+                self._record.keep(FIRST_NODE + each.site, each.ordinal, each.kept)
         self._record.flush()
         digests = {str(each.site): _digest(each.kept) for each in wave}
         reasons = {

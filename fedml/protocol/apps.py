@@ -14,6 +14,7 @@ from fedml.records import SCALARS, Reader, from_record, to_record
 
 Value = bool | float | int | str  # of a setting
 Values = Mapping[str, Value]
+FIRST_NODE = 1000  # the first site's, to an app
 _MOST = 32 * 2**10  # bytes of an app's settings, which each order has
 
 

@@ -391,6 +391,7 @@ class Clerk:
             "app": str(app.folder),
             "model": str(desk.model),
             "slots": str(self._memory.slots(order.run)),
+            "seeded": app.seeded,
             "node_config": {**files, **app.node_config},
             "threads": self._policy.threads,
         }

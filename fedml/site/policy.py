@@ -60,6 +60,7 @@ colluders = 0           # other sites that may help the coordinator; masked roun
 # folder = "apps/quickstart-…"       # the copy, relative to this folder
 # privacy = "none"                   # to be said: nothing bounds what its answers tell of rows
 # datasets = ["records"]             # whose files it is told; each must have privacy "none" too
+# seeded = false                     # true: its chance, and noise, follows from the run's seed
 # node_config = { partition-id = 0, num-partitions = 2 }  # what its ClientApp finds there
 """
 
@@ -144,7 +145,8 @@ class AllowedApp:
 
     What it answers is made of rows by code that no budget bounds, so `privacy` must be "none",
     and must be said. Files of `datasets` are named to it in its node's settings, as
-    `NAME.train` and `NAME.held-out`.
+    `NAME.train` and `NAME.held-out`. What it draws at random nobody else knows, unless it is
+    `seeded`: then it follows from the run's seed, and with it the noise of Flower's own mods.
     """
 
     digest: str
@@ -152,6 +154,7 @@ class AllowedApp:
     privacy: Literal["none"]
     datasets: tuple[str, ...] = ()
     node_config: Values = field(default_factory=dict)
+    seeded: bool = False
 
     def __post_init__(self) -> None:
         check_digest("app digest", self.digest)
@@ -253,6 +256,7 @@ def add_app(path: Path, name: str, app: AllowedApp) -> None:
         "folder": str(app.folder.relative_to(path.parent)),
         "privacy": app.privacy,
         "datasets": list(app.datasets) or None,
+        "seeded": app.seeded or None,
     }
     sections = [_section("apps", name, values)]
     if app.node_config:
