@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedml import durable
 from fedml.errors import ConfigError
-from fedml.records import from_record
+from fedml.records import Reader, from_record
 
 T = TypeVar("T")
 
 
-def read(kind: type[T], path: Path, *, absent: str) -> T:
+def read(
+    kind: type[T], path: Path, *, absent: str, more: Mapping[object, Reader] | None = None
+) -> T:
     """Return the `kind` that `path` describes; types are strict, unknown keys are refused.
+
+    `more` builds the types it names.
 
     Raises `ConfigError` naming the file, each bad key and its value, or `absent` (the way out)
     if there is no such file.
@@ -28,7 +33,8 @@ def read(kind: type[T], path: Path, *, absent: str) -> T:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     try:
-        return from_record(kind, raw, path.stem, {Path: lambda text: Path(str(text))})
+        readers = {Path: lambda text: Path(str(text)), **(more or {})}
+        return from_record(kind, raw, path.stem, readers)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

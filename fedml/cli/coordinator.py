@@ -97,6 +97,24 @@ def allow(
     typer.echo(f"{folder}: runs may name strategy {told} {digest[:12]}")
 
 
+@app.command("allow-app")
+def allow_app(
+    folder: Dir,
+    app_dir: Annotated[Path, typer.Argument(help="An app's folder, as 'flwr new' makes it.")],
+) -> None:
+    """Let runs name a Flower app; the coordinator keeps a copy of its code, by its digest.
+
+    Its ServerApp runs at the coordinator, so read it first.
+
+    Example: fedml coordinator allow-app ./hub my-app
+    """
+    from fedml.cli.flower import known
+    from fedml.coordinator.allowance import allow_app as take_in
+
+    name = known(app_dir).name
+    typer.echo(f"{folder}: runs may name app {name} {take_in(folder, app_dir, name)[:12]}")
+
+
 @app.command()
 def join(
     folder: Dir,

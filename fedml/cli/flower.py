@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedml.cli.console import emit, progress
-from fedml.cli.profile import JsonOption
+from fedml.cli.profile import JsonOption, ProfileOption, call
 from fedml.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedml.flower.app import App
     from fedml.flower.grid import Exchange
-    from fedml.flower.simulation import Outcome, Scores
+    from fedml.flower.simulation import Metrics, Outcome, Scores
+    from fedml.protocol.operations import RunDetail
+    from fedml.transport.link import Operations
 
+_LEAST = 2  # sites that a run waits for
 app = typer.Typer(
     help="Run Flower apps as they are.\n\nExample: fedml flower run my-app", no_args_is_help=True
 )
@@ -50,14 +55,26 @@ def run(
     keep_every: Annotated[
         float, typer.Option(help="Seconds of work that a crash may cost; 0: none.")
     ] = 1.0,
+    federation: Annotated[
+        bool, typer.Option("--federation", help="Run it on your profile's coordinator and sites.")
+    ] = False,
+    profile: ProfileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a Flower app on this machine, its ServerApp and its ClientApp unchanged.
+    """Run a Flower app, its ServerApp and its ClientApp unchanged: on this machine, unless told.
 
     Example: fedml flower run my-app --num-supernodes 10 --run-config "num-server-rounds=5"
     """
     with _flower():
         from fedml.flower import simulation
+    if federation:
+        if resume or folder:
+            raise ConfigError(
+                "--federation keeps the run at the coordinator: no --resume, --folder"
+            )
+        return _on_federation(
+            app_dir or Path(), tuple(run_config or ()), sites, seed, profile, as_json=as_json
+        )
     if resume is not None:
         if app_dir or sites is not None or run_config or folder or seed:
             raise ConfigError("--resume takes everything from the run's folder; name nothing else")
@@ -77,6 +94,64 @@ def run(
         emit({**outcome.shown(), "folder": str(place)})
     else:
         _show(outcome, place)
+
+
+def known(app_dir: Path) -> App:
+    """Return the app in a folder; raises `ConfigError` if there is none, or no Flower."""
+    with _flower():
+        from fedml.flower import app as apps
+    return apps.read(app_dir)
+
+
+def _on_federation(
+    app_dir: Path,
+    words: tuple[str, ...],
+    sites: int | None,
+    seed: int,
+    profile: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Submit an app, follow it to its end, and show what it came to."""
+    from fedml.cli.console import fail
+    from fedml.cli.run import follow_
+    from fedml.flower import app as apps
+    from fedml.protocol.apps import AppPlan
+    from fedml.protocol.messages import RecipeId
+
+    found = known(app_dir)
+    config = apps.overridden(found.config, words)
+    least = sites if sites is not None else found.sites or _LEAST
+    plan = AppPlan(RecipeId(found.name, found.digest()), config, least, seed)
+
+    async def go(coordinator: Operations) -> RunDetail:
+        info = await coordinator.submit(plan.to_json())
+        typer.echo(f"submitted {info.id}; follow it with: fedml run watch {info.id}", err=True)
+        await follow_(coordinator, info)
+        return await coordinator.show_run(info.id)
+
+    detail = call(profile, go)
+    info, result = detail.info, json.loads(detail.result or "{}")
+    if info.state == "done" and not as_json:
+        scores = {part: _by_round(result, part) for part in ("train", "evaluate", "server")}
+        _rounds(scores)
+        for site, reason in _silences(detail):
+            typer.secho(f"no reply: {reason} (site {site})", fg="yellow", err=True)
+        typer.echo(f"{info.id}: {info.round} exchanges; {info.detail} at the coordinator")
+    if as_json:
+        emit({**result, "run": info.id, "state": info.state, "detail": info.detail})
+    if info.state != "done":
+        fail(f"{info.id} {info.state}: {info.detail}")
+
+
+def _by_round(result: dict[str, dict[str, Metrics]], part: str) -> Scores:
+    return {int(number): metrics for number, metrics in result.get(part, {}).items()}
+
+
+def _silences(detail: RunDetail) -> list[tuple[str, str]]:
+    """Return the sites that did not reply, each with a reason once."""
+    found = {(str(site), why) for r in detail.receipts for site, why in r.missing.items()}
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -130,10 +205,7 @@ def _teller(say: Callable[[str], None]) -> Callable[[Exchange], None]:
 
 def _show(outcome: Outcome, folder: Path) -> None:
     """Print each round's metrics in a line, what failed, and where it is all kept."""
-    columns = (("train", outcome.train), ("evaluate", outcome.evaluate), ("server", outcome.server))
-    for number in sorted({number for _, scores in columns for number in scores}):
-        parts = (_line(name, scores, number) for name, scores in columns)
-        typer.echo("  ".join([f"round {number}", *(part for part in parts if part)]))
+    _rounds({"train": outcome.train, "evaluate": outcome.evaluate, "server": outcome.server})
     for reason, sites in outcome.failures.items():
         named = ", ".join(map(str, sorted(sites)))
         typer.secho(
@@ -145,6 +217,12 @@ def _show(outcome: Outcome, folder: Path) -> None:
     done = f"{rounds} rounds" if rounds else f"{messages} messages"
     kept = f"{folder}/{outcome.model}" if outcome.model else f"{folder}, without a model"
     typer.echo(f"{done} in {outcome.seconds:.2f} s{pace}; kept in {kept}")
+
+
+def _rounds(columns: Mapping[str, Scores]) -> None:
+    for number in sorted({number for scores in columns.values() for number in scores}):
+        parts = (_line(name, scores, number) for name, scores in columns.items())
+        typer.echo("  ".join([f"round {number}", *(part for part in parts if part)]))
 
 
 def _line(name: str, scores: Scores, number: int) -> str:

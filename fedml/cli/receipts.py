@@ -16,9 +16,11 @@ def lines(detail: RunDetail) -> Iterator[str]:
         sites = [*(c.site for c in receipt.counted), *receipt.missing, *receipt.left_out]
         width = max(map(len, sites), default=0)
         for one in receipt.counted:
-            update = f"  update {one.digest[:12]}" if one.digest else ""
+            name = "reply" if receipt.about else "update"
+            update = f"  {name} {one.digest[:12]}" if one.digest else ""
             spent = f"  epsilon {one.epsilon:.3f}" if one.epsilon else ""
-            yield f"  counted    {one.site:{width}}  weight {one.weight:g}{update}{spent}"
+            weight = "" if receipt.about else f"  weight {one.weight:g}"
+            yield f"  counted    {one.site:{width}}{weight}{update}{spent}"
         for site, why in receipt.missing.items():
             yield f"  missing    {site:{width}}  {why}"
         for site, why in receipt.damped.items():
@@ -30,6 +32,9 @@ def lines(detail: RunDetail) -> Iterator[str]:
 
 
 def _round(receipt: Receipt) -> str:
+    if receipt.about:
+        asked = ", ".join(receipt.asked)
+        return f"exchange {receipt.round} ({receipt.about}): asked {asked}; {receipt.model[:12]}"
     what = "round" if receipt.kind == "train" else "scores after round"
     again = f", attempt {receipt.attempt}" if receipt.attempt > 1 else ""
     came = f"model {receipt.model[:12]}" if receipt.model else "failed"

@@ -53,7 +53,7 @@ def submit(
         if not as_json:
             place = _place(info)
             typer.echo(f"submitted {info.id}" + (f", {info.state}: {place}" if place else ""))
-        return await _follow(coordinator, info) if follow else info
+        return await follow_(coordinator, info) if follow else info
 
     last = call(profile, go)
     if as_json:
@@ -72,7 +72,7 @@ def watch(run: Run, profile: ProfileOption = None, as_json: JsonOption = False) 
 
     async def go(coordinator: Operations) -> RunInfo:
         detail = await coordinator.show_run(RunId(run))
-        return await _follow(coordinator, detail.info)
+        return await follow_(coordinator, detail.info)
 
     last = call(profile, go)
     if as_json:
@@ -80,7 +80,8 @@ def watch(run: Run, profile: ProfileOption = None, as_json: JsonOption = False) 
     _judge(last)
 
 
-async def _follow(coordinator: Operations, info: RunInfo) -> RunInfo:
+async def follow_(coordinator: Operations, info: RunInfo) -> RunInfo:
+    """Show how a run goes until it ends; return its last state."""
     from fedml.cli.console import progress
 
     last = info
@@ -92,7 +93,12 @@ async def _follow(coordinator: Operations, info: RunInfo) -> RunInfo:
 
 def _line(info: RunInfo) -> str:
     more = _place(info) or info.detail
-    return f"{info.id}  {info.state}  {info.round}/{info.rounds} rounds  {more}".rstrip()
+    return f"{info.id}  {info.state}  {_progress(info)}  {more}".rstrip()
+
+
+def _progress(info: RunInfo) -> str:
+    """Return how far a run is; nobody knows how often a Flower app will ask."""
+    return f"{info.round}/{info.rounds} rounds" if info.rounds else f"{info.round} exchanges"
 
 
 def _place(info: RunInfo) -> str:
@@ -128,7 +134,7 @@ def list_(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
             "run": lambda r: r.id,
             "state": lambda r: r.state,
             "place": _place,
-            "rounds": lambda r: f"{r.round}/{r.rounds}",
+            "rounds": lambda r: f"{r.round}/{r.rounds}" if r.rounds else f"{r.round}",
             "version": lambda r: r.version or "",
             "scores": lambda r: scores(r.scores.items()),
             "submitted": lambda r: when(r.submitted),
@@ -213,7 +219,7 @@ def resume(
         info = await coordinator.resume_run(RunId(run))
         if not as_json:
             typer.echo(f"resumed {info.id}")
-        return await _follow(coordinator, info) if follow else info
+        return await follow_(coordinator, info) if follow else info
 
     last = call(profile, go)
     if as_json:

@@ -222,25 +222,70 @@ def allow(
     typer.echo(f"{path}: {recipe} may train on {dataset} in mode {mode}: {told}")
 
 
+@app.command("allow-app")
+def allow_app(
+    folder: Dir,
+    app_dir: Annotated[Path, typer.Argument(help="An app's folder, as 'flwr new' makes it.")],
+    privacy: Annotated[
+        str, typer.Option(help="'none', to say that you know: no budget bounds what it tells.")
+    ],
+    node_config: Annotated[
+        str, typer.Option(help="What its ClientApp finds there: 'partition-id=0 key=\"text\"'.")
+    ] = "",
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="A dataset of the policy, of privacy 'none', whose files it is told."),
+    ] = None,
+    seeded: Annotated[
+        bool, typer.Option("--seeded", help="What it draws follows from the run's seed.")
+    ] = False,
+) -> None:
+    """Let a Flower app run at this site: copy its code here, and allow it by its digest.
+
+    Its ClientApp reads what the daemon's user may read, and tells what it likes: read it first.
+
+    Example: fedml site allow-app ./bern my-app --privacy none \
+    --node-config "partition-id=0 num-partitions=2"
+    """
+    from fedml import codebase, durable
+    from fedml.cli.flower import known
+    from fedml.errors import ConfigError
+    from fedml.flower.app import settings_of
+    from fedml.site.policy import AllowedApp, add_app, read_policy
+
+    path, name = folder / "policy.toml", known(app_dir).name
+    if privacy != "none":
+        raise ConfigError(f"--privacy {privacy}: an app's answers have no other privacy than none")
+    read_policy(path)
+    durable.make_folder(folder / "apps")
+    place, digest = codebase.keep(app_dir, folder / "apps", name)
+    config = settings_of(node_config, "--node-config")
+    app = AllowedApp(digest, place, "none", tuple(dataset or ()), config, seeded=seeded)
+    add_app(path, name, app)
+    typer.echo(f"{path}: app {name} {digest[:12]} may run here; from the daemon's next start on")
+
+
 @app.command()
 def check(folder: Dir) -> None:
     """Check settings, policy, data files and recipes, and say what the site would allow.
 
     Example: fedml site check /var/lib/fedml
     """
-    from fedml.doctor.site import check_files, check_recipes
+    from fedml.doctor.site import check_apps, check_files, check_recipes
     from fedml.site.policy import read_policy
     from fedml.site.settings import read_settings
 
     settings, policy = read_settings(folder), read_policy(folder / "policy.toml")
-    findings = [*check_recipes(policy), *check_files(policy)]
+    findings = [*check_recipes(policy), *check_apps(policy), *check_files(policy)]
     problems = [finding for finding in findings if finding.state == "fail"]
     for problem in problems:
         text = f"problem: {problem.what}: {problem.found}; {problem.advice}"
         typer.secho(text, fg="red", err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{settings.name}: {len(policy.datasets)} datasets, {len(policy.recipes)} recipes")
+    apps = f", {len(policy.apps)} apps" if policy.apps else ""
+    counts = f"{len(policy.datasets)} datasets, {len(policy.recipes)} recipes{apps}"
+    typer.echo(f"{settings.name}: {counts}")
 
 
 @app.command()

@@ -16,6 +16,7 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from fedml import __version__, failpoints, telemetry
+from fedml.coordinator.sizes import largest_update
 from fedml.coordinator.turns import Turns
 from fedml.errors import Unreachable
 from fedml.protocol.messages import (
@@ -30,6 +31,7 @@ from fedml.protocol.messages import (
     Forget,
     Hello,
     Leaf,
+    RecipeId,
     Relayed,
     ReleaseNotice,
     Roster,
@@ -46,9 +48,7 @@ from fedml.protocol.messages import (
     Welcome,
 )
 from fedml.protocol.operations import SiteInfo
-from fedml.protocol.secagg import Masking
 from fedml.rounds.selection import SiteStatus
-from fedml.secagg import Grid
 from fedml.transport.desks import Send
 from fedml.transport.pulse import Pulse
 
@@ -245,6 +245,14 @@ class Desk:
     def owes(self, site: SiteId, task: TaskId) -> bool:
         """True while a task of `site` is wanted, answered or not."""
         return task in self._seat(site).outstanding
+
+    def running(self, app: RecipeId) -> tuple[SiteId, ...]:
+        """Return the sites that are here and run a Flower app; regions carry no messages of one."""
+        return tuple(
+            site
+            for site, seat in sorted(self._seats.items())
+            if seat.here and not seat.via and seat.hello and app in seat.hello.apps
+        )
 
     def roster(self) -> tuple[Leaf, ...]:
         """Return who was here so far, as a region tells it to its parent."""
@@ -477,18 +485,6 @@ class Desk:
         elif not self._here and self._beats is not None:
             self._beats.cancel()
             self._beats = None
-
-
-def largest_update(order: Assignment) -> int:
-    """Return how many bytes an update may have: twice the model's, and a little.
-
-    Algorithms report slots as large as the model at most once. Masked words are as many as the
-    round's terms say.
-    """
-    if not order.masking:
-        return 2 * order.model.size + 2**20
-    masking = Masking.from_json(order.masking)
-    return 4 * Grid(len(masking.cohort), masking.parts).length
 
 
 def _over(run: RunId) -> Forget:

@@ -7,6 +7,7 @@ operator/          the first profile   registry/                MLflow, unless e
 audit.jsonl        who did what        press/                   bundles in the making
 parent/  shares/   a region's papers for its parent, and its rounds that are open
 strategies/        files that 'fedml coordinator allow' took in, by digest
+flower/            apps that 'fedml coordinator allow-app' took in, and their runs
 roster.json        sites that mask, and their keys: put there by an operator
 """
 
@@ -32,6 +33,7 @@ from fedml.secagg import Roster
 
 FIRST_OPERATOR = "admin"
 STRATEGIES = "strategies"
+APPS = "flower"
 _OPERATOR_DAYS = 365.0
 
 

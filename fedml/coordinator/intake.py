@@ -11,10 +11,11 @@ from collections.abc import Callable
 from functools import partial
 
 from fedml import failpoints
-from fedml.coordinator.desk import Answer, Desk, largest_update
+from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
 from fedml.coordinator.patience import insist
 from fedml.coordinator.post import opened
+from fedml.coordinator.sizes import largest_update
 from fedml.errors import FedmlError, MalformedMessage, Refused
 from fedml.params import read
 from fedml.protocol.messages import (
@@ -59,9 +60,9 @@ class Intake:
         """Turn an answer into an event; a malformed update counts as the site's failure."""
         match answer:
             case Declined(task, reason, for_now):
-                self._tell(SiteLost(site, _line(reason), final=not for_now, task=task))
+                self._tell(SiteLost(site, one_line(reason), final=not for_now, task=task))
             case Failed(task, reason):
-                self._tell(SiteLost(site, _line(reason), task=task))
+                self._tell(SiteLost(site, one_line(reason), task=task))
             case Scored(task, totals, count, epsilon):
                 report = Report(task, order.round, site, totals, count, epsilon)
                 self._tell(ReportArrived(report))
@@ -85,7 +86,7 @@ class Intake:
                     self._desk.remind(owing, task)
             else:
                 for owing, task in _owing(site, answer):
-                    why = f"update refused: {_line(str(error))}"
+                    why = f"update refused: {one_line(str(error))}"
                     self._tell(SiteLost(owing, why, task=task))
         else:
             self._hold(event.digest)  # which is the same, unless it came as a parcel
@@ -157,7 +158,7 @@ def _owing(site: SiteId, answer: Trained | Summed) -> list[tuple[SiteId, TaskId]
     return [(summand.site, summand.task) for summand in answer.summands]
 
 
-def _line(reason: str) -> str:
+def one_line(reason: str) -> str:
     """Return a site's words as one short line: they go to operators' terminals."""
     plain = "".join(letter if letter.isprintable() else " " for letter in reason)
     return " ".join(plain.split())[:_LONGEST_REASON]

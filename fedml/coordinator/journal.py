@@ -18,6 +18,7 @@ from fedml import durable, failpoints
 from fedml.errors import ConfigError, Corrupt, MalformedMessage
 from fedml.identity.receipts import Sealer, start
 from fedml.params import read
+from fedml.protocol.apps import AppPlan, is_app_plan
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Receipt, RunState, Seal
 from fedml.records import from_record, to_record
@@ -112,7 +113,7 @@ class History:
     """All that the journal says of one run."""
 
     submitted: Submitted
-    read: Plan | Corrupt  # its plan, or why that cannot be read any more
+    read: Plan | AppPlan | Corrupt  # its plan, or why that cannot be read any more
     receipts: list[Receipt] = field(default_factory=list)
     seals: list[Seal] = field(default_factory=list)
     opened: Opened | None = None
@@ -132,7 +133,13 @@ class History:
         """The run's plan; raises `Corrupt` if it does not read, as without its own strategy."""
         if isinstance(self.read, Corrupt):
             raise self.read
+        assert isinstance(self.read, Plan), "a run of a Flower app has an `app` instead"
         return self.read
+
+    @property
+    def app(self) -> AppPlan | None:
+        """The plan of a Flower app's run, which has no other."""
+        return self.read if isinstance(self.read, AppPlan) else None
 
     @property
     def title(self) -> tuple[str, int]:
@@ -288,8 +295,10 @@ class Journal:
             history = History(entry, self._plan(entry), due=entry.starts, queued=queued)
             self.runs = {**self.runs, entry.run: history}
 
-    def _plan(self, entry: Submitted) -> Plan | Corrupt:
+    def _plan(self, entry: Submitted) -> Plan | AppPlan | Corrupt:
         try:
+            if is_app_plan(entry.plan):
+                return AppPlan.from_json(entry.plan)
             return Plan.from_json(entry.plan)
         except ConfigError as error:
             return Corrupt(

@@ -13,6 +13,7 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from fedml.coordinator import press
+from fedml.coordinator.apps import AppHost, check_app, result
 from fedml.coordinator.archive import Archive
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.folder import Folder
@@ -24,6 +25,7 @@ from fedml.coordinator.patience import insist
 from fedml.errors import ConfigError, FedmlError, Unreachable
 from fedml.learning.recipe import identify
 from fedml.params import Params, read
+from fedml.protocol.apps import AppPlan, is_app_plan
 from fedml.protocol.messages import Assignment, RunId, SiteId, TaskId
 from fedml.protocol.operations import RunDetail, RunInfo
 from fedml.releases.manifest import WEIGHTS
@@ -47,7 +49,7 @@ class Runs:
         if self._journal.torn:
             _log.warning("journal mended", bytes_cut=len(self._journal.torn))
         self._mint = Mint(folder.path / "press", archive, self._journal)
-        self._hosts: dict[RunId, Host] = {}
+        self._hosts: dict[RunId, Host | AppHost] = {}
         self._playing: dict[RunId, asyncio.Task[None]] = {}
         self._chores: set[asyncio.Task[None]] = set()
         self._watchers: dict[RunId, set[asyncio.Event]] = {}
@@ -117,6 +119,10 @@ class Runs:
         self._check_open()
         if not 0 <= starts < _LATEST:
             raise ConfigError(f"starts {starts}: seconds since the epoch, or 0 for now")
+        if is_app_plan(text):
+            app = AppPlan.from_json(text)
+            check_app(self._folder.path, app)
+            return await self._take_in(app.app.name, app.to_json(), by, starts)
         plan = Plan.from_json(text)
         plan.check_served()
         if plan.secagg.is_on and self._folder.roster is None:
@@ -138,9 +144,12 @@ class Runs:
                 raise ConfigError(reason + way_out)
         if plan.parent:
             await self._archive.do(lambda registry: registry.get(plan.model, plan.parent))
+        return await self._take_in(plan.model, plan.to_json(), by, starts)
+
+    async def _take_in(self, model: str, plan: str, by: str, starts: float) -> RunInfo:
         async with self._order:
-            id = RunId(f"{plan.model}-{1 + len(self._journal.runs)}")
-            entry = Submitted(id, plan.to_json(), by, time.time(), starts)
+            id = RunId(f"{model}-{1 + len(self._journal.runs)}")
+            entry = Submitted(id, plan, by, time.time(), starts)
             await asyncio.to_thread(self._journal.append, entry)
         self._fill()
         return self.info(id)
@@ -174,6 +183,7 @@ class Runs:
             tuple(history.receipts),
             tuple(history.seals),
             self._folder.sealer.certificate,
+            result(self._folder.path, id) if history.app else "",
         )
 
     async def halt(self, id: RunId, reason: str) -> RunInfo:
@@ -202,6 +212,8 @@ class Runs:
                 raise ConfigError(f"{id} is {self.info(id).state}; only what has ended is resumed")
             if history.ended.state == "done" or history.version:
                 raise ConfigError(f"{id} has ended with a version; submit another run")
+            if history.app and history.ended.state == "failed":
+                raise ConfigError(f"{id} has failed, and its sites have forgotten; run it anew")
             await asyncio.to_thread(self._journal.append, Resumed(id, by, time.time()))
         self._fill()
         return self.info(id)
@@ -303,6 +315,8 @@ class Runs:
         try:
             if not history.begun and not history.halted:
                 await self._note(Begun(id, time.time()))
+            if history.app:
+                return await self._play_app(id, history.app)
             run = await insist(partial(self._load, id), _waits)
             if run is None:
                 return await self._wind_up(id)
@@ -324,6 +338,21 @@ class Runs:
             await host.play()
         except FedmlError as error:
             await self._fail(id, str(error))
+
+    async def _play_app(self, id: RunId, plan: AppPlan) -> None:
+        host = AppHost(
+            id,
+            plan,
+            desk=self.desk,
+            journal=self._journal,
+            holds=self._holds,
+            folder=self._folder.path,
+            changed=self._changed,
+        )
+        self._hosts[id] = host
+        if self._draining:
+            host.drain()
+        await host.play(self._journal.runs[id].halted)
 
     async def _wind_up(self, id: RunId) -> None:
         """End a run that was stopped while nothing of it was open."""

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fedml import durable
+from fedml import codebase, durable
 from fedml.doctor import books, machine, papers
 from fedml.doctor.finding import Finding, attempt, is_sound
 from fedml.doctor.line import line
-from fedml.errors import Corrupt, FedmlError
+from fedml.errors import ConfigError, Corrupt, FedmlError
 from fedml.identity.certificates import Credentials
 from fedml.learning.recipe import installed
 from fedml.site.departure import departure
@@ -49,6 +49,7 @@ async def examine_site(folder: Path, clock: Callable[[], float]) -> list[Finding
         *attempt("disk", lambda: machine.disk(folder, _need(folder, policy))),
         *_books(folder, policy, clock()),
         *attempt("recipes", lambda: check_recipes(policy)),
+        *attempt("apps", lambda: check_apps(policy)),
         *await _data(folder, policy),
     ]
 
@@ -100,6 +101,26 @@ def check_recipes(policy: Policy) -> Iterator[Finding]:
             yield Finding("fail", what, found, advice)
         else:
             yield Finding("ok", what, f"installed, {recipe.digest[:12]}…")
+
+
+def check_apps(policy: Policy) -> Iterator[Finding]:
+    """Look at whether the copy of each Flower app is what the policy allows, and may say so."""
+    for name, app in policy.apps.items():
+        what, again = f"app {name}", "take its section out, and run 'fedml site allow-app' again"
+        barred = [each for each in app.datasets if policy.datasets[each].privacy != "none"]
+        try:
+            here = codebase.digest(app.folder)
+        except ConfigError as error:
+            yield Finding("fail", what, str(error), again)
+            continue
+        if here != app.digest:
+            found = f"the policy allows {app.digest[:12]}…, in {app.folder} is {here[:12]}…"
+            yield Finding("fail", what, found, again)
+        elif barred:
+            found = f"it is told of dataset {barred[0]}, whose policy wants privacy"
+            yield Finding("fail", what, found, "it is refused until one of the two is changed")
+        else:
+            yield Finding("ok", what, f"allowed, {app.digest[:12]}…; without privacy")
 
 
 def check_files(policy: Policy) -> Iterator[Finding]:

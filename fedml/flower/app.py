@@ -6,21 +6,20 @@ import importlib
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from blake3 import blake3
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from fedml import codebase
 from fedml.errors import ConfigError
-from fedml.flower.grid import Value
+from fedml.protocol.apps import Value
 
 T = TypeVar("T")
 _PAIR = re.compile(r"""\s*([^\s=]+)=('[^']*'|"[^"]*"|\S+)""")
-_FILES = (".py", ".toml")  # what an app is made of; a run may leave others beside them
 _ADVICE = "make an app with 'flwr new', or see docs/flower.md"
 
 
@@ -31,29 +30,32 @@ class App:
     folder: Path
     server: str  # module:attribute
     client: str
+    name: str
     config: Mapping[str, Value]
     sites: int | None  # of its default federation, where an older app names one
 
-    def load(self) -> tuple[ServerApp, ClientApp]:
-        """Import the app's two halves; raises `ConfigError` if one is not there.
+    def load_server(self) -> ServerApp:
+        """Import the coordinator's half; raises `ConfigError` if it is not there.
 
         The folder stays on the path: what a site imports later is found too.
         """
+        self._reach()
+        return _load(self.server, "serverapp", ServerApp, self.folder)
+
+    def load_client(self) -> ClientApp:
+        """Import the sites' half; raises `ConfigError` if it is not there."""
+        self._reach()
+        return _load(self.client, "clientapp", ClientApp, self.folder)
+
+    def _reach(self) -> None:
         folder = str(self.folder)
         if folder not in sys.path:
             sys.path.insert(0, folder)
         importlib.invalidate_caches()
-        server = _load(self.server, "serverapp", ServerApp, self.folder)
-        return server, _load(self.client, "clientapp", ClientApp, self.folder)
 
     def digest(self) -> str:
         """Return a digest of the folder's code and settings."""
-        total = blake3()
-        for path in sorted(_files(self.folder)):
-            data = path.read_bytes()
-            total.update(f"{path.relative_to(self.folder)} {len(data)}\n".encode())
-            total.update(data)
-        return total.hexdigest()
+        return codebase.digest(self.folder)
 
 
 def read(folder: Path) -> App:
@@ -76,6 +78,7 @@ def read(folder: Path) -> App:
         path.parent,
         str(components["serverapp"]),
         str(components["clientapp"]),
+        _name_of(raw, path.parent),
         _flat(about.get("config", {}), str(path)),
         _sites_of(raw),
     )
@@ -88,7 +91,7 @@ def overridden(config: Mapping[str, Value], words: Sequence[str]) -> dict[str, V
     """
     wanted = dict[str, Value]()
     for text in words:
-        wanted |= _overrides(text)
+        wanted |= settings_of(text)
     if unknown := sorted(wanted.keys() - config.keys()):
         raise ConfigError(
             f"--run-config {', '.join(unknown)}: the app has no such setting; "
@@ -97,8 +100,9 @@ def overridden(config: Mapping[str, Value], words: Sequence[str]) -> dict[str, V
     return {**config, **wanted}
 
 
-def _overrides(text: str) -> dict[str, Value]:
-    where = f"--run-config {text!r}"
+def settings_of(text: str, option: str = "--run-config") -> dict[str, Value]:
+    """Return what `key=value ...` says, or the TOML file of that name; raises `ConfigError`."""
+    where = f"{option} {text!r}"
     if text.endswith(".toml"):
         try:
             return _flat(tomllib.loads(Path(text).expanduser().read_text()), where)
@@ -141,6 +145,13 @@ def _table(raw: Mapping[str, object], name: str, path: Path) -> Mapping[str, obj
     return found
 
 
+def _name_of(raw: Mapping[str, object], folder: Path) -> str:
+    """Return what the project calls itself, in the letters that names have here."""
+    found = raw.get("project")
+    name = found.get("name") if isinstance(found, Mapping) else None
+    return re.sub(r"[^a-z0-9_-]+", "-", str(name or folder.name).lower()).strip("-_")[:63]
+
+
 def _sites_of(raw: Mapping[str, object]) -> int | None:
     """Return `options.num-supernodes` of the default federation, which apps had until 1.25."""
     found: object = raw
@@ -174,14 +185,3 @@ def _load(reference: str, half: str, kind: type[T], folder: Path) -> T:
     if not isinstance(found, kind):
         raise ConfigError(f"{half} {reference} is {type(found).__name__}, not {kind.__name__}")
     return found
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    for path in folder.iterdir():
-        aside = path.name.startswith((".", "__pycache__")) or (path / "pyvenv.cfg").exists()
-        if aside or (path.is_dir() and path.is_symlink()):
-            continue
-        if path.is_dir():
-            yield from _files(path)
-        elif path.suffix in _FILES:
-            yield path

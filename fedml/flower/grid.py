@@ -1,36 +1,31 @@
-"""A ServerApp's `Grid` over sites in this process: a message goes straight to the ClientApp."""
+"""A ServerApp's `Grid` over sites that stay the same, who answer what is pushed before it returns.
+
+Over sites in this process (`SimulatedGrid`) a message goes straight to the ClientApp; real ones
+are in `remote`.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedml.errors import ConfigError
 from fedml.flower import private
+from fedml.flower.answer import Failure, answer, refusal
 from fedml.flower.contents import copied, question
-from fedml.flower.randomness import apart
+from fedml.flower.randomness import apart, draw
 from fedml.flower.record import Kept, Record
+from fedml.protocol.apps import FIRST_NODE, Value
 
-Value = bool | float | int | str  # of a setting
 RUN = 1
-_FIRST = 1000  # the first site's node id
 _ASKED = 5  # times in a row that a ServerApp may ask who is there
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A site, by its partition, that answered with an error; where that came from, if known."""
-
-    site: int
-    reason: str
-    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,16 +40,7 @@ class Exchange:
 
 
 @dataclass
-class _Site:
-    """A site: its context, and how many messages it had."""
-
-    number: int
-    context: Context
-    messages: int = 0
-
-
-@dataclass
-class _Batch:
+class Batch:
     """What is counted of one `push_messages`."""
 
     replayed: int = 0
@@ -62,35 +48,27 @@ class _Batch:
     digests: dict[int, bytes] = field(default_factory=dict)
 
 
-class SimulatedGrid(Grid):
-    """As many sites as asked for, always there, who work one after the other.
-
-    What a site draws at random is a function of `seed`, the site and how many messages it had. A
-    `record` answers what it holds; everything else is answered by `app` and kept in it.
+class SeatedGrid(Grid):
+    """As many sites as there are, from node `FIRST_NODE` on, for the whole run.
 
     A ServerApp that waits for more sites than there are would wait forever: after `patience`
     seconds of asking who is there it gets a `ConfigError`.
     """
 
-    def __init__(
-        self,
-        app: ClientApp,
-        sites: int,
-        *,
-        config: Mapping[str, Value] | None = None,
-        seed: int = 0,
-        record: Record | None = None,
-        tell: Callable[[Exchange], None] = lambda exchange: None,
-        patience: float = 5.0,
-    ) -> None:
-        self._app, self._seed, self._record = app, seed, record
+    def __init__(self, sites: int, tell: Callable[[Exchange], None], patience: float) -> None:
+        self._nodes = range(FIRST_NODE, FIRST_NODE + sites)
         self._tell, self._patience = tell, patience
-        self._sites = {_FIRST + k: _site(k, sites, config or {}) for k in range(sites)}
         self._replies = dict[str, Message]()
         self._mutex = threading.RLock()  # older apps push from several threads
         self._owner = threading.get_ident()
         self._asked, self._since = 0, 0.0
         self.set_run(private.empty_run(RUN))
+
+    @abstractmethod
+    def _answers(
+        self, messages: Sequence[Message], batch: Batch, timeout: float | None
+    ) -> Iterable[Message]:
+        """Return the reply to each message, in their order; each has an id by then."""
 
     def set_run(self, run: private.Run) -> None:
         """Let the ServerApp's messages be of `run`."""
@@ -117,21 +95,11 @@ class SimulatedGrid(Grid):
         """Return the sites, in the order of their partitions."""
         if threading.get_ident() == self._owner:
             self._note_asking()
-        return list(self._sites)
+        return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Have each message answered, in their order; return their ids."""
-        with self._mutex:
-            begun, batch, asked = time.perf_counter(), _Batch(), list(messages)
-            self._asked = 0
-            for message in asked:
-                reply = self._answer(message, batch)
-                self._replies[message.metadata.message_id] = reply
-            if asked:
-                kind, seconds = asked[0].metadata.message_type, time.perf_counter() - begun
-                failures = tuple(batch.failures)
-                self._tell(Exchange(kind, len(asked), batch.replayed, failures, seconds))
-            return [message.metadata.message_id for message in asked]
+        """Have each message answered; return their ids."""
+        return self._push(messages, None)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages, each of them once."""
@@ -142,8 +110,21 @@ class SimulatedGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Return the replies to `messages`; a simulated site is never late for `timeout`."""
-        return self.pull_messages(self.push_messages(messages))
+        """Return the replies to `messages`; who is late for `timeout` has an error for one."""
+        return self.pull_messages(self._push(messages, timeout))
+
+    def _push(self, messages: Iterable[Message], timeout: float | None) -> list[str]:
+        with self._mutex:
+            begun, batch, asked = time.perf_counter(), Batch(), list(messages)
+            self._asked = 0
+            replies = list(self._answers(asked, batch, timeout))
+            ids = [message.metadata.message_id for message in asked]
+            self._replies |= zip(ids, replies, strict=True)
+            if asked:
+                kind, seconds = asked[0].metadata.message_type, time.perf_counter() - begun
+                failures = tuple(batch.failures)
+                self._tell(Exchange(kind, len(asked), batch.replayed, failures, seconds))
+            return ids
 
     def _note_asking(self) -> None:
         """Raise `ConfigError` if nothing but asking who is there has been done for too long."""
@@ -152,29 +133,76 @@ class SimulatedGrid(Grid):
         self._asked += 1
         if self._asked > _ASKED and now - self._since >= self._patience:
             raise ConfigError(
-                f"the ServerApp waits for more sites than the {len(self._sites)} there are; "
+                f"the ServerApp waits for more sites than the {len(self._nodes)} there are; "
                 "give more with --num-supernodes, or lower its min_available_nodes"
             )
 
-    def _answer(self, message: Message, batch: _Batch) -> Message:
+
+def absent(message: Message) -> Message:
+    """Return the reply to a message to a node that is none."""
+    node = message.metadata.dst_node_id
+    private.give_id(message, f"{node}-nobody-{id(message)}")
+    return refusal(message, private.ABSENT, f"there is no node {node}")
+
+
+def check_question(kept: Kept, asked: bytes, site: int, ordinal: int) -> None:
+    """Raise `ConfigError` if a kept answer is to another question."""
+    if kept.question != asked:
+        raise ConfigError(
+            f"the ServerApp asks site {site}, at its message {ordinal + 1}, other than before it "
+            "was interrupted: it depends on more than the seed and the replies; begin the run anew"
+        )
+
+
+@dataclass
+class _Site:
+    """A site: its context, and how many messages it had."""
+
+    number: int
+    context: Context
+    messages: int = 0
+
+
+class SimulatedGrid(SeatedGrid):
+    """As many sites as asked for, always there, who work one after the other, and never late.
+
+    What a site draws at random is a function of `seed`, the site and how many messages it had. A
+    `record` answers what it holds; everything else is answered by `app` and kept in it.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        sites: int,
+        *,
+        config: Mapping[str, Value] | None = None,
+        seed: int = 0,
+        record: Record | None = None,
+        tell: Callable[[Exchange], None] = lambda exchange: None,
+        patience: float = 5.0,
+    ) -> None:
+        self._app, self._seed, self._record = app, seed, record
+        self._sites = {FIRST_NODE + k: _site(k, sites, config or {}) for k in range(sites)}
+        super().__init__(sites, tell, patience)
+
+    def _answers(
+        self, messages: Sequence[Message], batch: Batch, timeout: float | None
+    ) -> Iterable[Message]:
+        return [self._answer(message, batch) for message in messages]
+
+    def _answer(self, message: Message, batch: Batch) -> Message:
         """Return a site's reply, from the record if it is there."""
         node = message.metadata.dst_node_id
         site = self._sites.get(node)
         if site is None:
-            private.give_id(message, f"{node}-nobody-{id(message)}")
-            return _refusal(message, private.ABSENT, f"there is no node {node}")
+            return absent(message)
         ordinal, site.messages = site.messages, site.messages + 1
         private.give_id(message, f"{node}-{ordinal}")
         if self._record is None:
             return self._work(message, site, ordinal, batch)
         asked = question(message, batch.digests)
         if (kept := self._record.find(node, ordinal)) is not None:
-            if kept.question != asked:
-                raise ConfigError(
-                    f"the ServerApp asks site {site.number}, at its message {ordinal + 1}, other "
-                    "than before it was interrupted: it depends on more than the seed and the "
-                    "replies; begin the run anew"
-                )
+            check_question(kept, asked, site.number, ordinal)
             return _replay(kept, site, batch)
         reply = self._work(message, site, ordinal, batch)
         self._record.keep(
@@ -184,23 +212,17 @@ class SimulatedGrid(Grid):
         )
         return reply
 
-    def _work(self, message: Message, site: _Site, ordinal: int, batch: _Batch) -> Message:
+    def _work(self, message: Message, site: _Site, ordinal: int, batch: Batch) -> Message:
         """Let the ClientApp answer, with records of its own, as if it were far away."""
         task = private.received(message, copied(message.content))
         private.act_as(self._run.run_id, site.context.node_id)
         try:
-            with apart(self._seed, site.number, ordinal):
-                reply = self._app(task, site.context)
-            if not isinstance(reply, Message):
-                raise TypeError(f"the ClientApp returned {type(reply).__name__}, not a Message")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - an app may raise anything
-            batch.failures.append(Failure(site.number, _brief(error), traceback.format_exc()))
-            # in the words of Flower's own runtime
-            reply = _refusal(task, private.RAISED, f"{type(error)}:<'{error}'>")
+            with apart(draw(self._seed, site.number, ordinal)):
+                reply, failure = answer(self._app, task, site.context, site.number)
         finally:
             private.act_as(self._run.run_id, private.COORDINATOR)
-        if reply.has_error() and reply.error.code != private.RAISED:  # a mod's, say
-            batch.failures.append(Failure(site.number, str(reply.error.reason)))
+        if failure is not None:
+            batch.failures.append(failure)
         if reply.has_content():
             reply = private.received(reply, copied(reply.content))
         private.give_id(reply, f"{message.metadata.message_id}-reply")
@@ -210,14 +232,10 @@ class SimulatedGrid(Grid):
 def _site(number: int, sites: int, config: Mapping[str, Value]) -> _Site:
     place: dict[str, Value] = {"partition-id": number, "num-partitions": sites}
     state = RecordDict()
-    return _Site(number, Context(RUN, _FIRST + number, place, state, dict(config)))
+    return _Site(number, Context(RUN, FIRST_NODE + number, place, state, dict(config)))
 
 
-def _refusal(message: Message, code: int, reason: str) -> Message:
-    return Message(Error(code, reason), reply_to=message)
-
-
-def _replay(kept: Kept, site: _Site, batch: _Batch) -> Message:
+def _replay(kept: Kept, site: _Site, batch: Batch) -> Message:
     """Return the kept reply, with the site as it was after it."""
     batch.replayed += 1
     site.context = private.read_context(kept.context)
@@ -225,7 +243,3 @@ def _replay(kept: Kept, site: _Site, batch: _Batch) -> Message:
     if reply.has_error():
         batch.failures.append(Failure(site.number, str(reply.error.reason)))
     return reply
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -27,6 +27,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.run import Run as Run  # again: `Grid` names it
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedml.errors import MalformedMessage
+
 COORDINATOR = SUPERLINK_NODE_ID  # the node whose word a ServerApp's messages are
 Stop = AppExitException  # how Flower's own strategies give up, with a sentence for a person
 RAISED: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -66,6 +68,39 @@ def message_bytes(message: Message) -> bytes:
 def read_message(data: bytes) -> Message:
     """Return what `message_bytes` was given."""
     return message_from_proto(MessageProto.FromString(data))
+
+
+def question_bytes(message: Message) -> bytes:
+    """Return the message as Flower sends it, but for whom it is to, its id and the time.
+
+    So messages of equal content are equal, and so are those of a replay.
+    """
+    proto = message_to_proto(message)
+    for name in ("message_id", "dst_node_id", "created_at"):
+        proto.metadata.ClearField(name)
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
+
+
+def addressed(data: bytes, node: int, id_: str, now: float) -> Message:
+    """Return what `question_bytes` was given, as a message to `node`."""
+    proto = MessageProto.FromString(data)
+    proto.metadata.dst_node_id, proto.metadata.message_id = node, id_
+    proto.metadata.created_at = now
+    return message_from_proto(proto)
+
+
+def read_reply(data: bytes, message: Message) -> Message:
+    """Return a foreign reply to `message`: content or error, and nothing else that it says.
+
+    Raises `MalformedMessage` if it is none.
+    """
+    try:
+        found = message_from_proto(MessageProto.FromString(data))
+        return Message(found.content if found.has_content() else found.error, reply_to=message)
+    except Exception as error:  # Flower does not say what its readers raise
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise MalformedMessage(f"{len(data)} bytes are no message ({line:.100})") from error
 
 
 def context_bytes(context: Context) -> bytes:

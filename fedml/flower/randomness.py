@@ -7,6 +7,7 @@ would part from the run that it replays.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ import torch
 from blake3 import blake3
 
 
-def sow(*key: int) -> None:
-    """Set the three global generators, and those of GPUs, to where `key` alone says."""
-    drawn = blake3(repr(key).encode()).digest()
-    whole = int.from_bytes(drawn[:8], "little") >> 1
+def draw(*key: int) -> int:
+    """Return a whole number, 0 or more and below 2^63, that follows from `key` alone."""
+    return int.from_bytes(blake3(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def sow(whole: int) -> None:
+    """Set the three global generators, and those of GPUs, to where `whole` alone says."""
     random.seed(whole)
     np.random.seed(whole % 2**32)
     # not torch.manual_seed: it takes a millisecond to tell accelerators that are not there
@@ -28,12 +32,21 @@ def sow(*key: int) -> None:
         torch.cuda.manual_seed_all(whole)
 
 
+def sow_anew() -> None:
+    """Set the same generators to where nobody else can know."""
+    random.seed(os.urandom(32))
+    np.random.seed(np.frombuffer(os.urandom(32), np.uint32))
+    torch.default_generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    if torch.cuda.is_available():
+        torch.cuda.seed_all()
+
+
 @contextmanager
-def apart(*key: int) -> Iterator[None]:
-    """Draw from the stream of `key` meanwhile; the stream from before goes on afterwards."""
+def apart(whole: int) -> Iterator[None]:
+    """Draw from the stream of `whole` meanwhile; the stream from before goes on afterwards."""
     ours, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    sow(*key)
+    sow(whole)
     try:
         yield
     finally:

@@ -26,7 +26,11 @@ _COST = 20  # keeping may take this fraction of the time between
 
 @dataclass(frozen=True)
 class Kept:
-    """One answer: what was asked, the reply, and the site's context after it, as bytes."""
+    """One answer: what was asked, the reply, and the site's context after it, as bytes.
+
+    A real site keeps its context to itself. Where none replied, the reply is empty and the reason
+    stands in the place of the context.
+    """
 
     question: bytes
     reply: bytes

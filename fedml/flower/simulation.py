@@ -7,7 +7,7 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from flwr.app import Context, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedml import durable
@@ -22,16 +23,18 @@ from fedml.errors import ConfigError, FedmlError, MalformedUpdate, TaskFailed
 from fedml.flower import app as apps
 from fedml.flower import private
 from fedml.flower.contents import params_of
-from fedml.flower.grid import RUN, Exchange, SimulatedGrid, Value
-from fedml.flower.randomness import sow
+from fedml.flower.grid import RUN, Exchange, SimulatedGrid
+from fedml.flower.randomness import draw, sow
 from fedml.flower.record import Record
 from fedml.params import encode
-from fedml.records import SCALARS, Reader, from_record
+from fedml.protocol.apps import Values, read_values
+from fedml.records import Reader, from_record
 
 _SITES = 10  # as Flower's simulation has them
 Metrics = dict[str, float | list[float]]
 Scores = dict[int, Metrics]  # by round
-_Config = Mapping[str, Value]
+Tell = Callable[[Exchange], None]
+Seat = Callable[[Record, Tell], Grid]  # gives a ServerApp its sites
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Setup:
 
     app: str  # its folder
     digest: str  # of its code and settings
-    config: _Config
+    config: Values
     sites: int
     seed: int
     flower: str  # the version it was begun with
@@ -122,7 +125,7 @@ def begun(folder: Path) -> Setup:
     path = folder / "run.json"
     if not path.exists():
         raise ConfigError(f"{folder} is no run of a Flower app: it has no run.json")
-    readers: dict[object, Reader] = {_Config: _read_config}
+    readers: dict[object, Reader] = {Values: read_values}
     setup = from_record(Setup, durable.read_json(path), str(path), readers)
     if (folder / "result.json").exists():
         raise ConfigError(f"{folder} is over, there is nothing to go on with; see its result.json")
@@ -144,9 +147,12 @@ def play(
     folder: Path,
     *,
     least: float = 1.0,
-    tell: Callable[[Exchange], None] = lambda exchange: None,
+    tell: Tell = lambda exchange: None,
+    seat: Seat | None = None,
 ) -> Outcome:
     """Run the app to its end, or from where `folder` has it to its end.
+
+    Its sites are simulated, unless `seat` gives it others.
 
     At most `least` seconds of work are lost in a crash. Leaves `run.json`, `result.json`, the
     model and, of what failed, `errors.log`. Raises `TaskFailed` if the ServerApp does, or if no
@@ -158,7 +164,7 @@ def play(
         record, outcome = Record(folder / "replies.bin", least), Outcome()
         gc.freeze()  # some strategies collect garbage at each reply; not through all of torch
         try:
-            _serve(setup, folder, record, outcome, tell)
+            _serve(setup, folder, record, outcome, tell, seat or _simulated(setup))
         finally:
             gc.unfreeze()
             record.close()
@@ -167,14 +173,21 @@ def play(
     return outcome
 
 
+def _simulated(setup: Setup) -> Seat:
+    client = apps.read(Path(setup.app)).load_client()
+
+    def seat(record: Record, tell: Tell) -> Grid:
+        return SimulatedGrid(
+            client, setup.sites, config=setup.config, seed=setup.seed, record=record, tell=tell
+        )
+
+    return seat
+
+
 def _serve(
-    setup: Setup,
-    folder: Path,
-    record: Record,
-    outcome: Outcome,
-    tell: Callable[[Exchange], None],
+    setup: Setup, folder: Path, record: Record, outcome: Outcome, tell: Tell, seat: Seat
 ) -> None:
-    server, client = apps.read(Path(setup.app)).load()
+    server = apps.read(Path(setup.app)).load_server()
     start = time.perf_counter()
 
     def note(exchange: Exchange) -> None:
@@ -183,11 +196,9 @@ def _serve(
         _log(folder, *(f"site {f.site}:\n{f.trace}" for f in exchange.failures if f.trace))
         tell(exchange)
 
-    grid = SimulatedGrid(
-        client, setup.sites, config=setup.config, seed=setup.seed, record=record, tell=note
-    )
+    grid = seat(record, note)
     context = Context(RUN, private.COORDINATOR, {}, RecordDict(), dict(setup.config))
-    sow(setup.seed)
+    sow(draw(setup.seed))
     with private.overheard(lambda result: _take(result, folder, outcome)):
         try:
             server(grid, context)
@@ -244,9 +255,3 @@ def _log(folder: Path, *texts: str) -> None:
 
 def _json(value: object) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"
-
-
-def _read_config(raw: object) -> dict[str, Value]:
-    if not isinstance(raw, Mapping) or not all(type(v) in SCALARS for v in raw.values()):
-        raise ConfigError("must be an object of texts, numbers and booleans")
-    return {str(key): value for key, value in raw.items()}

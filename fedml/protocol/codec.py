@@ -34,7 +34,7 @@ MAX_TEXT = 64 * 2**10  # bytes of a string
 MAX_DOCUMENT = 2 * 2**20  # bytes of a plan or a manifest
 MAX_ENTRIES = 10_000  # of a map; receipts have one entry for each site that did not count
 MAX_ITEMS = 10_000  # of a list
-_DOCUMENTS = frozenset({"plan", "manifest"})
+_DOCUMENTS = frozenset({"plan", "manifest", "result"})
 
 
 def encode(message: object) -> bytes:

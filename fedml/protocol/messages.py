@@ -250,6 +250,9 @@ class Assignment:
     up: str = ""
     keep_model: bool = False
     masking: str = ""  # `secagg.Masking` as JSON if the round is masked: the answer must be
+    app: str = (
+        ""  # `apps.AppTerms` as JSON if the recipe is a Flower app, the model a message to it
+    )
 
     def __post_init__(self) -> None:
         check_id("task", self.task)
@@ -392,6 +395,7 @@ class Hello:
     algorithm's own state, or a model; it is told which it may forget.
     `runs_at_once` is in how many runs it takes part at a time; 0 is as many as there are.
     `roster` is the digest, in hex, of the roster of masked rounds that its operator accepted.
+    `apps` are the Flower apps that it runs.
     """
 
     version: str
@@ -403,6 +407,7 @@ class Hello:
     runs: tuple[RunId, ...] = ()
     runs_at_once: int = 0
     roster: str = ""
+    apps: tuple[RecipeId, ...] = ()
 
 
 @dataclass(frozen=True)

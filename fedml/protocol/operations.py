@@ -31,7 +31,9 @@ class Receipt:
     `left_out` are sites that were not asked, with the reason; `model` is the digest of the
     parameters after the round, "" if it failed; times are seconds since the epoch. An evaluation
     leaves a receipt of its own, with `scores` and the digest of what was scored. `damped` are
-    those of the counted that a robust reducer let count for little, with the reason. A field that
+    those of the counted that a robust reducer let count for little, with the reason. `about` says
+    what a Flower app asked, whose exchanges are no rounds: the model is the question's, and who
+    answered has counted. A field that
     is added later must be empty by default, or older seals do not fit (`identity.receipts`).
     """
 
@@ -49,6 +51,7 @@ class Receipt:
     closed: float = 0.0
     kind: Literal["train", "evaluate"] = "train"
     damped: Mapping[str, str] = field(default_factory=dict)
+    about: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class RunInfo:
 class RunDetail:
     """A run with its plan, as canonical JSON, and all its receipts, each with its seal.
 
-    `sealer` is the certificate (PEM) of the key that signed them.
+    `sealer` is the certificate (PEM) of the key that signed them. `result` is what a Flower app
+    came to, as JSON, once it is over.
     """
 
     info: RunInfo
@@ -90,6 +94,7 @@ class RunDetail:
     receipts: tuple[Receipt, ...] = ()
     seals: tuple[Seal, ...] = ()
     sealer: str = ""
+    result: str = ""
 
 
 @dataclass(frozen=True)

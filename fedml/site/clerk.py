@@ -39,12 +39,13 @@ from fedml.site.foreman import Foreman
 from fedml.site.gate import Permit, check_room, decide
 from fedml.site.masks import Masks
 from fedml.site.memory import Desk, Memory, Result
-from fedml.site.policy import Policy
+from fedml.site.policy import AllowedApp, Policy
 from fedml.transport.backoff import Backoff
 from fedml.transport.chunks import BlobStore, transit_blob
 from fedml.transport.link import Link
 
 _LARGEST_BLOB = 64 * 2**30  # bytes
+_PLAYER = "fedml.flower.hand"  # a program beside us: we never import an app, nor Flower
 _log = structlog.get_logger()
 
 Tell = Callable[[SiteEvent], Awaitable[None]]
@@ -80,6 +81,7 @@ class Clerk:
         # what a task needs lies in its own folder
         self._blobs = BlobStore.in_transit(folder / "blobs", _LARGEST_BLOB)
         self._foreman = Foreman(policy)
+        self._player = Foreman(policy, _PLAYER)
         demands = Demands(max(LEAST_COHORT, policy.minimum_cohort), policy.colluders)
         self._masks = Masks(folder, site, demands, tell)
         self._chores: set[asyncio.Task[None]] = set()
@@ -94,6 +96,8 @@ class Clerk:
         await self._door.give_back_orphans()
         if self._policy.datasets:
             await self._foreman.start()
+        if self._policy.apps:
+            await self._player.start()
 
     async def drain(self, seconds: float) -> None:
         """Take no further order, and wait at most `seconds` for those that are being answered.
@@ -115,6 +119,7 @@ class Clerk:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         await self._foreman.stop()
+        await self._player.stop()
 
     def kept(self) -> tuple[TaskId, ...]:
         """Return the tasks whose orders or results are on the disk."""
@@ -294,7 +299,10 @@ class Clerk:
             except OSError as error:  # the next one comes whole
                 _about(order).warning("model not kept", reason=str(error))
         failpoints.reach("model.fetched")
-        await self._foreman.run(self._job(order, permit, desk), desk.outcome)
+        if permit.app is not None:
+            await self._player.run(self._message(order, permit.app, desk), desk.outcome)
+        else:
+            await self._foreman.run(self._job(order, permit, desk), desk.outcome)
 
     async def _fetch_model(self, order: Assignment, desk: Desk) -> None:
         """Have the model on the desk: it is there already, or comes in a parcel, or whole."""
@@ -368,6 +376,24 @@ class Clerk:
             "device": self._policy.device,
             "threads": self._policy.threads,
             "recipe_files": dict(self._policy.recipe_files),
+        }
+
+    def _message(self, order: Assignment, app: AllowedApp, desk: Desk) -> Mapping[str, object]:
+        """Return what the program of Flower apps is told of a message to one."""
+        files = dict[str, str]()
+        for name in app.datasets:
+            dataset = self._policy.datasets[name]
+            files[f"{name}.train"] = str(dataset.train)
+            if dataset.held_out is not None:
+                files[f"{name}.held-out"] = str(dataset.held_out)
+        return {
+            "folder": str(desk.folder),
+            "app": str(app.folder),
+            "model": str(desk.model),
+            "slots": str(self._memory.slots(order.run)),
+            "seeded": app.seeded,
+            "node_config": {**files, **app.node_config},
+            "threads": self._policy.threads,
         }
 
     async def _deliver(self, order: Assignment, result: Result) -> None:

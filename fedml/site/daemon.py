@@ -25,6 +25,7 @@ from fedml.protocol.messages import (
     Forget,
     Hello,
     Orders,
+    RecipeId,
     ReleaseNotice,
     RunId,
     SecaggTold,
@@ -170,6 +171,7 @@ class Daemon:
             clerk.runs(),
             self._policy.runs_at_once,
             clerk.roster,
+            tuple(RecipeId(name, app.digest) for name, app in self._policy.apps.items()),
         )
 
     async def _stop(self, clerk: Clerk) -> None:

@@ -29,10 +29,13 @@ _log = structlog.get_logger()
 
 
 class Foreman:
-    """Runs one task at a time in a worker, within the policy's time and memory."""
+    """Runs one task at a time in a worker, within the policy's time and memory.
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    The worker's `program` is ours, or that of Flower apps, which imports what they import.
+    """
+
+    def __init__(self, policy: Policy, program: str = "fedml.site.worker") -> None:
+        self._policy, self._program = policy, program
         self._server: asyncio.subprocess.Process | None = None
         self._busy = asyncio.Lock()
 
@@ -49,7 +52,7 @@ class Foreman:
         self._server = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "fedml.site.worker",
+            self._program,
             str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

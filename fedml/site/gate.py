@@ -15,7 +15,7 @@ from fedml.errors import Busy, Refused
 from fedml.privacy.accounting import Event, evaluation_event, training_event, unit_of
 from fedml.protocol.messages import Assignment, PrivacyMode, RecipeId, RunId
 from fedml.protocol.secagg import Masking
-from fedml.site.policy import Dataset, Policy
+from fedml.site.policy import AllowedApp, Dataset, Policy
 
 # modes of a run, by what the policy demands
 _ALLOWED: Mapping[PrivacyMode, tuple[PrivacyMode, ...]] = {
@@ -32,7 +32,8 @@ _ALLOWED: Mapping[PrivacyMode, tuple[PrivacyMode, ...]] = {
 class Permit:
     """The terms on which a task may run. `event` is its privacy cost, None where none is asked.
 
-    `planned` is how many such events the run is made of, as far as that was fixed ahead.
+    `planned` is how many such events the run is made of, as far as that was fixed ahead. Of a
+    Flower app the rows are whatever it reads: `app` says where it is, and nothing else holds.
     """
 
     dataset: Dataset
@@ -40,11 +41,14 @@ class Permit:
     part: Literal["train", "held-out"]
     event: Event | None
     planned: int = 1
+    app: AllowedApp | None = None
 
 
 def decide(policy: Policy, assignment: Assignment, installed: Sequence[RecipeId]) -> Permit:
     """Return the terms for `assignment`; raises `Refused` naming the policy's line."""
     _check_company(policy, assignment)
+    if assignment.app:
+        return _app_terms(policy, assignment)
     _check_recipe(policy, assignment.recipe, installed)
     dataset = policy.datasets.get(assignment.dataset)
     if dataset is None:
@@ -119,6 +123,28 @@ def _check_sharers(policy: Policy, assignment: Assignment) -> None:
             f"mode {mode!r} hides a sum in whole numbers and nothing beside it: the "
             f"task asks for {bare[0]!r} too, or otherwise"
         )
+
+
+def _app_terms(policy: Policy, assignment: Assignment) -> Permit:
+    """Return the terms for a message to a Flower app, whose every answer is of mode 'none'."""
+    wanted, app = assignment.recipe, policy.apps.get(assignment.recipe.name)
+    if app is None:
+        raise Refused(f"policy allows no app {wanted.name!r}: {sorted(policy.apps)}")
+    if app.digest != wanted.digest:
+        raise Refused(
+            f"policy apps.{wanted.name}.digest = {app.digest[:12]}…: "
+            f"the task names {wanted.digest[:12]}…"
+        )
+    if assignment.kind != "train" or assignment.masking or assignment.privacy.mode != "none":
+        raise Refused(f"policy apps.{wanted.name}: a message to an app is no other task besides")
+    for name in app.datasets:
+        if (privacy := policy.datasets[name].privacy) != "none":
+            raise Refused(
+                f"policy datasets.{name}.privacy = {privacy!r}: what app {wanted.name} tells of "
+                "these rows has no privacy and no charge"
+            )
+    nothing = Dataset(app.folder, 1, (), privacy="none")
+    return Permit(nothing, app.folder, "train", None, app=app)
 
 
 def check_room(policy: Policy, others: Collection[RunId]) -> None:

@@ -15,7 +15,9 @@ from typing import Literal
 from fedml import durable, settings
 from fedml.errors import ConfigError
 from fedml.privacy.accounting import Unit
+from fedml.protocol.apps import Values, read_values
 from fedml.protocol.messages import PrivacyMode, check_digest, check_name
+from fedml.records import Reader
 
 TEMPLATE = """\
 # What this site allows. What is not allowed here is refused, whatever the coordinator asks.
@@ -51,6 +53,15 @@ colluders = 0           # other sites that may help the coordinator; masked roun
 #                                    # "site_central": clipped here, noise by the coordinator,
 #                                    # or "site_distributed": each site adds its share, masked
 # recipe_epsilon = { "breast-cancer" = 2.0 }  # and for all runs of one recipe
+
+# A Flower app; `fedml site allow-app` copies it here and writes this.
+# [apps.quickstart]
+# digest = "…"                       # of its code and settings
+# folder = "apps/quickstart-…"       # the copy, relative to this folder
+# privacy = "none"                   # to be said: nothing bounds what its answers tell of rows
+# datasets = ["records"]             # whose files it is told; each must have privacy "none" too
+# seeded = false                     # true: its chance, and noise, follows from the run's seed
+# node_config = { partition-id = 0, num-partitions = 2 }  # what its ClientApp finds there
 """
 
 
@@ -129,6 +140,27 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class AllowedApp:
+    """A Flower app this site runs: the digest of its code, and the copy that it runs from.
+
+    What it answers is made of rows by code that no budget bounds, so `privacy` must be "none",
+    and must be said. Files of `datasets` are named to it in its node's settings, as
+    `NAME.train` and `NAME.held-out`. What it draws at random nobody else knows, unless it is
+    `seeded`: then it follows from the run's seed, and with it the noise of Flower's own mods.
+    """
+
+    digest: str
+    folder: Path
+    privacy: Literal["none"]
+    datasets: tuple[str, ...] = ()
+    node_config: Values = field(default_factory=dict)
+    seeded: bool = False
+
+    def __post_init__(self) -> None:
+        check_digest("app digest", self.digest)
+
+
+@dataclass(frozen=True)
 class Policy:
     """Everything the operator allows; see `TEMPLATE` for the words."""
 
@@ -142,6 +174,7 @@ class Policy:
     colluders: int = 0
     recipes: Mapping[str, AllowedRecipe] = field(default_factory=dict)
     datasets: Mapping[str, Dataset] = field(default_factory=dict)
+    apps: Mapping[str, AllowedApp] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("minimum_cohort", "runs_at_once", "task_seconds", "task_memory_mb", "threads"):
@@ -149,8 +182,11 @@ class Policy:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be above 0")
         if self.colluders < 0:
             raise ConfigError(f"colluders {self.colluders}: 0 or more")
-        for name in (*self.recipes, *self.datasets):
+        for name in (*self.recipes, *self.datasets, *self.apps):
             check_name("name", name)
+        for name, app in self.apps.items():
+            if missing := sorted({*app.datasets} - self.datasets.keys()):
+                raise ConfigError(f"apps.{name}: there is no [datasets.{missing[0]}]")
         for name, dataset in self.datasets.items():
             for recipe in dataset.recipes:
                 if recipe not in self.recipes:
@@ -166,7 +202,8 @@ class Policy:
 
 def read_policy(path: Path) -> Policy:
     """Read and check a policy; raises `ConfigError` naming the file, each bad key and its value."""
-    policy = settings.read(Policy, path, absent="run 'fedml site join TOKEN' first")
+    readers: Mapping[object, Reader] = {Values: read_values}
+    policy = settings.read(Policy, path, absent="run 'fedml site join TOKEN' first", more=readers)
     return _located(policy, path.parent)
 
 
@@ -203,6 +240,33 @@ def extend(
         "delta": dataset.delta,
     }
     sections.append(_section("datasets", name, values))
+    _append(path, sections)
+
+
+def add_app(path: Path, name: str, app: AllowedApp) -> None:
+    """Add a Flower app to the end of a policy file; its folder is written relative to it.
+
+    Raises `ConfigError`, leaving the file alone, if another app has the name, or the result would
+    be odd.
+    """
+    if name in read_policy(path).apps:
+        raise ConfigError(f"{path}: [apps.{name}] is there already; take it out by hand first")
+    values = {
+        "digest": app.digest,
+        "folder": str(app.folder.relative_to(path.parent)),
+        "privacy": app.privacy,
+        "datasets": list(app.datasets) or None,
+        "seeded": app.seeded or None,
+    }
+    sections = [_section("apps", name, values)]
+    if app.node_config:
+        lines = (f"{json.dumps(k)} = {json.dumps(v)}" for k, v in app.node_config.items())
+        sections.append("\n".join([f"[apps.{json.dumps(name)}.node_config]", *lines]) + "\n")
+    _append(path, sections)
+
+
+def _append(path: Path, sections: list[str]) -> None:
+    """Add sections to the end of a policy file, if it reads with them."""
     text = path.read_text().rstrip("\n") + "\n\n" + "\n".join(sections)
     draft = path.with_name("policy.toml.new")
     durable.replace(draft, text.encode())
@@ -234,4 +298,5 @@ def _located(policy: Policy, folder: Path) -> Policy:
         )
         for name, dataset in policy.datasets.items()
     }
-    return replace(policy, recipes=recipes, datasets=datasets)
+    apps = {name: replace(app, folder=folder / app.folder) for name, app in policy.apps.items()}
+    return replace(policy, recipes=recipes, datasets=datasets, apps=apps)

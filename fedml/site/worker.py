@@ -1,31 +1,26 @@
 """The worker: the only process of a site that imports recipes and touches rows.
 
-`python -m fedml.site.worker DAEMON` reads one job a line, forks a child for it, and answers
-with the child's process id and later its exit status. The child reads the brief, trains or
-scores, and leaves files in the task's folder, `outcome.json` last. It never talks to the network.
+`python -m fedml.site.worker DAEMON` forks a child for each job (`fedml.forks`). The child reads
+the brief, trains or scores, and leaves files in the task's folder, `outcome.json` last. It never
+talks to the network.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-import os
-import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedml import durable, failpoints
+from fedml import durable, failpoints, forks
 from fedml.errors import ConfigError, FedmlError, Refused
 from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import Recipe, Rows, load
 from fedml.learning.trainer import Trainer
-from fedml.lifeline import die_with_parent
 from fedml.params import decode, encode
 from fedml.protocol import codec
 from fedml.protocol.messages import Assignment, SiteId
@@ -38,27 +33,12 @@ from fedml.secagg.masking import Floats
 
 def main() -> None:
     """Serve jobs until standard input ends. The argument is the process id of the daemon."""
-    die_with_parent(int(sys.argv[1]))
-    for told in (signal.SIGTERM, signal.SIGINT):  # of a whole service or terminal: to the daemon
-        signal.signal(told, signal.SIG_IGN)
-    worker = os.getpid()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # a recipe that prints must not speak into the protocol
-    wanted = mmap.mmap(-1, 1)  # shared with the children
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            die_with_parent(worker)
-            answers.close()
-            status = _do(job)
-            wanted[0] = "opacus" in sys.modules
-            os._exit(status)
-        print(json.dumps({"pid": child}), file=answers)
-        _, status = os.waitpid(child, 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=answers)
-        if wanted[0]:  # by this model, as by few: the next child finds it imported
-            import opacus.grad_sample  # noqa: F401
+    forks.serve(int(sys.argv[1]), _do, _wanted)
+
+
+def _wanted(job: Mapping[str, Any]) -> Iterable[str]:
+    """Return what this model, as few do, has imported: the next child finds it there."""
+    return ["opacus.grad_sample"] if "opacus" in sys.modules else []
 
 
 class _Unreadable(FedmlError):

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from fedml import durable
+from fedml.codebase import keep
 from fedml.doctor.site import judge_rows
 from fedml.errors import BudgetExhausted, ConfigError
 from fedml.privacy.accounting import evaluation_event
 from fedml.privacy.ledger import Ledger, Limits
 from fedml.protocol.messages import Privacy, RunId, TaskId
 from fedml.site.departure import leave
-from fedml.site.policy import AllowedRecipe, Dataset, extend
+from fedml.site.policy import AllowedApp, AllowedRecipe, Dataset, add_app, extend, read_policy
 from fedml.site.settings import read_settings
 from tests.doctor.ward import RECIPE, admit, allow, bad, found, print_of
 from tests.transport.world import GrpcPlace, World
@@ -230,3 +231,25 @@ async def test_a_folder_that_is_none_of_ours(tmp_path: Path) -> None:
     (tmp_path / "identity").mkdir()
     with pytest.raises(ConfigError, match="joining broke off"):
         await found(tmp_path)
+
+
+async def test_an_app_whose_copy_is_another_or_whose_data_wants_privacy_is_found(
+    site: Path, tmp_path: Path
+) -> None:
+    allow(site)
+    source, policy = tmp_path / "app", site / "policy.toml"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep/app.py").write_text("app = 1")
+    (site / "apps").mkdir()
+    for name, datasets in (("ward", ()), ("nosy", ("records",))):
+        copy, digest = keep(source, site / "apps", name)
+        app = AllowedApp(digest, copy, "none", datasets, {"partition-id": 3, "text": 'a "b"'})
+        add_app(policy, name, app)
+    assert read_policy(policy).apps["ward"].node_config == {"partition-id": 3, "text": 'a "b"'}
+    findings = await found(site)
+    assert findings["app ward"].state == "ok"
+    assert "dataset records, whose policy wants privacy" in bad(findings)["app nosy"]
+    (site / "apps" / copy.name.replace("nosy", "ward") / "deep/app.py").write_text("app = 2")
+    assert "the policy allows" in bad(await found(site))["app ward"]
+    with pytest.raises(ConfigError, match=r"\[apps.ward\] is there already"):
+        add_app(policy, "ward", app)

@@ -109,6 +109,7 @@ assignments = st.builds(
     parcels=parcels,
     up=texts,
     keep_model=st.booleans(),
+    app=texts,
 )
 cards = st.builds(DatasetCard, names, counts, digests)
 servings = st.builds(
@@ -136,6 +137,7 @@ events = st.one_of(
         several(recipes),
         several(cards),
         several(servings),
+        apps=several(recipes),
     ),
     st.builds(Accepted, tasks),
     st.builds(Declined, tasks, texts),

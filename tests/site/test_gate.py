@@ -10,7 +10,7 @@ from fedml.privacy import accounting
 from fedml.privacy.accounting import SampledGaussian
 from fedml.protocol.messages import Assignment, Blob, Privacy, RecipeId, RunId, TaskId, Training
 from fedml.site.gate import decide
-from fedml.site.policy import AllowedRecipe, Dataset, Policy
+from fedml.site.policy import AllowedApp, AllowedRecipe, Dataset, Policy
 
 RECIPE = RecipeId("cancer", "ab" * 32)
 OTHER = RecipeId("cancer", "cd" * 32)
@@ -143,3 +143,72 @@ def test_a_recipe_may_only_read_the_datasets_it_is_listed_for() -> None:
 def test_a_recipe_that_is_allowed_but_not_installed_is_refused() -> None:
     with pytest.raises(Refused, match="allowed but not installed"):
         decide(POLICY, TASK, [OTHER])
+
+
+# --- Flower apps --------------------------------------------------------------------------------
+
+APP = RecipeId("ward", "ab" * 32)
+WARDS = replace(
+    POLICY,
+    apps={
+        "ward": AllowedApp(APP.digest, Path("apps/ward"), "none", ("open",)),
+        "nosy": AllowedApp(APP.digest, Path("apps/nosy"), "none", ("open", "records")),
+    },
+)
+MESSAGE = replace(TASK, recipe=APP, dataset="ward", privacy=Privacy(), app="{}")
+
+
+def test_a_message_to_an_allowed_app_is_permitted_and_costs_nothing() -> None:
+    permit = decide(WARDS, MESSAGE, [])
+    assert permit.app == WARDS.apps["ward"]
+    assert permit.event is None
+
+
+@pytest.mark.parametrize(
+    ("message", "policy", "reason"),
+    [
+        (MESSAGE, POLICY, "policy allows no app 'ward': []"),
+        (
+            replace(MESSAGE, recipe=RecipeId("ward", "cd" * 32)),
+            WARDS,
+            "policy apps.ward.digest = abababababab…: the task names cdcdcdcdcdcd…",
+        ),
+        (
+            replace(MESSAGE, recipe=RecipeId("nosy", APP.digest)),
+            WARDS,
+            "policy datasets.records.privacy = 'record': what app nosy tells of these rows has no "
+            "privacy and no charge",
+        ),
+        (
+            replace(MESSAGE, cohort=2),
+            WARDS,
+            "policy minimum_cohort = 3: this round asks only 2 sites",
+        ),
+        (
+            MESSAGE,
+            replace(WARDS, secagg="required"),
+            "policy secagg = 'required': the task's answer would not be masked",
+        ),
+        (
+            replace(MESSAGE, privacy=Privacy("record", 3.0, 1e-5)),
+            WARDS,
+            "policy apps.ward: a message to an app is no other task besides",
+        ),
+        (
+            replace(MESSAGE, kind="evaluate"),
+            WARDS,
+            "policy apps.ward: a message to an app is no other task besides",
+        ),
+    ],
+)
+def test_a_message_to_an_app_is_refused_by_the_line_that_forbids_it(
+    message: Assignment, policy: Policy, reason: str
+) -> None:
+    with pytest.raises(Refused) as refused:
+        decide(policy, message, [])
+    assert str(refused.value) == reason
+
+
+def test_an_app_that_is_no_recipe_is_no_way_to_a_recipes_rows() -> None:
+    with pytest.raises(Refused, match="policy allows no recipe 'ward'"):
+        decide(WARDS, replace(MESSAGE, app=""), [RECIPE])

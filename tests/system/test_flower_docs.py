@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedml.cli.demo.federation import free_ports
 from tests.system.page import ROOT, play
 
 
@@ -14,7 +15,7 @@ from tests.system.page import ROOT, play
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
     text = (ROOT / "docs/flower.md").read_text()
-    [block] = re.findall(r"<!-- these commands are run by .*? -->\n```sh\n(.*?)```", text, re.S)
+    block, _ = re.findall(r"<!-- these commands are run by .*? -->\n```sh\n(.*?)```", text, re.S)
     shutil.copytree(ROOT / "tests/flower/quickstart", tmp_path / "quickstart-pytorch")
     done = play(block, tmp_path, 290)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -22,6 +23,22 @@ def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
     assert "kept in first/model.safetensors" in done.stdout
     assert json.loads((tmp_path / "second.json").read_text())["server"]["3"]["accuracy"] >= 0
     assert json.loads((tmp_path / "first/run.json").read_text())["sites"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_page_run_the_app_on_sites(tmp_path: Path) -> None:
+    text = (ROOT / "docs/flower.md").read_text()
+    _, block = re.findall(r"<!-- these commands are run by .*? -->\n```sh\n(.*?)```", text, re.S)
+    port, enrolment = free_ports(2)
+    told = f"init hub --port {port} --enrolment-port {enrolment}"
+    shutil.copytree(ROOT / "tests/flower/quickstart", tmp_path / "quickstart-pytorch")
+    done = play(block.replace("init hub", told), tmp_path, 290)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert len(re.findall(r"^round \d  train: train_loss .* evaluate: ", done.stdout, re.M)) == 2
+    assert "bern: 0 datasets, 0 recipes, 1 apps" in done.stdout
+    assert re.search(r"^exchange 4 \(evaluate\): asked ", done.stdout, re.M)
+    assert "receipts verified, head " in done.stdout
 
 
 def test_the_page_names_every_option_and_every_file_of_a_run() -> None:

@@ -77,7 +77,7 @@ class Welcome(_message.Message):
     def __init__(self, version: _Optional[str] = ..., heartbeat: _Optional[float] = ..., now: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("task", "run", "round", "kind", "recipe", "dataset", "model", "training", "privacy", "rule", "settings", "cohort", "seed", "deadline", "parcels", "up", "keep_model", "masking")
+    __slots__ = ("task", "run", "round", "kind", "recipe", "dataset", "model", "training", "privacy", "rule", "settings", "cohort", "seed", "deadline", "parcels", "up", "keep_model", "masking", "app")
     class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class Assignment(_message.Message):
     UP_FIELD_NUMBER: _ClassVar[int]
     KEEP_MODEL_FIELD_NUMBER: _ClassVar[int]
     MASKING_FIELD_NUMBER: _ClassVar[int]
+    APP_FIELD_NUMBER: _ClassVar[int]
     task: str
     run: str
     round: int
@@ -121,7 +122,8 @@ class Assignment(_message.Message):
     up: str
     keep_model: bool
     masking: str
-    def __init__(self, task: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., recipe: _Optional[_Union[RecipeId, _Mapping]] = ..., dataset: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., rule: _Optional[str] = ..., settings: _Optional[_Mapping[str, float]] = ..., cohort: _Optional[int] = ..., seed: _Optional[int] = ..., deadline: _Optional[float] = ..., parcels: _Optional[_Iterable[_Union[Parcel, _Mapping]]] = ..., up: _Optional[str] = ..., keep_model: _Optional[bool] = ..., masking: _Optional[str] = ...) -> None: ...
+    app: str
+    def __init__(self, task: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[str] = ..., recipe: _Optional[_Union[RecipeId, _Mapping]] = ..., dataset: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., rule: _Optional[str] = ..., settings: _Optional[_Mapping[str, float]] = ..., cohort: _Optional[int] = ..., seed: _Optional[int] = ..., deadline: _Optional[float] = ..., parcels: _Optional[_Iterable[_Union[Parcel, _Mapping]]] = ..., up: _Optional[str] = ..., keep_model: _Optional[bool] = ..., masking: _Optional[str] = ..., app: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("task", "reason")
@@ -240,7 +242,7 @@ class Serving(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept", "runs", "runs_at_once", "roster")
+    __slots__ = ("version", "device", "recipes", "datasets", "serving", "kept", "runs", "runs_at_once", "roster", "apps")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     RECIPES_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +252,7 @@ class Hello(_message.Message):
     RUNS_FIELD_NUMBER: _ClassVar[int]
     RUNS_AT_ONCE_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    APPS_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     recipes: _containers.RepeatedCompositeFieldContainer[RecipeId]
@@ -259,7 +262,8 @@ class Hello(_message.Message):
     runs: _containers.RepeatedScalarFieldContainer[str]
     runs_at_once: int
     roster: str
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[str]] = ..., runs_at_once: _Optional[int] = ..., roster: _Optional[str] = ...) -> None: ...
+    apps: _containers.RepeatedCompositeFieldContainer[RecipeId]
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[DatasetCard, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., kept: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[str]] = ..., runs_at_once: _Optional[int] = ..., roster: _Optional[str] = ..., apps: _Optional[_Iterable[_Union[RecipeId, _Mapping]]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("task",)
@@ -557,7 +561,7 @@ class Counted(_message.Message):
     def __init__(self, site: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., epsilon: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("run", "round", "attempt", "asked", "counted", "missing", "left_out", "metrics", "scores", "model", "opened", "closed", "kind", "damped")
+    __slots__ = ("run", "round", "attempt", "asked", "counted", "missing", "left_out", "metrics", "scores", "model", "opened", "closed", "kind", "damped", "about")
     class MissingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -607,6 +611,7 @@ class Receipt(_message.Message):
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     DAMPED_FIELD_NUMBER: _ClassVar[int]
+    ABOUT_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     attempt: int
@@ -621,7 +626,8 @@ class Receipt(_message.Message):
     closed: float
     kind: str
     damped: _containers.ScalarMap[str, str]
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., asked: _Optional[_Iterable[str]] = ..., counted: _Optional[_Iterable[_Union[Counted, _Mapping]]] = ..., missing: _Optional[_Mapping[str, str]] = ..., left_out: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., scores: _Optional[_Mapping[str, float]] = ..., model: _Optional[str] = ..., opened: _Optional[float] = ..., closed: _Optional[float] = ..., kind: _Optional[str] = ..., damped: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    about: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., asked: _Optional[_Iterable[str]] = ..., counted: _Optional[_Iterable[_Union[Counted, _Mapping]]] = ..., missing: _Optional[_Mapping[str, str]] = ..., left_out: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., scores: _Optional[_Mapping[str, float]] = ..., model: _Optional[str] = ..., opened: _Optional[float] = ..., closed: _Optional[float] = ..., kind: _Optional[str] = ..., damped: _Optional[_Mapping[str, str]] = ..., about: _Optional[str] = ...) -> None: ...
 
 class RunInfo(_message.Message):
     __slots__ = ("id", "model", "state", "round", "rounds", "submitted", "detail", "version", "scores", "starts")
@@ -663,18 +669,20 @@ class Seal(_message.Message):
     def __init__(self, link: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class RunDetail(_message.Message):
-    __slots__ = ("info", "plan", "receipts", "seals", "sealer")
+    __slots__ = ("info", "plan", "receipts", "seals", "sealer", "result")
     INFO_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     SEALS_FIELD_NUMBER: _ClassVar[int]
     SEALER_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
     info: RunInfo
     plan: str
     receipts: _containers.RepeatedCompositeFieldContainer[Receipt]
     seals: _containers.RepeatedCompositeFieldContainer[Seal]
     sealer: str
-    def __init__(self, info: _Optional[_Union[RunInfo, _Mapping]] = ..., plan: _Optional[str] = ..., receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ..., seals: _Optional[_Iterable[_Union[Seal, _Mapping]]] = ..., sealer: _Optional[str] = ...) -> None: ...
+    result: str
+    def __init__(self, info: _Optional[_Union[RunInfo, _Mapping]] = ..., plan: _Optional[str] = ..., receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ..., seals: _Optional[_Iterable[_Union[Seal, _Mapping]]] = ..., sealer: _Optional[str] = ..., result: _Optional[str] = ...) -> None: ...
 
 class ModelVersion(_message.Message):
     __slots__ = ("model", "version", "run", "state", "digest", "created", "scores", "epsilon", "manifest")
