@@ -49,6 +49,7 @@ from fedml.protocol.operations import SiteInfo
 from fedml.protocol.secagg import Masking
 from fedml.rounds.selection import SiteStatus
 from fedml.secagg import Grid
+from fedml.strategies import wide
 from fedml.transport.desks import Send
 from fedml.transport.pulse import Pulse
 
@@ -303,8 +304,8 @@ class Desk:
         order = seat.outstanding.get(task)
         if order is None or (order.kind != "train" and not order.masking):
             return "no update is expected"
-        wide = _WIDEST * order.model.size + 2**20
-        if blob.size > (most := wide if seat.via else largest_update(order)):
+        summed = _WIDEST * order.model.size + _beside(order)
+        if blob.size > (most := summed if seat.via else largest_update(order)):
             return f"at most {most} bytes are expected"
         offers = seat.offers.setdefault(task, _Offers(order.run)).digests
         if blob.digest not in offers and len(offers) >= _OFFERS:
@@ -482,13 +483,18 @@ class Desk:
 def largest_update(order: Assignment) -> int:
     """Return how many bytes an update may have: twice the model's, and a little.
 
-    Algorithms report slots as large as the model at most once. Masked words are as many as the
-    round's terms say.
+    Algorithms report slots as large as the model at most once, and those that are not shaped like
+    it come on top. Masked words are as many as the round's terms say.
     """
     if not order.masking:
-        return 2 * order.model.size + 2**20
+        return 2 * order.model.size + _beside(order)
     masking = Masking.from_json(order.masking)
     return 4 * Grid(len(masking.cohort), masking.parts).length
+
+
+def _beside(order: Assignment) -> int:
+    """Return how many bytes may come beside what is shaped like the model; a sum has no more."""
+    return 2**20 + sum(layout.bytes for layout in wide(order.rule, order.settings).values())
 
 
 def _over(run: RunId) -> Forget:
