@@ -87,6 +87,19 @@ class Layout:
         """Bytes of all the buffers together."""
         return sum(dtype.itemsize * size for dtype, size in self.sizes.items())
 
+    def check_like(self, other: Layout) -> None:
+        """Raise `MalformedUpdate` unless `other` has the same names, shapes and dtypes."""
+        if self == other:
+            return
+        mine, theirs = self.places, other.places
+        if mine.keys() != theirs.keys():
+            raise MalformedUpdate(f"names differ: {sorted(mine.keys() ^ theirs.keys())[:5]}")
+        for name, (dtype, _, _, shape) in mine.items():
+            if theirs[name][3] != shape:
+                raise MalformedUpdate(f"{name}: shape {theirs[name][3]}, expected {shape}")
+            if theirs[name][0] != dtype:
+                raise MalformedUpdate(f"{name}: dtype {theirs[name][0]}, expected {dtype}")
+
 
 def _canonical(field: tuple[str, torch.dtype, tuple[int, ...]]) -> tuple[int, str]:
     return _RANK[field[1]], field[0]
@@ -270,16 +283,7 @@ class Params(Mapping[str, Tensor]):
 
     def check_like(self, other: Params) -> None:
         """Raise `MalformedUpdate` unless `other` has the same names, shapes and dtypes."""
-        if self.layout == other.layout:
-            return
-        mine, theirs = self.layout.places, other.layout.places
-        if mine.keys() != theirs.keys():
-            raise MalformedUpdate(f"names differ: {sorted(mine.keys() ^ theirs.keys())[:5]}")
-        for name, (dtype, _, _, shape) in mine.items():
-            if theirs[name][3] != shape:
-                raise MalformedUpdate(f"{name}: shape {theirs[name][3]}, expected {shape}")
-            if theirs[name][0] != dtype:
-                raise MalformedUpdate(f"{name}: dtype {theirs[name][0]}, expected {dtype}")
+        self.layout.check_like(other.layout)
 
 
 def encode(parts: Mapping[str, Params]) -> list[memoryview]:

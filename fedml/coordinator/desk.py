@@ -16,7 +16,7 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from fedml import __version__, failpoints, telemetry
-from fedml.coordinator.sizes import largest_update
+from fedml.coordinator.sizes import beside, largest_update
 from fedml.coordinator.turns import Turns
 from fedml.errors import Unreachable
 from fedml.protocol.messages import (
@@ -311,8 +311,8 @@ class Desk:
         order = seat.outstanding.get(task)
         if order is None or (order.kind != "train" and not order.masking):
             return "no update is expected"
-        wide = _WIDEST * order.model.size + 2**20
-        if blob.size > (most := wide if seat.via else largest_update(order)):
+        summed = _WIDEST * order.model.size + beside(order)
+        if blob.size > (most := summed if seat.via else largest_update(order)):
             return f"at most {most} bytes are expected"
         offers = seat.offers.setdefault(task, _Offers(order.run)).digests
         if blob.digest not in offers and len(offers) >= _OFFERS:

@@ -27,7 +27,7 @@ from fedml.privacy.central import bounded
 from fedml.privacy.shares import grain_of, hidden
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
-from fedml.strategies import STATISTICS, own_model
+from fedml.strategies import STATISTICS, Sample, own_model
 
 _AT_ONCE = 4096  # rows whose loss is looked at together
 
@@ -227,15 +227,17 @@ class Trainer:
         model = self._fresh().to(device).eval()
         x, y = rows.x.to(device), rows.y.to(device)
 
-        def loss(params: Params) -> Tensor:
-            return self.recipe.loss(functional_call(model, dict(params), (x,)), y)
+        def outputs(params: Params) -> Tensor:
+            found: Tensor = functional_call(model, dict(params), (x,))
+            return found
 
+        sample = Sample(x, y, outputs, self.recipe.loss)
         brief = on_device(task.brief, device)
         Params(model.state_dict()).check_like(brief.params)
         with _failures_named(task):
-            delta, slots = STATISTICS[brief.rule].measure(brief, loss)
+            delta, slots = STATISTICS[brief.rule].measure(brief, sample)
             with torch.no_grad():
-                metrics = {"loss": float(loss(brief.params))}
+                metrics = {"loss": float(sample.loss(brief.params))}
         return Update(
             task.id,
             task.round,

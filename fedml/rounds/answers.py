@@ -12,19 +12,10 @@ from fedml.params import Params
 from fedml.protocol.messages import Scores
 from fedml.protocol.parcels import rounded
 from fedml.protocol.tasks import Brief, Report, Stack, Sum, Update
-from fedml.strategies import (
-    NUMBER,
-    Aggregate,
-    Reducer,
-    SumReduction,
-    add_stack,
-    number,
-    numbers,
-)
+from fedml.strategies import Aggregate, Reducer, SumReduction, add_stack, layouts
 
 _MOST_NAMES, _LONGEST_NAME = 64, 64  # of metrics and scores; receipts keep them for good
 _HUGE = 1e300  # a sum of totals below this cannot overflow
-_ANY_NUMBER = number(0.0)
 
 
 class Answers(Protocol):
@@ -80,8 +71,7 @@ class Updates:
         return refused
 
     def _is_sound(self, stack: Stack, brief: Brief) -> bool:
-        single = numbers(brief)
-        layouts = {name: NUMBER if name in single else brief.params.layout for name in stack.slots}
+        wanted = layouts(brief)
         parts = (stack.delta, *stack.slots.values())
         return (
             stack.slots.keys() == self._reports
@@ -89,7 +79,7 @@ class Updates:
             and all(len(n) <= _LONGEST_NAME and n.isprintable() for n in stack.metrics)
             and all(0 < weight < math.inf for weight in stack.weights)
             and stack.delta.layout == brief.params.layout
-            and all(slot.layout == layouts[name] for name, slot in stack.slots.items())
+            and all(slot.layout == wanted[name] for name, slot in stack.slots.items())
             and all(part.is_finite() for part in parts)
         )
 
@@ -100,9 +90,10 @@ class Updates:
         _check_names(answer.metrics)
         if not 0 < answer.weight < math.inf:
             raise MalformedUpdate(f"weight {answer.weight}: must be finite and above 0")
-        single = numbers(brief)
-        for name, part in (("", answer.delta), *answer.slots.items()):
-            (_ANY_NUMBER if name in single else brief.params).check_like(part)
+        brief.params.check_like(answer.delta)
+        for name, layout in layouts(brief).items():
+            layout.check_like(answer.slots[name].layout)
+        for part in (answer.delta, *answer.slots.values()):
             if not part.is_finite():
                 raise MalformedUpdate(f"its norm is {part.norm()}: training diverged")
 
@@ -112,10 +103,7 @@ class Updates:
             raise MalformedUpdate("it is a sum, and the reducer needs each update")
         for summand in total.summands:
             _check_names(summand.metrics)
-        single = numbers(brief)
-        layouts = {name: brief.params.layout for name in ("", *self._reports)}
-        layouts.update(dict.fromkeys(single & self._reports, NUMBER))
-        self._reduction.add_sum(total, layouts)
+        self._reduction.add_sum(total, {"": brief.params.layout, **layouts(brief)})
 
     def total(self) -> tuple[Mapping[str, Params], Mapping[str, int]]:
         """Return the sum of all that was taken in; see `SumReduction`."""

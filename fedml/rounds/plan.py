@@ -31,6 +31,7 @@ from fedml.strategies import (
     WeightedMean,
     build,
     describe,
+    is_bounded,
     keeps_deltas,
     measures,
     needs_means,
@@ -377,7 +378,7 @@ def _secagg(plan: Plan) -> Iterator[str]:
             f"secagg with reducer {type(strategy.reducer).__name__}, which looks at single "
             "updates: use reducer=weighted-mean, or secagg=none"
         )
-    if measures(strategy):
+    if measures(strategy) and not is_bounded(strategy):
         yield (
             f"secagg with strategy {type(strategy).__name__}, whose sites report what they make "
             "of their loss, for which there is no clip: use strategy=fedavg, or secagg=none"

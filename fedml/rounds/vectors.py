@@ -1,8 +1,8 @@
 """Updates and reports as parts of a masked vector, and the sum of such vectors as one answer.
 
-A delta and each slot are a part for each of their dtypes; a slot that is one number, metrics and
-scores are fine parts. Where the plain mean takes the largest of integer buffers (a batch counter,
-say), a masked sum has their mean, rounded.
+A delta and each slot are a part for each of their dtypes; a slot that is one number, or not
+shaped like the model, metrics and scores are fine parts. Where the plain mean takes the largest
+of integer buffers (a batch counter, say), a masked sum has their mean, rounded.
 
 Where sites share the noise of their sum, what a site puts in is the noised sum of its rows' clipped
 gradients, or its clipped update, in steps of the noise's own grid, the same at all sites: whole
@@ -25,7 +25,7 @@ from fedml.protocol.messages import Scores
 from fedml.protocol.secagg import Part, Secagg
 from fedml.protocol.tasks import Brief, Report, Update
 from fedml.secagg.masking import Floats, Total
-from fedml.strategies import NUMBER, Aggregate, numbers, reports
+from fedml.strategies import NUMBER, Aggregate, numbers, reports, wide
 
 _WIDE = (torch.float32, torch.float64)  # what numpy and a `Total` deal in as it is
 _NUMBER_CLIP = 2.0**20  # of a slot that is one number, a count of steps say; it is fine
@@ -45,6 +45,10 @@ def parts_of(brief: Brief, settings: Secagg, *, shared: bool = False) -> tuple[P
         for dtype, size in layout.sizes.items()
     ]
     parts += [Part(_name(slot), 1, _NUMBER_CLIP, fine=True) for slot in sorted(numbers(brief))]
+    parts += [
+        Part(_name(slot, dtype), size, settings.clip, fine=True)
+        for slot, dtype, size in _wide(brief)
+    ]
     for name, bound in _metrics(settings).items():
         parts += [Part(f"metric {name}", 1, bound, fine=True), _share(f"has {name}")]
     return tuple(parts)
@@ -70,6 +74,11 @@ def numbers_of(update: Update, brief: Brief, settings: Secagg) -> dict[str, Floa
         for dtype in layout.sizes:
             values[_name(slot, dtype)] = array = _array(found[slot].buffers[dtype])
             floats += [array] if dtype.is_floating_point and len(array) else []
+    for slot, layout in wide(brief.rule, brief.settings).items():
+        layout.check_like(found[slot].layout)
+    for slot, dtype, _ in _wide(brief):
+        values[_name(slot, dtype)] = array = _array(found[slot].buffers[dtype])
+        floats.append(array)
     for slot in numbers(brief):
         values[_name(slot)] = np.array([float(found[slot]["value"])])
     metrics = {**update.metrics, _CLIPPED: _beyond(floats, settings.clip)}
@@ -123,6 +132,9 @@ def aggregate_of(
     for slot, layout in _layouts(brief):
         buffers = {d: _mean(total, _name(slot, d), d, size) for d, size in layout.sizes.items()}
         means[slot] = Params.over(layout, buffers)
+    for slot, layout in wide(brief.rule, brief.settings).items():
+        buffers = {d: torch.from_numpy(total.mean(_name(slot, d))).to(d) for d in layout.sizes}
+        means[slot] = Params.over(layout, buffers)
     for slot in numbers(brief):
         value = torch.tensor(total.mean(_name(slot))[0], dtype=torch.float64)
         means[slot] = Params.over(NUMBER, {torch.float64: value[None]})
@@ -149,8 +161,15 @@ def scores_in(total: Total, settings: Secagg) -> Scores:
 
 def _layouts(brief: Brief) -> Iterator[tuple[str, Layout]]:
     """Yield the delta and each slot that is shaped like the model."""
-    for slot in ("", *sorted(reports(brief) - numbers(brief))):
+    other = {*numbers(brief), *wide(brief.rule, brief.settings)}
+    for slot in ("", *sorted(reports(brief) - other)):
         yield slot, brief.params.layout
+
+
+def _wide(brief: Brief) -> Iterator[tuple[str, torch.dtype, int]]:
+    """Yield the buffers of each slot that has a layout of its own."""
+    for slot, layout in sorted(wide(brief.rule, brief.settings).items()):
+        yield from ((slot, dtype, size) for dtype, size in layout.sizes.items())
 
 
 def _metrics(settings: Secagg) -> Mapping[str, float]:

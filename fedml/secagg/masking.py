@@ -139,17 +139,21 @@ class Vector:
             elif not part.fine:
                 factor = grid.top / part.clip * weight
                 self._spans.append(_Span(grid.starts[part.name], array, part.clip, factor))
-        self._tail = np.array(self._fine(values, weight, whole), dtype=np.uint32)
+        last = np.array(self._grid.split(whole), dtype=np.uint32)
+        self._tail = np.concatenate([*self._fine(values, weight), last])
 
-    def _fine(self, values: Mapping[str, Floats], weight: float, whole: int) -> list[int]:
-        words: list[int] = []
-        for part in self._grid.fine:
-            for value in values[part.name].tolist():
-                if not math.isfinite(value):
-                    raise MalformedUpdate(f"part {part.name!r} holds {value}")
-                clipped = max(-part.clip, min(part.clip, value))
-                words += self._grid.split(self._grid.whole(clipped * weight, part.clip))
-        return [*words, *self._grid.split(whole)]
+    def _fine(self, values: Mapping[str, Floats], weight: float) -> Iterator[Words]:
+        """Yield the words of each fine part, as `Grid.whole` and `Grid.split` make them."""
+        grid = self._grid
+        for part in grid.fine:
+            found = values[part.name].astype(np.float64)
+            if not np.isfinite(found).all():
+                raise MalformedUpdate(f"part {part.name!r} holds {found[~np.isfinite(found)][0]}")
+            shares = np.clip(found, -part.clip, part.clip) * weight / part.clip
+            steps = np.clip(shares, -1.0, 1.0) * float(grid.top << grid.low_bits)
+            wholes = np.rint(steps).astype(np.int64)
+            pairs = np.stack((wholes >> grid.low_bits, wholes & (2**grid.low_bits - 1)), 1)
+            yield pairs.astype(np.uint32).reshape(-1)
 
     def read(self, start: int, out: Words, scratch: NDArray[np.float64]) -> None:
         """Write the words from `start` on into `out`, of at most a tile; `scratch` is as long.
@@ -278,8 +282,9 @@ class Total:
         part = next(part for part in self._grid.fine if part.name == name)
         start, weight = self._grid.starts[name], self.weight
         step = part.clip / (self._grid.top << self._grid.low_bits) / weight
-        pairs = self._words[start : start + 2 * part.size].reshape(-1, 2).tolist()
-        return np.array([self._grid.join(*pair) * step for pair in pairs], np.float64)
+        high, low = self._words[start : start + 2 * part.size].reshape(-1, 2).astype(np.int64).T
+        joined = ((high - (high >= 2**31) * 2**32) << self._grid.low_bits) + low
+        return np.asarray(joined * step, np.float64)
 
     def mean_into(self, name: str, out: Floats, threads: int = 0) -> None:
         """Write the weighted mean of a plain part to `out`; of a whole one the sum over weights."""

@@ -8,6 +8,7 @@ from fedml.strategies.base import (
     Plain,
     Reducer,
     Reduction,
+    Sample,
     ServerState,
     Statistic,
     Strategy,
@@ -22,8 +23,10 @@ from fedml.strategies.catalogue import (
     STRATEGIES,
     build,
     describe,
+    is_bounded,
     is_personal,
     keeps_deltas,
+    layouts,
     measures,
     needs_means,
     not_at_once,
@@ -33,6 +36,8 @@ from fedml.strategies.catalogue import (
     own_model,
     reports,
     rule_of,
+    specimen,
+    wide,
 )
 from fedml.strategies.central import NoisyMean
 from fedml.strategies.fedavg import FedAvg
@@ -44,10 +49,12 @@ from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.forest import Forest
 from fedml.strategies.newton import Newton
 from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Scaffold
+from fedml.strategies.xgboost import XGBoost
 
 __all__ = [
     "NUMBER",
@@ -67,6 +74,7 @@ __all__ = [
     "FedPer",
     "FedProx",
     "FedYogi",
+    "Forest",
     "LocalRule",
     "Newton",
     "NoisyMean",
@@ -76,17 +84,21 @@ __all__ = [
     "QFedAvg",
     "Reducer",
     "Reduction",
+    "Sample",
     "Scaffold",
     "ServerState",
     "Statistic",
     "Strategy",
     "SumReduction",
     "WeightedMean",
+    "XGBoost",
     "add_stack",
     "build",
     "describe",
+    "is_bounded",
     "is_personal",
     "keeps_deltas",
+    "layouts",
     "measures",
     "needs_means",
     "not_at_once",
@@ -97,4 +109,6 @@ __all__ = [
     "own_model",
     "reports",
     "rule_of",
+    "specimen",
+    "wide",
 ]

@@ -174,17 +174,35 @@ class Personal(LocalRule, Protocol):
         """Return the site's own model: the brief's, with what this site remembers in its place."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """All of a site's rows, `x` and `y`, and what its recipe makes of them, differentiable."""
+
+    x: Tensor
+    y: Tensor
+    outputs: Callable[[Params], Tensor]  # of the model with these parameters, for `x`
+    criterion: Callable[[Tensor, Tensor], Tensor]  # mean loss of outputs for targets
+
+    def loss(self, params: Params) -> Tensor:
+        """Return the mean loss over all the rows."""
+        return self.criterion(self.outputs(params), self.y)
+
+
 class Statistic(Protocol):
     """Site half of an algorithm whose sites measure at the global model and take no step.
 
-    What it reports is exact, so record privacy refuses it.
+    What it reports is exact, so record privacy refuses it. It may say more of it:
+      layouts(settings)   by name, how those slots are laid out that are not shaped like the
+                          model, given the settings of a brief
+      bounded = True      each number is a mean over rows, and what a row can add to it has a bound,
+                          which `secagg.clip` may be; others cannot be masked
     """
 
     def reports(self, brief: Brief) -> frozenset[str]:
         """Return the names of the slots that `measure` reports."""
 
-    def measure(self, brief: Brief, loss: Callable[[Params], Tensor]) -> tuple[Params, Slots]:
-        """Return (delta, slots); `loss` is the mean over all of the site's rows, differentiable."""
+    def measure(self, brief: Brief, sample: Sample) -> tuple[Params, Slots]:
+        """Return (delta, slots)."""
 
 
 class Plain:

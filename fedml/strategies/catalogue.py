@@ -16,11 +16,19 @@ import torch
 
 from fedml.errors import ConfigError
 from fedml.installed import Table
-from fedml.params import Params
+from fedml.params import Layout, Params
 from fedml.protocol.messages import check_name
 from fedml.protocol.tasks import Brief, Slots
 from fedml.records import Reader, from_record, to_record
-from fedml.strategies.base import LocalRule, Personal, Plain, Reducer, Statistic, Strategy
+from fedml.strategies.base import (
+    NUMBER,
+    LocalRule,
+    Personal,
+    Plain,
+    Reducer,
+    Statistic,
+    Strategy,
+)
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedbn import FedBN
@@ -45,6 +53,7 @@ from fedml.strategies.robust import (
     TrimmedMean,
 )
 from fedml.strategies.scaffold import Control, Scaffold
+from fedml.strategies.xgboost import Histograms, XGBoost
 
 T = TypeVar("T")
 _DIGEST = "digest"  # beside "name" in the record of what is not ours
@@ -110,7 +119,10 @@ RULES: Table[LocalRule] = Table(
     lambda: STATISTICS.ours,
 )
 STATISTICS: Table[Statistic] = Table(
-    "statistic", {"newton": Curvature()}, _take_statistic, lambda: RULES.ours
+    "statistic",
+    {"newton": Curvature(), "xgboost": Histograms()},
+    _take_statistic,
+    lambda: RULES.ours,
 )
 REDUCERS: Table[type[Reducer]] = Table(
     "reducer",
@@ -145,6 +157,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "fedper": FedPer,
         "fedbn": FedBN,
         "newton": Newton,
+        "xgboost": XGBoost,
     },
     _take_strategy,
 )
@@ -182,6 +195,19 @@ def numbers(brief: Brief) -> frozenset[str]:
     return found
 
 
+def wide(rule: str, settings: Mapping[str, float]) -> Mapping[str, Layout]:
+    """Return how those slots are laid out that `rule` reports as what no model is shaped like."""
+    told = getattr(STATISTICS.get(rule), "layouts", None)
+    return told(settings) if told else {}
+
+
+def layouts(brief: Brief) -> Mapping[str, Layout]:
+    """Return the layout of each slot of an answer to `brief`."""
+    like = dict.fromkeys(reports(brief), brief.params.layout)
+    single = dict.fromkeys(numbers(brief) & like.keys(), NUMBER)
+    return {**like, **single, **wide(brief.rule, brief.settings)}
+
+
 def own_model(brief: Brief, memory: Slots) -> Params:
     """Return the model that a site with this memory trains and is scored with."""
     rule = RULES.get(brief.rule)
@@ -202,6 +228,11 @@ def measures(strategy: Strategy) -> bool:
     """Return whether its sites report exact numbers made of rows, which no noise hides."""
     rule = rule_of(strategy)
     return rule in STATISTICS or bool(getattr(RULES.get(rule), "reads_loss", False))
+
+
+def is_bounded(strategy: Strategy) -> bool:
+    """Return whether what its sites measure has a bound that a clip can be."""
+    return bool(getattr(STATISTICS.get(rule_of(strategy)), "bounded", False))
 
 
 def needs_means(strategy: Strategy) -> bool:
@@ -228,7 +259,13 @@ def one_by_one(strategy: Strategy) -> str:
 
 
 def _brief(strategy: Strategy) -> Brief:
-    return strategy.brief(strategy.start(Params({"w": torch.zeros(1)})))
+    return strategy.brief(strategy.start(specimen(strategy)))
+
+
+def specimen(strategy: Strategy) -> Params:
+    """Return a small model that the strategy takes: one that is particular has its own."""
+    made = getattr(strategy, "specimen", None)
+    return cast(Params, made()) if made else Params({"w": torch.zeros(1)})
 
 
 def describe(strategy: Strategy) -> dict[str, object]:

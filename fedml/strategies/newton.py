@@ -9,7 +9,6 @@ gets there to the last digits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from fedml.errors import ConfigError
 from fedml.params import Params
 from fedml.protocol.tasks import Brief, Slots
-from fedml.strategies.base import Aggregate, Reducer, ServerState, check_setting
+from fedml.strategies.base import Aggregate, Reducer, Sample, ServerState, check_setting
 from fedml.strategies.reducers import WeightedMean
 
 MOST = 500  # parameters; a site sends the square of that
@@ -67,13 +66,13 @@ class Curvature:
         """Return a slot's name for each parameter."""
         return frozenset(_columns(_floats(brief.params)[1]))
 
-    def measure(self, brief: Brief, loss: Callable[[Params], Tensor]) -> tuple[Params, Slots]:
+    def measure(self, brief: Brief, sample: Sample) -> tuple[Params, Slots]:
         """Return (-g, H), in the model's own precision."""
         params = brief.params
         dtype, size = _floats(params)
 
         def along(flat: Tensor) -> Tensor:
-            return loss(Params.over(params.layout, {**params.buffers, dtype: flat}))
+            return sample.loss(Params.over(params.layout, {**params.buffers, dtype: flat}))
 
         def shaped(values: Tensor) -> Params:
             return Params.over(params.layout, {**params.zeros().buffers, dtype: values.detach()})

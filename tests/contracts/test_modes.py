@@ -34,7 +34,7 @@ from tests.simulation.worlds import Late
 
 PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
 CASES: Mapping[str, Strategy] = {
-    **{name: kind() for name, kind in STRATEGIES.items()},
+    **{name: worlds.made(name) for name in STRATEGIES},
     **{f"reducer={name}": FedAvg(reducer=kind()) for name, kind in REDUCERS.items()},
 }
 WAY_OUT = ("use ", "raise ", "set ", "choose ", "sites are trained one by one")
@@ -94,7 +94,7 @@ def played(strategy: Strategy, mode: str) -> Plan:
     return replace(
         plan,
         model="breast_cancer",
-        recipe=identify("breast_cancer"),
+        recipe=identify(worlds.recipe_for(strategy)),
         dataset="breast_cancer",
         training=Training(lr=0.5, steps=steps),
         rounds=ROUNDS,
@@ -153,7 +153,7 @@ def test_it_works_or_is_refused_with_the_way_out(case: Strategy, mode: str, tmp_
     assert outcome.candidate is not None, outcome.end
     found = outcome.candidate.params
     assert found.is_finite()
-    assert found != worlds.start()
+    assert found != worlds.start(plan.recipe.name)
     for receipt in outcome.receipts:
         assert len(receipt.counted) == plan.cohort.quorum, receipt.missing
         spent = [one.epsilon for one in receipt.counted]
@@ -175,8 +175,9 @@ def test_masked_sums_come_to_the_plain_model(case: Strategy, tmp_path: Path) -> 
 
 def test_vectorised_goes_one_by_one_where_the_table_says_so(case: Strategy) -> None:
     plan = played(case, "none")
-    executor = Vectorised(plan, worlds.recipe(), federation(plan.cohort.quorum))
-    why = executor.why_not(case.brief(case.start(worlds.start())))
+    name = plan.recipe.name
+    executor = Vectorised(plan, worlds.recipe(name), federation(plan.cohort.quorum))
+    why = executor.why_not(case.brief(case.start(worlds.start(name))))
     assert bool(why) == bool(objections(case, "vectorised"))
     assert all(why in reason for reason in objections(case, "vectorised"))
 

@@ -8,7 +8,7 @@ import torch
 from fedml.params import Params
 from fedml.protocol.tasks import Brief, Slots
 from fedml.stacked import Stacked
-from fedml.strategies import NUMBER, RULES, STRATEGIES, LocalRule, numbers
+from fedml.strategies import NUMBER, RULES, STRATEGIES, LocalRule, numbers, specimen
 
 PATH = {"lr": 0.1, "momentum": 0.0, "steps": 5.0, "loss": 0.7}
 
@@ -22,7 +22,8 @@ def briefs() -> dict[str, Brief]:
     """A brief for each rule, of the first strategy that has it; slots are not zero."""
     found: dict[str, Brief] = {}
     for kind in STRATEGIES.values():
-        brief = kind().brief(kind().start(params(0)))
+        model = specimen(kind()) if hasattr(kind, "specimen") else params(0)
+        brief = kind().brief(kind().start(model))
         slots = {name: params(9).map(torch.abs) for name in brief.slots}
         found.setdefault(brief.rule, Brief(brief.params, brief.rule, brief.settings, slots))
     return found

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedml.errors import Contradiction
+from fedml.learning.recipe import identify
 from fedml.learning.trainer import Trainer
 from fedml.params import decode
 from fedml.protocol.messages import Assignment, Privacy, Trained, Training
@@ -19,7 +20,7 @@ from fedml.rounds import Cohort, Plan
 from fedml.strategies import STRATEGIES, measures
 from tests.coordinator.tree import tree
 from tests.coordinator.world import Hub, Site, first_params, packed, plan
-from tests.simulation.worlds import engine, holdings, recipe
+from tests.simulation.worlds import engine, holdings, made, recipe, recipe_for
 
 NAMES = sorted(STRATEGIES)
 RECORD = Privacy("record", epsilon=5.0, delta=1e-5, rounds=4)
@@ -48,7 +49,7 @@ class Learner(Site):
         brief = Brief(parts.pop(""), order.rule, order.settings, parts)
         task = Task(order.task, order.run, order.round, self.name, "train", brief)
         rows = holdings()[self.name].train
-        trainer = Trainer(recipe(), order.training, order.privacy)
+        trainer = Trainer(recipe(order.recipe.name), order.training, order.privacy)
         with one_thread():
             update, self.memory = trainer.train(
                 task, rows, self.memory, seed=order.seed, public_rows=len(rows)
@@ -62,8 +63,10 @@ class Learner(Site):
 
 
 def plan_of(name: str, **changes: object) -> Plan:
+    strategy = made(name)
     return plan(
-        strategy=STRATEGIES[name](),
+        strategy=strategy,
+        recipe=identify(recipe_for(strategy)),
         training=Training(lr=0.5, steps=3, batch_size=32),
         cohort=Cohort(quorum=4, deadline=60.0),
         rounds=4,  # the last one stays open: a run that ends presses a version, which takes long
@@ -106,7 +109,7 @@ async def play(a_hub_path: Path, registry: MemoryRegistry, a_plan: Plan) -> list
 async def test_it_comes_to_the_bytes_of_its_simulation(name: str, tmp_path: Path) -> None:
     a_plan = plan_of(name)
     models = await play(tmp_path, MemoryRegistry(tmp_path / "registry"), a_plan)
-    assert len({first_params().digest(), *models}) == 4  # it moves in every round
+    assert len({first_params(a_plan.recipe.name).digest(), *models}) == 4  # it moves in every round
     with one_thread():
         candidate = engine(a_plan).play().candidate
     assert candidate is not None

@@ -52,8 +52,8 @@ GRACE = 1.0  # seconds: more than a busy machine takes to bring all sites back
 
 
 @functools.cache
-def first_params() -> Params:
-    return Params(load(identify("breast_cancer")).build().state_dict())
+def first_params(name: str = "breast_cancer") -> Params:
+    return Params(load(identify(name)).build().state_dict())
 
 
 def plan(**changes: object) -> Plan:
@@ -74,7 +74,8 @@ def plan(**changes: object) -> Plan:
 def hello() -> Hello:
     """Return what every site says of itself; looking the recipe up takes 30 ms."""
     card = DatasetCard("records", 10, "ab" * 32)
-    return Hello("1", "cpu", (identify("breast_cancer"),), (card,))
+    recipes = (identify("breast_cancer"), identify("breast_cancer_trees"))
+    return Hello("1", "cpu", recipes, (card,))
 
 
 def who(name: str, role: str = "site") -> Identity:
@@ -129,7 +130,8 @@ class Hub:
         number = 1 + len(await self.operator.list_runs())
         path = self.path / "press" / f"{a_plan.model}-{number}.first.safetensors"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(packed({"": first_params()}))  # as the press does, which takes seconds
+        first = first_params(a_plan.recipe.name)  # as the press does, which takes seconds
+        path.write_bytes(packed({"": first}))
         return (await self.operator.submit(a_plan.to_json(), starts)).id
 
     async def until(self, run: RunId, test: Callable[[RunInfo], bool]) -> RunInfo:

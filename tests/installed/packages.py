@@ -69,7 +69,7 @@ class Tilt:
     def reports(self, brief):
         return frozenset()
 
-    def measure(self, brief, loss):
+    def measure(self, brief, sample):
         return brief.params * 0.0 + brief.params * brief.settings["factor"], {}
 
 

@@ -15,7 +15,7 @@ from fedml.params import Params
 from fedml.protocol.messages import RecipeId, SiteId, Training
 from fedml.rounds import Cohort, Evaluation, Plan
 from fedml.simulation.executors.base import Holding
-from fedml.strategies import FedAvg, Strategy
+from fedml.strategies import FedAvg, Forest, Strategy
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -48,6 +48,10 @@ def line() -> nn.Module:
 
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 7), nn.Tanh(), Shift(7), nn.Linear(7, 3, bias=False))
+
+
+def forest() -> nn.Module:
+    return Forest(8, outputs=3, trees=2, depth=2, bins=16)
 
 
 def half_frozen() -> nn.Module:

@@ -21,7 +21,7 @@ from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
 from fedml.simulation.witness import Witness
 from fedml.simulation.world import Fate
-from fedml.strategies import FedAvg, Strategy
+from fedml.strategies import STRATEGIES, FedAvg, Strategy, XGBoost
 
 
 def plan(
@@ -36,7 +36,7 @@ def plan(
 ) -> Plan:
     return Plan(
         model="breast_cancer",
-        recipe=identify("breast_cancer"),
+        recipe=identify(recipe_for(strategy or FedAvg())),
         dataset="breast_cancer",
         strategy=strategy or FedAvg(),
         training=Training(lr=2.0, steps=3, batch_size=32),
@@ -48,8 +48,18 @@ def plan(
     )
 
 
-def recipe() -> Recipe:
-    return load(identify("breast_cancer"))
+def recipe_for(strategy: Strategy) -> str:
+    """The recipe whose model it takes, over the same rows."""
+    return "breast_cancer_trees" if hasattr(strategy, "specimen") else "breast_cancer"
+
+
+def made(name: str) -> Strategy:
+    """A strategy of that name, such that its first rounds are of all its kinds."""
+    return XGBoost(sketch=1) if name == "xgboost" else STRATEGIES[name]()
+
+
+def recipe(name: str = "breast_cancer") -> Recipe:
+    return load(identify(name))
 
 
 @functools.cache
@@ -57,8 +67,8 @@ def holdings() -> Mapping[SiteId, Holding]:
     return IID(4).deal(recipe(), ShippedData("breast_cancer"))
 
 
-def start() -> Params:
-    return Params(recipe().build().state_dict())
+def start(name: str = "breast_cancer") -> Params:
+    return Params(recipe(name).build().state_dict())
 
 
 Single = Update | Report | SiteLost
@@ -76,8 +86,9 @@ def singles(executor: Executor, tasks: Sequence[Task]) -> list[Single]:
 
 
 def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:
-    run = Run.begin(RunId("simulation"), a_plan, start())
-    work = executor or Inline(a_plan, recipe(), holdings())
+    name = a_plan.recipe.name
+    run = Run.begin(RunId("simulation"), a_plan, start(name))
+    work = executor or Inline(a_plan, recipe(name), holdings())
     return Engine(run, work, statuses(a_plan, holdings()))
 
 
@@ -92,8 +103,9 @@ def chronicle(
     rows = holdings() if rows is None else rows
     place = folder or Path(tempfile.mkdtemp())
     told = Chronicle(Checkpoints(place, least))
-    run = told.begin(a_plan, start())
-    witness = Witness(make(a_plan, recipe(), rows, told.memory))
+    name = a_plan.recipe.name
+    run = told.begin(a_plan, start(name))
+    witness = Witness(make(a_plan, recipe(name), rows, told.memory))
     told.follow(run, witness)
     sites = statuses(a_plan, rows)
     return Engine(run, witness, sites, watch=told.note, now=told.now), told

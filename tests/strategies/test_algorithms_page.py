@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from fedml.params import Params
-from fedml.strategies import RULES, STATISTICS, STRATEGIES, Strategy, build, describe, measures
+from fedml.strategies import (
+    RULES,
+    STATISTICS,
+    STRATEGIES,
+    Strategy,
+    build,
+    describe,
+    measures,
+    specimen,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
-MODEL = Params({"w": torch.zeros(2)})
 COLUMNS = 8
 
 
@@ -60,7 +66,8 @@ def test_its_settings_have_the_defaults_that_it_says(strategy: Strategy) -> None
 def test_its_state_is_what_it_says(strategy: Strategy) -> None:
     if hasattr(strategy, "home"):
         strategy = build({**describe(strategy), "home": ["w"]})
-    state = strategy.start(MODEL)
+    model = specimen(strategy)
+    state = strategy.start(model)
     brief = strategy.brief(state)
     at_server, at_site = row(strategy)[4].split(" · ")
     assert names(at_server) == state.slots.keys()
@@ -68,7 +75,7 @@ def test_its_state_is_what_it_says(strategy: Strategy) -> None:
         assert at_site == "none"
         return
     path = {"lr": 0.1, "momentum": 0.0, "steps": 1.0, "loss": 1.0}
-    _, kept = RULES[brief.rule].finish(brief, {}, MODEL, path)
+    _, kept = RULES[brief.rule].finish(brief, {}, model, path)
     assert names(at_site) == kept.keys()
     assert f"`{brief.rule}`" in row(strategy)[2]
 
