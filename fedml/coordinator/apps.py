@@ -47,6 +47,7 @@ from fedml.rounds.hosting import End, Opened
 from fedml.rounds.round import Opening
 
 _LONGEST = 30 * 86400.0  # seconds that a wave may take
+_PATIENCE = 10.0  # seconds for a wave to be noted when the run is let go of
 _AGAIN = 2.0  # seconds until a site that is busy is asked again
 _log = structlog.get_logger()
 
@@ -77,17 +78,13 @@ class AppHost:
         folder: Path,
         changed: Callable[[RunId], None],
     ) -> None:
-        self._id, self._plan, self._desk, self._journal, self._holds = (
-            id,
-            plan,
-            desk,
-            journal,
-            holds,
-        )
+        self._id, self._plan = id, plan
+        self._desk, self._journal, self._holds = desk, journal, holds
         self._app, self._place = copy_of(folder, plan.app), run_folder(folder, id)
         self._changed = changed
         self._sites: tuple[SiteId, ...] = ()
         self._open: _Open | None = None
+        self._settling: set[asyncio.Task[Mapping[str, object]]] = set()  # a wave that is noted
         self._bell = asyncio.Event()  # something has come, or somebody
         self._halted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._draining = False
@@ -168,7 +165,7 @@ class AppHost:
                 end = End("stopped", f"{self._halted.result()}; {self._count()}")
         finally:
             work.cancel()
-            await asyncio.wait([work])
+            await asyncio.wait([work, *self._settling], timeout=_PATIENCE)
             self._close()
         self._forget_open(end.detail)
         await self._note(Ended(self._id, end.state, end.detail))
@@ -194,7 +191,14 @@ class AppHost:
                     case Wave() as wave:
                         stage.answer(await self._carry(wave))
                     case Kept() as kept:
-                        stage.answer(await self._commit(kept))
+                        stage.answer(await self._settle(kept))
+
+    async def _settle(self, kept: Kept) -> Mapping[str, object]:
+        """End a wave; who stops the run meanwhile finds it over, and its sites told."""
+        settling = asyncio.create_task(self._commit(kept))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+        return await asyncio.shield(settling)
 
     def _part(self) -> Mapping[str, object]:
         """Return what the ServerApp is to play."""
