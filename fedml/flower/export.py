@@ -27,7 +27,7 @@ from fedml.flower.contents import params_of
 from fedml.learning.evaluation import evaluate
 from fedml.learning.recipe import load
 from fedml.learning.trainer import Trainer
-from fedml.params import Params
+from fedml.params import Params, encode
 from fedml.protocol.messages import RunId, SiteId, TaskId
 from fedml.protocol.tasks import Brief, Report, Slots, Task, Update
 from fedml.rounds.answers import Reports, Updates
@@ -40,8 +40,8 @@ _PROJECT = """\
 name = "{name}"
 version = "1.0.0"
 description = "{name}, exported by fedml"
-license = "Apache-2.0"
-dependencies = ["fedml-consortium[flower]"]
+license = {{ file = "LICENSE" }}
+dependencies = ["flwr>=1.41", "fedml-consortium[flower]"]
 
 [tool.flwr.app]
 publisher = "fedml"
@@ -58,6 +58,7 @@ rounds = {rounds}
 # files that the recipe reads, {{partition-id}} is the node's; its node_config may say otherwise
 train = ""
 held-out = ""
+model = ""  # where the ServerApp leaves the model, as safetensors
 """
 _APP = '''\
 """A plan of fedml as a Flower app; what is trained, and how, is in plan.toml."""
@@ -70,7 +71,8 @@ from fedml.rounds.plan import Plan
 
 _told = tomllib.loads((Path(__file__).parent / "plan.toml").read_text())
 plan = Plan.from_json(_told["plan"])
-server, client = server_app(plan), client_app(plan)
+server = server_app(plan)
+client = client_app(plan)
 '''
 
 
@@ -85,6 +87,7 @@ def write(plan: Plan, folder: Path) -> None:
     durable.make_folder(folder)
     project = _PROJECT.format(name=plan.model.replace("_", "-"), rounds=plan.rounds)
     durable.replace(folder / "pyproject.toml", project.encode())
+    durable.replace(folder / "LICENSE", b"No licence is given; write yours before you publish.\n")
     durable.replace(folder / "fedml_app.py", _APP.encode())
     durable.replace(folder / "plan.toml", f"plan = {json.dumps(plan.to_json())}\n".encode())
 
@@ -102,6 +105,8 @@ def server_app(plan: Plan) -> ServerApp:
         strategy = Exported(plan, first, rounds)
         arrays, seconds = _arrays(first), plan.cohort.deadline
         strategy.start(grid, arrays, num_rounds=rounds, timeout=seconds)
+        if place := context.run_config.get("model"):
+            durable.replace(Path(str(place)), *encode({"": strategy.state.params}))
 
     return app
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.racers.flower_runtime import runtime
 from fedml.cli.compose import compose_plan
 from fedml.errors import ConfigError, QuorumLost
 from fedml.flower import export, simulation
@@ -57,17 +58,17 @@ def settings(rows: Path) -> str:
     return f"train='{rows}/train-{place}.csv' held-out='{rows}/held-out-{place}.csv'"
 
 
-def by_hand(plan: Plan, rows: Path) -> Params:
+def by_hand(plan: Plan, rows: Path, sites: int = SITES, rounds: int = ROUNDS) -> Params:
     """Return the model after the plan's rounds, by our own halves and nothing of Flower."""
     recipe = load(plan.recipe)
     torch.manual_seed(plan.seed)
     state = plan.strategy.start(Params(recipe.build().state_dict()))
     trainer = Trainer(recipe, plan.training, plan.privacy)
-    memories: list[Slots] = [{} for _ in range(SITES)]
-    for number in range(1, ROUNDS + 1):
+    memories: list[Slots] = [{} for _ in range(sites)]
+    for number in range(1, rounds + 1):
         brief = plan.strategy.brief(state)
         updates = Updates(plan.reducer, reports(brief))
-        for k in range(SITES):
+        for k in range(sites):
             site = SiteId(f"site-{k}")
             task = Task(TaskId(f"t.{number}.{k}"), RunId("t"), number, site, "train", brief)
             data = recipe.read(rows / f"train-{k}.csv")
@@ -89,6 +90,16 @@ def test_an_exported_plan_comes_to_the_same_bits(strategy: str, rows: Path, tmp_
     assert outcome.train[ROUNDS]["updates"] == SITES
     assert outcome.evaluate.keys() == {ROUNDS}  # when it is due
     assert 0 <= float(str(outcome.evaluate[ROUNDS]["accuracy"])) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_it_comes_to_the_same_bits_under_flowers_own_runtime(rows: Path, tmp_path: Path) -> None:
+    plan, model = plan_of("strategy=scaffold", "evaluation.at_end=false"), tmp_path / "model"
+    export.write(plan, tmp_path / "app")
+    with runtime(tmp_path / "flower") as run:
+        run(tmp_path / "app", f"rounds=2 model='{model}' {settings(rows)}", model.exists)
+    assert read(model)[""] == by_hand(plan, rows, sites=2, rounds=2)
 
 
 def test_a_site_that_fails_does_not_count_and_too_few_end_the_run(
