@@ -28,7 +28,7 @@ from fedml.coordinator.host import run_info
 from fedml.coordinator.intake import one_line
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.coordinator.patience import insist
-from fedml.coordinator.stage import Broken, Done, Kept, Ready, Wave, played
+from fedml.coordinator.stage import Broken, Done, Kept, Ready, Stands, Wave, played
 from fedml.errors import TaskFailed
 from fedml.protocol.apps import FIRST_NODE, AppPlan, AppTerms
 from fedml.protocol.messages import (
@@ -186,6 +186,9 @@ class AppHost:
                         return End("done", f"kept in {APPS}/runs/{self._id}")
                     case Broken(failed):
                         return End("failed", one_line(failed))
+                    case Stands(reason):
+                        self._tell("waiting", f"{reason}; then restart the coordinator")
+                        await asyncio.Event().wait()
                     case Ready():
                         stage.answer(self._part())
                     case Wave() as wave:

@@ -69,7 +69,14 @@ class Broken:
     failed: str
 
 
-Said = Ready | Wave | Kept | Done | Broken
+@dataclass(frozen=True)
+class Stands:
+    """It cannot go on until something is mended here, and the coordinator started again."""
+
+    stands: str
+
+
+Said = Ready | Wave | Kept | Done | Broken | Stands
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,13 @@ class Stage:
 
 
 def _read(told: object) -> Said:
-    kinds: dict[str, type[Said]] = {"wave": Wave, "kept": Kept, "done": Done, "failed": Broken}
+    kinds: dict[str, type[Said]] = {
+        "wave": Wave,
+        "kept": Kept,
+        "done": Done,
+        "failed": Broken,
+        "stands": Stands,
+    }
     found = [kind for key, kind in kinds.items() if isinstance(told, dict) and key in told]
     return from_record(found[0] if found else Ready, told, "what it says")
 

@@ -235,6 +235,27 @@ def test_wrong_requests_are_a_line(pair: Pair, tmp_path: Path) -> None:
     assert "pyproject.toml does not exist" in complaint(nothing)
 
 
+def test_a_run_whose_app_was_changed_at_the_coordinator_stands_until_it_is_mended(
+    pair: Pair, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    run = pair.run(WARD, "ward", marks, rounds=2, hold=2)
+    pair.until_marked(marks, 0, "begun 2")
+    pair.kill("coordinator")
+    [copy] = pair.hub.glob("flower/ward-*/ward_app.py")
+    text = copy.read_text()
+    copy.write_text(text + "\nimport os\n")
+    pair.start_coordinator()
+    pair.until(run, lambda d: "is not what it was when" in d.info.detail)
+    copy.write_text(text)
+    pair.kill("coordinator")
+    for place in (0, 1):
+        (marks / f"go-{place}").touch()
+    pair.start_coordinator()
+    assert pair.finish(run).info.state == "done"
+    assert (marks / "site-0").read_text().split()[1::2] == ["1", "1", "2", "2"]
+
+
 def test_a_copy_that_was_changed_does_not_run(pair: Pair, tmp_path: Path) -> None:
     [copy] = pair.site("chur").glob("apps/ward-*/ward_app.py")
     text = copy.read_text()
