@@ -37,7 +37,7 @@ def test_every_change_of_code_shows_in_the_digest(folder: Path, change: str) -> 
             (folder / "sub/task.py").rename(folder / "sub/tusk.py")
         case "add":
             (folder / "more.py").touch()
-        case "remove":
+        case _:
             (folder / "app.py").unlink()
     assert digest(folder) != before
 

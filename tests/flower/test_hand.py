@@ -49,7 +49,7 @@ def train(message, context):
     seen.append(1)
     before = context.state.config_records.get("count", {"n": 0})["n"]
     context.state["count"] = ConfigRecord({"n": before + 1})
-    if context.run_config.get("raise"):
+    if context.run_config.get("fails"):
         raise SystemExit("no such ward")
     drawn = [random.random(), numpy.random.random(), float(torch.rand(()))]
     found = {"warm": was_warm, "seen": len(seen), "drawn": drawn, "count": before + 1,
@@ -143,7 +143,7 @@ async def test_an_app_that_raises_or_exits_answers_and_what_it_counted_lasts(
     foreman: Foreman, tmp_path: Path
 ) -> None:
     site = Site(tmp_path, foreman)
-    reply = await site.answer(**{"raise": 1})
+    reply = await site.answer(fails=1)
     assert reply.error.code == private.RAISED
     assert "no such ward" in str(reply.error.reason)
     assert found(await site.answer())["count"] == 2
