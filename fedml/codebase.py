@@ -33,17 +33,22 @@ def keep(folder: Path, under: Path, name: str) -> tuple[Path, str]:
     One that is there already is not touched, whatever became of it: its digest tells.
     """
     source, found = folder.resolve(), digest(folder.resolve())
-    place = under / f"{name}-{found[:_SHORT]}"
-    if not place.exists():
-        draft = under / f".{place.name}.draft"
+    kept = place(under, name, found)
+    if not kept.exists():
+        draft = under / f".{kept.name}.draft"
         shutil.rmtree(draft, ignore_errors=True)
         for path in _files(source):
             copy = draft / path.relative_to(source)
             durable.make_folder(copy.parent)
             durable.replace(copy, path.read_bytes())
-        draft.rename(place)
+        draft.rename(kept)
         durable.sync_folder(under)
-    return place, found
+    return kept, found
+
+
+def place(under: Path, name: str, digest: str) -> Path:
+    """Return where `keep` puts the code of a digest."""
+    return under / f"{name}-{digest[:_SHORT]}"
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -34,10 +34,10 @@ def test_every_change_of_code_shows_in_the_digest(folder: Path, change: str) -> 
         case "edit":
             (folder / "sub/task.py").write_text("other")
         case "move":
-            (folder / "app.py").rename(folder / "sub/app.py")
+            (folder / "sub/task.py").rename(folder / "sub/tusk.py")
         case "add":
             (folder / "more.py").touch()
-        case "remove":
+        case _:
             (folder / "app.py").unlink()
     assert digest(folder) != before
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedml.cli.demo.federation import free_ports
@@ -97,12 +97,37 @@ def play(app: Path, rounds: int) -> list[float]:
 
     Raises `TaskFailed` if it does not come to an end in time.
     """
-    home, times = app.parent / "flower", app.parent / "their-times"
+    times = app.parent / "their-times"
+    with runtime(app.parent / "flower") as run:
+        run(app, f'rounds={rounds} times="{times}"', lambda: len(rounds_of(times)) >= rounds)
+    return rounds_of(times)
+
+
+Run = Callable[[Path, str, Callable[[], bool]], None]
+
+
+@contextlib.contextmanager
+def runtime(home: Path) -> Iterator[Run]:
+    """Have Flower's runtime run meanwhile, its files in `home`.
+
+    Yield what runs an app with settings until a test holds, and raises `TaskFailed` if that
+    takes too long.
+    """
     home.mkdir()
     link, *ports = free_ports(1 + SITES)
     settings = f'[superlink.here]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
     (home / "config.toml").write_text(settings)
     place = ("--insecure", "--host", "127.0.0.1")
+
+    def run(app: Path, config: str, is_over: Callable[[], bool]) -> None:
+        _call(home, "flwr", "run", str(app), "here", "--run-config", config)
+        deadline = time.monotonic() + _PATIENCE
+        while not is_over():
+            if time.monotonic() > deadline:
+                log = (home / "flower-superlink.log").read_text()[-500:]
+                raise TaskFailed(f"Flower's runtime is not through in time; {log}")
+            time.sleep(0.2)
+
     with contextlib.ExitStack() as stack:
         install = "--disable-runtime-dependency-installation"
         stack.enter_context(
@@ -113,15 +138,7 @@ def play(app: Path, rounds: int) -> list[float]:
             node = f"partition-id={number} num-partitions={SITES}"
             words = ("--superlink", f"127.0.0.1:{link}", "--port", str(port), "--node-config", node)
             stack.enter_context(_running(home, "flower-supernode", *place, *words))
-        config = f'rounds={rounds} times="{times}"'
-        _call(home, "flwr", "run", str(app), "here", "--run-config", config)
-        deadline = time.monotonic() + _PATIENCE
-        while len(found := rounds_of(times)) < rounds:
-            if time.monotonic() > deadline:
-                log = (home / "flower-superlink.log").read_text()[-500:]
-                raise TaskFailed(f"Flower's runtime: {len(found)} of {rounds} rounds; {log}")
-            time.sleep(0.2)
-    return found
+        yield run
 
 
 @contextlib.contextmanager

@@ -96,6 +96,31 @@ def run(
         _show(outcome, place)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where the app goes; a new or empty folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Hydra overrides, as for 'fedml run submit'.")
+    ] = None,
+    config_name: Annotated[str, typer.Option("--config", help="The config to start from.")] = "run",
+    config_dir: Annotated[Path | None, typer.Option(help="A folder of your own configs.")] = None,
+) -> None:
+    """Write a plan of ours, strategy, recipe and all, as a Flower app for Flower's own runtime.
+
+    Example: fedml flower export my-app task=breast_cancer strategy=fedadam cohort.quorum=2
+    """
+    from fedml.cli.compose import compose_plan
+
+    with _flower():
+        from fedml.flower.export import write
+    plan = compose_plan(config_name, overrides or [], config_dir)
+    write(plan, folder)
+    typer.echo(
+        f"{folder}: {plan.model}, {plan.rounds} rounds; name the nodes' files with "
+        "--run-config \"train='…' held-out='…'\""
+    )
+
+
 def known(app_dir: Path) -> App:
     """Return the app in a folder; raises `ConfigError` if there is none, or no Flower."""
     with _flower():

@@ -20,6 +20,7 @@ import structlog
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from fedml import durable, telemetry
+from fedml.coordinator.allowance import copy_of, run_folder
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.folder import APPS
 from fedml.coordinator.holds import Holds
@@ -27,8 +28,8 @@ from fedml.coordinator.host import run_info
 from fedml.coordinator.intake import one_line
 from fedml.coordinator.journal import Ended, Journal, RoundOpened
 from fedml.coordinator.patience import insist
-from fedml.coordinator.stage import played
-from fedml.errors import ConfigError, TaskFailed
+from fedml.coordinator.stage import Broken, Done, Kept, Ready, Stands, Wave, played
+from fedml.errors import TaskFailed
 from fedml.protocol.apps import FIRST_NODE, AppPlan, AppTerms
 from fedml.protocol.messages import (
     Assignment,
@@ -42,51 +43,20 @@ from fedml.protocol.messages import (
     Training,
 )
 from fedml.protocol.operations import Counted, Receipt, RunInfo, RunState
-from fedml.records import from_record
 from fedml.rounds.hosting import End, Opened
 from fedml.rounds.round import Opening
 
 _LONGEST = 30 * 86400.0  # seconds that a wave may take
+_PATIENCE = 10.0  # seconds for a wave to be noted when the run is let go of
 _AGAIN = 2.0  # seconds until a site that is busy is asked again
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class _Order:
-    """A message of a wave, to the site of that number."""
-
-    site: int
-    messages: int
-    seed: int
-    path: str
-    digest: str
-    is_kept: bool
-
-
-@dataclass(frozen=True)
-class _Wave:
-    """What the ServerApp asks at once."""
-
-    wave: int
-    about: str
-    timeout: float
-    orders: tuple[_Order, ...]
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What the ServerApp's program has on its disk of a wave: digests of replies, by site."""
-
-    kept: int
-    digests: Mapping[str, str]
-    reasons: Mapping[str, str]
 
 
 @dataclass
 class _Open:
     """The wave that is open: what came of each message so far."""
 
-    wave: _Wave
+    wave: Wave
     opening: Opening
     at: float
     came: dict[SiteId, dict[str, str]] = field(default_factory=dict)
@@ -108,18 +78,13 @@ class AppHost:
         folder: Path,
         changed: Callable[[RunId], None],
     ) -> None:
-        self._id, self._plan, self._desk, self._journal, self._holds = (
-            id,
-            plan,
-            desk,
-            journal,
-            holds,
-        )
-        self._app = folder / APPS / f"{plan.app.name}-{plan.app.digest[:12]}"
-        self._place = folder / APPS / "runs" / id
+        self._id, self._plan = id, plan
+        self._desk, self._journal, self._holds = desk, journal, holds
+        self._app, self._place = copy_of(folder, plan.app), run_folder(folder, id)
         self._changed = changed
         self._sites: tuple[SiteId, ...] = ()
         self._open: _Open | None = None
+        self._settling: set[asyncio.Task[Mapping[str, object]]] = set()  # a wave that is noted
         self._bell = asyncio.Event()  # something has come, or somebody
         self._halted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._draining = False
@@ -169,7 +134,7 @@ class AppHost:
                 self._holds.hold(answer.update.digest)
                 self._open.held.append(answer.update.digest)
                 self._desk.settle(site, order.task)
-                self._came(site, path=str(self._holds.store.path(answer.update.digest)))
+                self._came(site, path=str(self._holds.store.path(answer.update.digest).resolve()))
             case Declined(_, reason, for_now) if for_now:
                 _log.info("site is busy", site=site, reason=one_line(reason))
                 remind = partial(self._desk.remind, site, order.task)
@@ -200,7 +165,7 @@ class AppHost:
                 end = End("stopped", f"{self._halted.result()}; {self._count()}")
         finally:
             work.cancel()
-            await asyncio.wait([work])
+            await asyncio.wait([work, *self._settling], timeout=_PATIENCE)
             self._close()
         self._forget_open(end.detail)
         await self._note(Ended(self._id, end.state, end.detail))
@@ -216,28 +181,38 @@ class AppHost:
         self._tell("running", "")
         async with played(self._place) as stage:
             while True:
-                told = await stage.hear()
-                if "done" in told:
-                    return End("done", f"kept in {APPS}/runs/{self._id}")
-                if "failed" in told:
-                    return End("failed", one_line(str(told["failed"])))
-                stage.answer(await self._answer(told))
+                match await stage.hear():
+                    case Done():
+                        return End("done", f"kept in {APPS}/runs/{self._id}")
+                    case Broken(failed):
+                        return End("failed", one_line(failed))
+                    case Stands(reason):
+                        self._tell("waiting", f"{reason}; then restart the coordinator")
+                        await asyncio.Event().wait()
+                    case Ready():
+                        stage.answer(self._part())
+                    case Wave() as wave:
+                        stage.answer(await self._carry(wave))
+                    case Kept() as kept:
+                        stage.answer(await self._settle(kept))
 
-    async def _answer(self, told: Mapping[str, object]) -> Mapping[str, object]:
-        """Return what the ServerApp's program is answered."""
-        if "ready" in told:
-            return {
-                "app": str(self._app),
-                "digest": self._plan.app.digest,
-                "config": dict(self._plan.config),
-                "sites": len(self._sites),
-                "seed": self._plan.seed,
-                "committed": len(self._journal.runs[self._id].receipts),
-            }
-        if "wave" in told:
-            return await self._carry(from_record(_Wave, told, "wave"))
-        await self._commit(from_record(_Kept, told, "kept"))
-        return {}
+    async def _settle(self, kept: Kept) -> Mapping[str, object]:
+        """End a wave; who stops the run meanwhile finds it over, and its sites told."""
+        settling = asyncio.create_task(self._commit(kept))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+        return await asyncio.shield(settling)
+
+    def _part(self) -> Mapping[str, object]:
+        """Return what the ServerApp is to play."""
+        return {
+            "app": str(self._app),
+            "digest": self._plan.app.digest,
+            "config": dict(self._plan.config),
+            "sites": len(self._sites),
+            "seed": self._plan.seed,
+            "committed": len(self._journal.runs[self._id].receipts),
+        }
 
     def _count(self) -> str:
         return f"{len(self._journal.runs[self._id].receipts)} exchanges are committed"
@@ -260,12 +235,14 @@ class AppHost:
 
     # --- one wave -------------------------------------------------------------------------------
 
-    async def _carry(self, wave: _Wave) -> Mapping[str, object]:
+    async def _carry(self, wave: Wave) -> Mapping[str, object]:
         """Have the sites asked; return what came of each message that was not kept before."""
         while self._draining:
             self.at_rest.set()
             await asyncio.Event().wait()  # until the coordinator goes down
         self.at_rest.clear()
+        if any(not 0 <= order.site < len(self._sites) for order in wave.orders):
+            raise TaskFailed("the ServerApp's program asks a site that there is not")
         asked = tuple(self._sites[order.site] for order in wave.orders)
         seconds = min(max(wave.timeout, 0.001), _LONGEST)
         opening = Opening(self._id, wave.wave, 1, asked, 1, seconds)
@@ -288,7 +265,7 @@ class AppHost:
         return {"came": {str(order.site): came[self._sites[order.site]]
                          for order in wave.orders if self._sites[order.site] in came}}  # fmt: skip
 
-    async def _send(self, wave: _Wave, opening: Opening) -> list[Blob]:
+    async def _send(self, wave: Wave, opening: Opening) -> list[Blob]:
         """Give each site that is to answer its order; return the blobs that they need."""
         blobs = dict[str, Blob]()
         for order in wave.orders:
@@ -319,7 +296,7 @@ class AppHost:
             self._desk.expect(site)
         return list(blobs.values())
 
-    async def _wait(self, wave: _Wave, seconds: float) -> None:
+    async def _wait(self, wave: Wave, seconds: float) -> None:
         """Wait for what comes of each message; who is late has not replied."""
         assert self._open is not None
         due = {self._sites[order.site] for order in wave.orders if not order.is_kept}
@@ -331,7 +308,7 @@ class AppHost:
         for site in due - self._open.came.keys():
             self._came(site, reason=f"no reply within {seconds:g} s")
 
-    async def _commit(self, kept: _Kept) -> None:
+    async def _commit(self, kept: Kept) -> Mapping[str, object]:
         """The replies are on the disk: note that the wave is over, and have the sites forget."""
         here = self._open
         if here is None or kept.kept != here.opening.number:
@@ -368,6 +345,7 @@ class AppHost:
             self._desk.turn_over()
         self.at_rest.set()
         self._tell("running", here.wave.about)
+        return {}
 
     def _let_go(self, site: SiteId, opening: Opening, *, counted: bool) -> None:
         task = opening.task_id(site)
@@ -406,24 +384,6 @@ class AppHost:
     def _tell(self, state: RunState, detail: str) -> None:
         self._status = state, detail
         self._changed(self._id)
-
-
-def check_app(folder: Path, plan: AppPlan) -> None:
-    """Raise `ConfigError` unless the coordinator in `folder` has the plan's very app."""
-    place = folder / APPS / f"{plan.app.name}-{plan.app.digest[:12]}"
-    if not place.is_dir():
-        raise ConfigError(
-            f"app {plan.app.name} {plan.app.digest[:12]} is not allowed here; the coordinator's "
-            f"operator runs: fedml coordinator allow-app FOLDER APP_DIR"
-        )
-
-
-def result(folder: Path, run: RunId) -> str:
-    """Return what an app's run came to, as JSON; "" while it goes on, or if it is too long."""
-    path = folder / APPS / "runs" / run / "result.json"
-    if not path.exists() or path.stat().st_size > 2**20:
-        return ""
-    return path.read_text()
 
 
 def _pieces(path: Path) -> list[bytes]:

@@ -13,7 +13,8 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from fedml.coordinator import press
-from fedml.coordinator.apps import AppHost, check_app, result
+from fedml.coordinator.allowance import copy_of, result
+from fedml.coordinator.apps import AppHost
 from fedml.coordinator.archive import Archive
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.folder import Folder
@@ -121,7 +122,7 @@ class Runs:
             raise ConfigError(f"starts {starts}: seconds since the epoch, or 0 for now")
         if is_app_plan(text):
             app = AppPlan.from_json(text)
-            check_app(self._folder.path, app)
+            copy_of(self._folder.path, app.app)
             return await self._take_in(app.app.name, app.to_json(), by, starts)
         plan = Plan.from_json(text)
         plan.check_served()

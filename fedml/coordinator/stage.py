@@ -11,10 +11,72 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedml.errors import TaskFailed
+from fedml.errors import ConfigError, TaskFailed
+from fedml.records import from_record
 
 _LINE = 2**24  # bytes of one line
-Said = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """It wants to know what to play."""
+
+    ready: bool
+
+
+@dataclass(frozen=True)
+class Order:
+    """A message of a wave, to the site of that number; unless it is kept it is in a file."""
+
+    site: int
+    messages: int
+    seed: int
+    path: str
+    digest: str
+    is_kept: bool
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What the ServerApp asks at once."""
+
+    wave: int
+    about: str
+    timeout: float
+    orders: tuple[Order, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What it has on its disk of a wave: digests of replies, or reasons, by the site's number."""
+
+    kept: int
+    digests: Mapping[str, str]
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Done:
+    """It has come to its end; the outcome is in that file."""
+
+    done: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """It has failed."""
+
+    failed: str
+
+
+@dataclass(frozen=True)
+class Stands:
+    """It cannot go on until something is mended here, and the coordinator started again."""
+
+    stands: str
+
+
+Said = Ready | Wave | Kept | Done | Broken | Stands
 
 
 @dataclass(frozen=True)
@@ -27,17 +89,16 @@ class Stage:
     async def hear(self) -> Said:
         """Return what it says next; raises `TaskFailed` if it ended without a word."""
         assert self._process.stdout is not None
-        try:
-            line = await self._process.stdout.readline()
-            told = json.loads(line) if line else None
-        except ValueError as error:
-            raise TaskFailed(f"the ServerApp's program does not make sense ({error})") from error
-        if not isinstance(told, dict):
+        line = await self._process.stdout.readline()
+        if not line:
             status = await self._process.wait()
             raise TaskFailed(f"the ServerApp's program ended ({status}); see {self.log}")
-        return told
+        try:
+            return _read(json.loads(line))
+        except (ValueError, ConfigError) as error:
+            raise TaskFailed(f"the ServerApp's program does not make sense ({error})") from error
 
-    def answer(self, what: Said) -> None:
+    def answer(self, what: Mapping[str, object]) -> None:
         """Answer what it said last."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(what).encode() + b"\n")
@@ -46,6 +107,18 @@ class Stage:
     def log(self) -> Path:
         """Where all that it prints goes."""
         return self.folder / "app.log"
+
+
+def _read(told: object) -> Said:
+    kinds: dict[str, type[Said]] = {
+        "wave": Wave,
+        "kept": Kept,
+        "done": Done,
+        "failed": Broken,
+        "stands": Stands,
+    }
+    found = [kind for key, kind in kinds.items() if isinstance(told, dict) and key in told]
+    return from_record(found[0] if found else Ready, told, "what it says")
 
 
 @asynccontextmanager

@@ -38,7 +38,7 @@ def main() -> None:
 
 def _wanted(job: Mapping[str, Any]) -> Iterable[str]:
     """Return the packages that the app has imported, but nothing of its own folder."""
-    own = str(job["app"])
+    own = f"{Path(job['app']).resolve()}/"
     fresh = [(name, sys.modules[name]) for name in list(sys.modules) if name not in _before]
     files = ((name, getattr(module, "__file__", None) or own) for name, module in fresh)
     return [name for name, file in files if not file.startswith(own)]

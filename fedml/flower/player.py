@@ -27,6 +27,10 @@ from fedml.lifeline import die_with_parent
 from fedml.records import from_record
 
 
+class _Unfit(FedmlError):
+    """A run that is under way cannot go on here as it was begun, until that is mended."""
+
+
 def main() -> None:
     """Play one app to its end, and say what it came to."""
     folder = Path(sys.argv[1])
@@ -45,6 +49,8 @@ def main() -> None:
 
     try:
         said = {"done": _play(folder, ask)}
+    except _Unfit as error:
+        said = {"stands": str(error)}
     except FedmlError as error:
         said = {"failed": str(error)}
     except Exception as error:  # noqa: BLE001 - the outermost loop of this program
@@ -61,12 +67,10 @@ def _play(folder: Path, ask: Ask) -> str:
     part = from_record(Part, ask({"ready": True}), "part", PART_READERS)
     flower = version("flwr")
     setup = simulation.Setup(part.app, part.digest, part.config, part.sites, part.seed, flower)
-    if (folder / "run.json").exists() and simulation.begun(folder) != setup:
-        raise ConfigError(f"{folder} has another run; restore it from a backup")
-    if apps.read(Path(part.app)).digest() != part.digest:
-        raise ConfigError(
-            f"{part.app} is not what was taken in; take it out, and allow the app again"
-        )
+    try:
+        _check(folder, setup)
+    except ConfigError as error:
+        raise _Unfit(str(error)) if part.committed else error from error
 
     def seat(record: Record, tell: simulation.Tell) -> Grid:
         return RemoteGrid(part, ask=ask, record=record, folder=folder, tell=tell)
@@ -74,6 +78,16 @@ def _play(folder: Path, ask: Ask) -> str:
     simulation.play(setup, folder, seat=seat)
     durable.sync_folder(folder)
     return str(result)
+
+
+def _check(folder: Path, setup: simulation.Setup) -> None:
+    """Raise `ConfigError` unless the run can be played here, and goes on as it was begun."""
+    if (folder / "run.json").exists() and simulation.begun(folder) != setup:
+        raise ConfigError(f"{folder} has another run; restore it from a backup")
+    app = apps.read(Path(setup.app))
+    if app.digest() != setup.digest:
+        raise ConfigError(f"{setup.app} is not what was taken in; delete it, and allow it again")
+    app.load_server()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedml import settings as files
+from fedml.coordinator.host import Host
 from fedml.coordinator.journal import Ended, Halted, Registered
 from fedml.coordinator.runs import Runs
 from fedml.coordinator.settings import Settings
@@ -99,7 +100,9 @@ async def test_a_run_that_breaks_down_makes_room_and_touches_no_other(
         sites = await world.three_sites(hub, tmp_path)
         broken, good, waiting = [await hub.submit(plan(rounds=2)) for _ in range(3)]
         orders = [{o.run: o for o in (await site.order(), await site.order())} for site in sites]
-        hub.runs._hosts[broken]._inbox.put_nowait("no event")  # type: ignore[arg-type]  # a bug
+        host = hub.runs._hosts[broken]
+        assert isinstance(host, Host)
+        host._inbox.put_nowait("no event")  # type: ignore[arg-type]  # a bug
         await hub.until(waiting, lambda info: info.state == "running")
         assert "stands still" in (await hub.operator.show_run(broken)).info.detail
         for site, mine in zip(sites, orders, strict=True):
@@ -575,6 +578,7 @@ async def test_a_run_that_is_loaded_during_a_drain_opens_no_round(
     loaded.set()
     await hub.until(run, lambda info: info.state == "waiting")
     host = hub.runs._hosts[run]
+    assert isinstance(host, Host)
     host.at_rest.clear()
     host.tell(SitesChanged(()))  # look who is here: all of them
     async with asyncio.timeout(60):

@@ -78,14 +78,17 @@ class Coordinator:
 
 
 class Seated:
-    """Gives a ServerApp its sites, as the program that plays it does; closes what it opened."""
+    """Gives a ServerApp its sites, as the program that plays it does; closes what it opened.
+
+    What is not flushed is lost, as in a crash: an older record is never closed before a newer.
+    """
 
     def __init__(self) -> None:
         self.records: list[Record] = []
 
     def __call__(self, there: Coordinator, folder: Path, committed: int = 0) -> RemoteGrid:
         part = Part("", "", {}, SITES, 7, committed)
-        self.records.append(Record(folder / "replies.bin", 0.0))
+        self.records.append(Record(folder / "replies.bin", 60.0))
         record = self.records[-1]
         return RemoteGrid(part, ask=there.ask, record=record, folder=folder, tell=lambda _: None)
 
@@ -140,6 +143,20 @@ def test_a_wave_that_goes_out_again_has_the_same_bytes(seated: Seated, tmp_path:
     play(seated(there, tmp_path), rounds=1)
     first, again = there.blobs[:SITES], there.blobs[SITES : 2 * SITES]
     assert first == again
+
+
+def test_of_a_wave_that_is_kept_in_part_only_the_rest_is_asked_for(
+    seated: Seated, tmp_path: Path
+) -> None:
+    there = Coordinator(tmp_path, stock_app(), dies_at=2)
+    with pytest.raises(TaskFailed):
+        play(seated(there, tmp_path))
+    path = tmp_path / "replies.bin"
+    path.write_bytes(path.read_bytes()[:-1])  # the last reply's end is torn off
+    there.dies_at = float("inf")
+    play(seated(there, tmp_path), rounds=1)
+    assert len(there.blobs) == SITES + 1 + SITES  # the first wave, its rest, the second
+    assert [len(r["digests"]) for r in there.receipts] == [SITES, SITES]
 
 
 def test_who_does_not_reply_or_sends_rubbish_is_an_error_reply(

@@ -39,11 +39,33 @@ def test_a_fresh_policy_allows_nothing(tmp_path: Path) -> None:
 
 def test_the_template_with_its_examples_switched_on_is_a_good_policy(tmp_path: Path) -> None:
     text = TEMPLATE.replace("# [", "[").replace('# file = "', '#file="').replace("…", DIGEST)
-    for key in ("digest", "train", "held_out", "rows", "recipes", "privacy", "epsilon", "delta"):
+    keys = ("digest", "train", "held_out", "rows", "recipes", "privacy", "epsilon", "delta")
+    for key in (*keys, "folder", "datasets", "seeded", "node_config"):
         text = text.replace(f"# {key} =", f"{key} =")
     policy = read_policy(written(tmp_path, text))
     assert policy.datasets["records"].epsilon == 3.0
     assert policy.recipes["breast-cancer"].digest == DIGEST
+    app = policy.apps["quickstart"]
+    assert app.folder == tmp_path / f"apps/quickstart-{DIGEST}"
+    assert (app.datasets, app.seeded) == (("records",), False)
+    assert app.node_config == {"partition-id": 0, "num-partitions": 2}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "policy.apps.ward.privacy is missing"),
+        ('privacy = "record"', "use one of \\['none'\\]"),
+        ('privacy = "none"\ndatasets = ["rows"]', r"apps.ward: there is no \[datasets.rows\]"),
+        ('privacy = "none"\nnode_config = { a = [1] }', "must be an object of texts, numbers"),
+    ],
+)
+def test_an_app_is_allowed_by_saying_that_it_has_no_privacy(
+    line: str, message: str, tmp_path: Path
+) -> None:
+    text = f'[apps.ward]\ndigest = "{DIGEST}"\nfolder = "apps/ward"\n{line}\n'
+    with pytest.raises(ConfigError, match=message):
+        read_policy(written(tmp_path, text))
 
 
 def test_paths_are_relative_to_the_policy_s_own_folder(tmp_path: Path) -> None:

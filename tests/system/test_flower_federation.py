@@ -143,17 +143,18 @@ def test_a_site_killed_at_work_works_again_from_the_state_before(
     run = pair.run(WARD, "ward", marks, rounds=3, hold=2)
     for place in (0, 1):
         pair.until_marked(marks, place, "begun 2")
+    slot = pair.site("chur") / f"slots/{run}.safetensors"
+    assert slot.exists()
     pair.kill("chur")
-    for place in (0, 1):
-        (marks / f"go-{place}").touch()
-    pair.open_all()
+    (marks / "go-0").touch()
+    pair.open_all()  # and the killed one's child is gone by now
+    (marks / "go-1").touch()
     detail = pair.finish(run)
     assert detail.info.state == "done", detail.info.detail
     chur = (marks / "site-1").read_text().split()[1::2]
     assert chur == ["1", "1", "2", "2", "2", "3", "3"]  # counted from 1 again after the kill
     assert pair.result(run)["train"]["3"]["messages"] == 3.0
-    left = [*pair.site("chur").glob("slots/*"), *pair.site("bern").glob("slots/*")]
-    pair.wait_for("chur", lambda: not any(path.exists() for path in left))  # the run is over
+    pair.wait_for("chur", lambda: not slot.exists())  # the run is over
 
 
 def test_a_client_app_that_raises_answers_with_an_error(pair: Pair, tmp_path: Path) -> None:
@@ -232,6 +233,27 @@ def test_wrong_requests_are_a_line(pair: Pair, tmp_path: Path) -> None:
     assert "no other privacy than none" in complaint(private)
     nothing = fedml("coordinator", "allow-app", str(pair.hub), str(tmp_path / "nothing"))
     assert "pyproject.toml does not exist" in complaint(nothing)
+
+
+def test_a_run_whose_app_was_changed_at_the_coordinator_stands_until_it_is_mended(
+    pair: Pair, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    run = pair.run(WARD, "ward", marks, rounds=2, hold=2)
+    pair.until_marked(marks, 0, "begun 2")
+    pair.kill("coordinator")
+    [copy] = pair.hub.glob("flower/ward-*/ward_app.py")
+    text = copy.read_text()
+    copy.write_text(text + "\nimport os\n")
+    pair.start_coordinator()
+    pair.until(run, lambda d: "is not what it was when" in d.info.detail)
+    copy.write_text(text)
+    pair.kill("coordinator")
+    for place in (0, 1):
+        (marks / f"go-{place}").touch()
+    pair.start_coordinator()
+    assert pair.finish(run).info.state == "done"
+    assert (marks / "site-0").read_text().split()[1::2] == ["1", "1", "2", "2"]
 
 
 def test_a_copy_that_was_changed_does_not_run(pair: Pair, tmp_path: Path) -> None:

@@ -17,18 +17,18 @@ client, server = ClientApp(), ServerApp()
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    settings, place = context.run_config, context.node_config["partition-id"]
-    before = context.state.metric_records.get("seen", {"messages": 0})
-    seen = int(before["messages"]) + 1
+    settings, place = context.run_config, int(context.node_config["partition-id"])
+    before = context.state.metric_records.get("seen", MetricRecord({"messages": 0}))
+    seen = int(str(before["messages"])) + 1
     context.state["seen"] = MetricRecord({"messages": seen})
     _mark(context, f"begun {seen}")
-    while settings["hold"] == seen and not Path(settings["marks"], f"go-{place}").exists():
+    while settings["hold"] == seen and not Path(str(settings["marks"]), f"go-{place}").exists():
         time.sleep(0.01)
     if settings["raise-at"] == seen and place == 1:
         raise ValueError("no such ward")
-    [numbers] = message.content["arrays"].to_numpy_ndarrays()
+    [numbers] = message.content.array_records["arrays"].to_numpy_ndarrays()
     metrics = MetricRecord({"num-examples": 1 + place, "messages": seen})
-    moved = numbers + np.float32(1 + place)
+    moved = (numbers + 1 + place).astype(np.float32)
     content = RecordDict({"arrays": ArrayRecord([moved]), "metrics": metrics})
     _mark(context, f"done {seen}")
     return Message(content, reply_to=message)
@@ -36,7 +36,7 @@ def train(message: Message, context: Context) -> Message:
 
 def _mark(context: Context, text: str) -> None:
     place = context.node_config["partition-id"]
-    with Path(context.run_config["marks"], f"site-{place}").open("a") as file:
+    with Path(str(context.run_config["marks"]), f"site-{place}").open("a") as file:
         file.write(text + "\n")
 
 
