@@ -28,6 +28,7 @@ from fedml.simulation.executors.base import Holding, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
 from fedml.strategies import (
+    Aggregate,
     FedAvg,
     Forest,
     Newton,
@@ -163,6 +164,18 @@ def test_of_equal_gains_the_first_feature_and_cut_is_taken() -> None:
     sums[1, ..., 2] = 0.0  # bin 2 is empty: to cut before it or after it is the same
     found = XGBoost(min_child_weight=0.5).splits(sums)
     assert (found.feature.item(), found.cut.item()) == (0, 1)
+
+
+def test_nothing_grows_below_a_leaf() -> None:
+    strategy, params = XGBoost(sketch=0), Params(Forest(1, trees=1, depth=2, bins=3).state_dict())
+    params["leaf"].fill_(0.25)
+    sums = torch.tensor([[-4.0, 1.0, 3.0], [2.0, 1.0, 1.0]]).double().reshape(2, 1, 1, 1, 3)
+    slots = {"sums": Params({"sums": sums.expand(2, 1, 2, 1, 3)})}
+    total = Aggregate(params.zeros(), slots, 1.0, 1)
+    assert strategy.advance(ServerState(params, step=1), total).params == params
+    params["feature"][0, 0, 0] = 0  # where the node above has a split it does
+    grown = strategy.advance(ServerState(params, step=1), total).params
+    assert grown["feature"].tolist() == [[[0, 0, 0]]]
 
 
 def test_derivatives_are_the_loss_s_own() -> None:
