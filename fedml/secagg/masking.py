@@ -150,8 +150,7 @@ class Vector:
             if not np.isfinite(found).all():
                 raise MalformedUpdate(f"part {part.name!r} holds {found[~np.isfinite(found)][0]}")
             shares = np.clip(found, -part.clip, part.clip) * weight / part.clip
-            steps = np.clip(shares, -1.0, 1.0) * float(grid.top << grid.low_bits)
-            wholes = np.rint(steps).astype(np.int64)
+            wholes = np.rint(shares * float(grid.top << grid.low_bits)).astype(np.int64)
             pairs = np.stack((wholes >> grid.low_bits, wholes & (2**grid.low_bits - 1)), 1)
             yield pairs.astype(np.uint32).reshape(-1)
 

@@ -64,15 +64,21 @@ def places(feature: Tensor, threshold: Tensor, x: Tensor, levels: int) -> Tensor
     """
     rows = x.flatten(1).float()
     shape, nodes = feature.shape[:-1], feature.shape[-1]
-    features, thresholds = feature.reshape(-1), threshold.reshape(-1)
-    first = torch.arange(len(features) // nodes, device=x.device)[None, :] * nodes
-    node = torch.zeros_like(rows[:, :1], dtype=torch.int64) + torch.zeros_like(first)
+    features, thresholds = feature.reshape(-1, nodes).clamp(min=0), threshold.reshape(-1, nodes)
+    trees = torch.arange(len(features), device=x.device)[None, :]
+    node = torch.zeros_like(rows[:, :1], dtype=torch.int64) + torch.zeros_like(trees)
     for level in range(levels):
-        at = first + node + (2**level - 1)
-        value = rows.gather(1, features[at].clamp(min=0))
-        node = 2 * node + (value >= thresholds[at]).long()
+        here = slice(2**level - 1, 2 ** (level + 1) - 1)
+        at = node + trees * 2**level
+        asked, least = (_at(table[:, here], at) for table in (features, thresholds))
+        node = 2 * node + (rows.gather(1, asked) >= least)
     found: Tensor = node.unflatten(1, shape)  # no size of a batch, which an export would fix
     return found
+
+
+def _at(table: Tensor, places: Tensor) -> Tensor:
+    """Return the table's elements at `places`, by far the quickest way on a CPU."""
+    return table.reshape(-1).index_select(0, places.flatten()).reshape_as(places)
 
 
 def leaves(feature: Tensor, threshold: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ def leaves(feature: Tensor, threshold: Tensor, leaf: Tensor, x: Tensor) -> Tenso
     depth = leaf.shape[-1].bit_length() - 1
     place = places(feature, threshold, x, depth).flatten(1)
     first = torch.arange(place.shape[1], device=x.device)[None, :] * leaf.shape[-1]
-    found: Tensor = leaf.reshape(-1)[first + place].unflatten(1, leaf.shape[:-1]).sum(1)
+    found: Tensor = _at(leaf, first + place).unflatten(1, leaf.shape[:-1]).sum(1)
     return found
 
 
@@ -117,26 +123,52 @@ def values(wholes: Codes) -> NDArray[np.float32]:
 _MOST = int(codes(np.array([np.finfo(np.float32).max], np.float32))[0])
 
 
-def refined(cuts: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+def refined(
+    cuts: NDArray[np.float32], counts: NDArray[np.int64], *, last: bool = False
+) -> NDArray[np.float32]:
     """Return a feature's cuts, as many as before, where they part rows better.
 
     `counts` has a number for each bin. What parts bins with rows in them stays, where that takes
-    no more than three cuts of four; all others go where they split bins in equal parts, counting
-    each bin's rows and, as much, that it has any. So, if repeated, a few distinct values come to
-    stand alone, and of many each bin has as many rows as another.
+    no more than three cuts of four, or at `last` all; the others split bins by their rows and, as
+    much, by whether there are any. Else what parts groups of about as many rows stays, in which a
+    bin with many, maybe of one value, is alone; and the others split bins by their rows beyond a
+    fair share, up to three. So, if repeated, a few distinct values come to stand alone, and of
+    many no bin has much more than two fair shares.
     """
     edges = np.concatenate(([-_MOST], codes(cuts), [_MOST + 1]))
     there, size = counts > 0, len(cuts)
     if not there.any():
         return cuts
     lower, upper = edges[1:-1][there[1:]], edges[1:-1][there[:-1] & ~there[1:]]
-    kept = next(
-        (some for some in (np.union1d(lower, upper), lower) if len(some) <= 3 * size // 4),
-        np.empty(0, np.int64),
-    )
-    mass = counts / counts.sum() + (there / there.sum() if len(kept) else 0.0)
+    most = size if last else 3 * size // 4
+    mass = counts / counts.sum()
+    if len(kept := np.union1d(lower, upper)) <= most or len(kept := lower) <= most:
+        mass = mass + there / there.sum()
+    else:
+        kept = _groups(edges, counts, most)
+        mass = np.clip(mass - 1 / size, 0.0, 3 / size) + mass / size
     heights = np.concatenate(([0.0], np.cumsum(mass)))
     rest = size - len(kept)
     wanted = np.arange(1, rest + 1) / (rest + 1) * heights[-1]
     more = np.ceil(np.interp(wanted, heights, edges)).astype(np.int64)
     return values(np.sort(np.concatenate((kept, more))))
+
+
+def _groups(edges: Codes, counts: NDArray[np.int64], most: int) -> Codes:
+    """Return at most `most` edges between groups of bins, by the least limit of a group's rows.
+
+    A group has no more rows than the limit, or it is one bin.
+    """
+    low, high, found = 0, int(counts.sum()), np.empty(0, np.int64)
+    while low < high:
+        limit, held, starts = (low + high) // 2, 0, []
+        for place in counts.nonzero()[0]:
+            if held and held + counts[place] > limit:
+                starts.append(edges[place])
+                held = 0
+            held += counts[place]
+        if len(starts) <= most:
+            high, found = limit, np.array(starts, np.int64)
+        else:
+            low = limit + 1
+    return found

@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 GRAIN = 2.0**-30  # of derivatives and leaves
 _LEAST_GAIN = 1e-6  # as in XGBoost: less is rounding
 _COUNTING, _DONE = -1, -2  # in the place of a level
-_AT_ONCE = 4096  # rows that go down the trees together
+_AT_ONCE = 1024  # rows that go down the trees together
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class XGBoost:
     @staticmethod
     def specimen() -> Params:
         """Return a small model of the kind that it takes."""
-        return Params(Forest(2, trees=12, depth=2, bins=16).state_dict())
+        return Params(Forest(2, trees=12, depth=2, bins=32).state_dict())
 
     def start(self, params: Params) -> ServerState:
         """Start from a forest that is not grown; raises `ConfigError` for another model."""
@@ -84,11 +84,13 @@ class XGBoost:
             return replace(state, step=state.step + 1)
         params = state.params.clone()
         if level == _COUNTING:
-            counts = _sums(total, "counts", 1.0).astype(np.int64)
+            counts = summed(total, "counts", 1.0).astype(np.int64)
             cuts = params["cuts"].numpy()
-            params["cuts"].copy_(torch.from_numpy(np.stack([*map(refined, cuts, counts)])))
+            last = state.step + 1 == self.sketch
+            found = [refined(*one, last=last) for one in zip(cuts, counts, strict=True)]
+            params["cuts"].copy_(torch.from_numpy(np.stack(found)))
         else:
-            self._grow(params, tree, level, _sums(total, "sums", GRAIN))
+            self._grow(params, tree, level, summed(total, "sums", GRAIN))
         return ServerState(params, step=state.step + 1)
 
     def _place(self, state: ServerState) -> tuple[int, int]:
@@ -265,7 +267,7 @@ def _histogram(bins: Tensor, node: Tensor, weights: Tensor, size: int, nodes: in
     return found.reshape(nodes, features, size)
 
 
-def _sums(total: Aggregate, slot: str, grain: float) -> Floats:
+def summed(total: Aggregate, slot: str, grain: float) -> Floats:
     """Return the sums over all rows that sites' means stand for, exactly: multiples of `grain`."""
     means: Floats = total.slots[slot][slot].numpy()
     exact: Floats = np.rint(means * (total.weight / grain)) * grain

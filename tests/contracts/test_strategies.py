@@ -53,7 +53,7 @@ def sample(params: Params) -> Sample:
         return Sample(torch.zeros(1), TARGET, lambda at: at["w"], square)
     x = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
     y = TARGET[(x[:, 0] > 0.3).long(), (x[:, 1] > 0.6).long()][:, None]
-    forest = Forest(2, trees=params["leaf"].shape[0], depth=2, bins=16)
+    forest = Forest(2, trees=params["leaf"].shape[0], depth=2, bins=32)
     return Sample(x, y, lambda at: functional_call(forest, dict(at), (x,)), square)
 
 

@@ -76,6 +76,18 @@ def test_the_mean_is_within_half_a_step_for_each_site(
         assert np.abs(got - true / sum(weights)).max() <= most * 1.01
 
 
+@given(st.floats(0.01, 1), st.lists(st.floats(-9, 9), min_size=1, max_size=20))
+def test_a_fine_number_is_clipped_and_then_weighed(weight: float, found: list[float]) -> None:
+    grid = Grid(5, (Part("few", len(found), 2.0, fine=True),))
+    vector = Vector(grid, {"few": np.array(found)}, weight)
+    told = np.empty(grid.length, np.uint32)
+    vector.read(0, told, np.empty(grid.length))
+    one = grid.whole(weight, 1.0)
+    exact = one / (grid.top << grid.low_bits)
+    wholes = [grid.whole(max(-2.0, min(2.0, value)) * exact, 2.0) for value in found]
+    assert told.tolist() == [word for whole in (*wholes, one) for word in grid.split(whole)]
+
+
 @given(st.integers(1, 200))
 def test_the_largest_sum_of_a_whole_cohort_fits_the_ring(cohort: int) -> None:
     """Every site at the clip with full weight: one step more for each would wrap."""

@@ -1,0 +1,1 @@
+"""Boosted trees over adult's people, however they are dealt out."""
