@@ -157,11 +157,6 @@ class Plan:
 
     def check_served(self) -> None:
         """Raise `Contradiction` if only a simulation may play this plan, which is its own judge."""
-        if buffering_of(self.strategy):
-            name = type(self.strategy).__name__
-            raise Contradiction(
-                [f"strategy {name}: no coordinator carries tasks over yet; simulate the run"]
-            )
         if self.privacy.shares_noise and not self.secagg.is_on:
             raise Contradiction(
                 [

@@ -191,6 +191,16 @@ class Run:
             key = (receipt.kind, receipt.round)
             self._pardoned[key] = self._pardoned.get(key, 0) + 1
 
+    def recall(self, states: Mapping[int, ServerState]) -> None:
+        """Before `open`: the states before the rounds whose tasks are carried over, by round."""
+        for number, state in states.items():
+            self.flight.briefs[number] = self._trained_on(self.plan.strategy.brief(state))
+
+    def _trained_on(self, brief: Brief) -> Brief:
+        """Return a brief as the sites have it, which comes to them rounded if so planned."""
+        coarse = is_coarse(self.plan.wire.down)
+        return replace(brief, params=rounded(brief.params)) if coarse else brief
+
     def enrol(self, roster: Roster) -> None:
         """Before `open`: whose keys count in masked rounds."""
         self._roster = roster
@@ -343,8 +353,8 @@ class Run:
         brief = self.plan.strategy.brief(self.state)
         if opening.kind == "evaluate" and not is_personal(brief):
             brief = Brief(self.state.params)
-        if opening.kind == "train" and is_coarse(self.plan.wire.down):
-            brief = replace(brief, params=rounded(brief.params))
+        if opening.kind == "train":
+            brief = self._trained_on(brief)
         self._round, self._opened = self._new_round(opening, brief), opened
         self._patience = ""
         commands: list[Command] = [opened, *self._round.open(brief)]
