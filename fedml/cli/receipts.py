@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedml.cli.console import scores
-from fedml.protocol.operations import Receipt, RunDetail
+from fedml.protocol.operations import Receipt, RunDetail, round_of
 from fedml.rounds.vigil import Vigil
 
 
@@ -13,16 +13,21 @@ def lines(detail: RunDetail) -> Iterator[str]:
     """Yield a line for each round, and below it one for each site; at the end the alerts."""
     for receipt in detail.receipts:
         yield _round(receipt)
-        sites = [*(c.site for c in receipt.counted), *receipt.missing, *receipt.left_out]
+        counted = (one.site for one in receipt.counted)
+        sites = [*counted, *receipt.missing, *receipt.carried, *receipt.left_out]
         width = max(map(len, sites), default=0)
         for one in receipt.counted:
             name = "reply" if receipt.about else "update"
             update = f"  {name} {one.digest[:12]}" if one.digest else ""
             spent = f"  epsilon {one.epsilon:.3f}" if one.epsilon else ""
             weight = "" if receipt.about else f"  weight {one.weight:g}"
-            yield f"  counted    {one.site:{width}}{weight}{update}{spent}"
+            late = receipt.staleness(one.site)
+            aged = f"  {late} round{'s' * (late > 1)} late" if late else ""
+            yield f"  counted    {one.site:{width}}{weight}{update}{spent}{aged}"
         for site, why in receipt.missing.items():
             yield f"  missing    {site:{width}}  {why}"
+        for site, task in receipt.carried.items():
+            yield f"  works on   {site:{width}}  round {round_of(receipt.run, task)}"
         for site, why in receipt.damped.items():
             yield f"  damped     {site:{width}}  {why}"
         for site, why in receipt.left_out.items():

@@ -181,7 +181,7 @@ class _Job:
             print(_going_on(self.plan, run.done))
         engine = Engine(
             run, witness, statuses(self.plan, holdings), stage.world, chronicle.note,
-            chronicle.now,
+            chronicle.now, chronicle.flight,
         )  # fmt: skip
         with Live(self.plan.rounds, run.done) as live, _stoppable(chronicle):
             chronicle.tell = live.tell

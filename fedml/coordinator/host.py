@@ -57,7 +57,7 @@ from fedml.rounds.round import CancelTask, SendTask, SiteLost, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
 from fedml.rounds.vigil import Vigil
-from fedml.strategies import ServerState
+from fedml.strategies import ServerState, buffering_of
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
 _log = structlog.get_logger()
@@ -89,6 +89,7 @@ class Host:
         self._state: tuple[ServerState, Blob] | None = None  # the last one that was committed
         self._intake = Intake(desk, holds, self.tell, self._wait, self._masked)
         self._asked: tuple[SiteId, ...] = ()
+        self._sent: dict[TaskId, tuple[str, ...]] = {}  # blobs of the tasks that are not over
         self._timers: list[asyncio.TimerHandle] = []
         self._looking: asyncio.TimerHandle | None = None
         self._vigil = Vigil(run.receipts)
@@ -148,7 +149,8 @@ class Host:
         wait = max(0.0, self._expected_until - time.monotonic())
         self._timers.append(loop.call_later(wait + 0.05, self.sites_changed))
         try:
-            commands = deque(self._seated(self.run.open(time.time())))
+            again = map(SendTask, self.run.flight.orders())  # nobody here knows of them
+            commands = deque([*again, *self._seated(self.run.open(time.time()))])
             while True:
                 while commands:
                     command = commands.popleft()
@@ -177,6 +179,8 @@ class Host:
         if self._looking is not None:
             self._looking.cancel()
         self._intake.close()
+        for task in [*self._sent]:
+            self._let_go(task)
         self._post.close()
         if self._state is not None:
             self._holds.let_go(self._state[1].digest)
@@ -217,7 +221,7 @@ class Host:
 
     def _give_way(self) -> None:
         """Let other runs have the sites of a round that is over, now that these know it is."""
-        self._desk.turns.keep(self.run.id, self.run.asked)
+        self._desk.turns.keep(self.run.id, self.run.held)
         if self._desk.turns.yields(self.run.id):
             self._desk.turn_over()
 
@@ -227,7 +231,7 @@ class Host:
                 await asyncio.to_thread(self._journal.append, self._opened(command))
                 self._tell_opened(command)
             case SendTask(task):
-                self._desk.assign(task.site, await self._assignment(task))
+                await self._assign(task)
             case CancelTask(task, site, reason):
                 self._desk.cancel(site, task, reason)
             case Relay(task, site, message):
@@ -245,7 +249,22 @@ class Host:
                 await self._end(command)
         return []
 
+    async def _assign(self, task: Task) -> None:
+        """Give a site its task, and hold its model's blobs as long as the site may want them."""
+        order = await self._assignment(task)
+        blobs = (order.model, *(parcel.blob for parcel in order.parcels))
+        self._let_go(task.id)
+        self._sent[task.id] = tuple(blob.digest for blob in blobs)
+        for digest in self._sent[task.id]:
+            self._holds.hold(digest)
+        self._desk.assign(task.site, order)
+
+    def _let_go(self, task: TaskId) -> None:
+        for digest in self._sent.pop(task, ()):
+            self._holds.let_go(digest)
+
     def _forget(self, task: TaskId, site: SiteId) -> None:
+        self._let_go(task)
         counted = was_counted(self.run.receipts[-1], site)
         self._desk.forget(site, task, counted=counted)
         for digest in self._desk.leftovers(site, task):
@@ -260,7 +279,8 @@ class Host:
 
     def _opened(self, command: Opened) -> RoundOpened:
         """Note who is asked; return the entry that must be on the disk before they are."""
-        self._asked = command.opening.asked
+        fresh = (s for s in command.opening.asked if s not in self.run.flight.tasks)
+        self._asked = tuple(fresh) or command.opening.asked
         return RoundOpened(self.run.id, command, self._data())
 
     def _tell_opened(self, command: Opened) -> None:
@@ -322,6 +342,8 @@ class Host:
     async def _assignment(self, task: Task) -> Assignment:
         plan = self.run.plan
         model, parcels = await self._post.encoded(task.brief, self._state, self._asked)
+        buffering = buffering_of(plan.strategy)
+        summed = buffering.size or plan.cohort.quorum if buffering else len(self._asked)
         return Assignment(
             task=task.id,
             run=task.run,
@@ -334,7 +356,7 @@ class Host:
             privacy=plan.privacy,
             rule=task.brief.rule,
             settings=task.brief.settings,
-            cohort=len(self._asked),
+            cohort=summed,
             seed=plan.task_seed(task.round, task.site),
             deadline=plan.cohort.deadline,
             parcels=parcels,

@@ -20,7 +20,7 @@ from fedml.identity.receipts import Sealer, start
 from fedml.params import read
 from fedml.protocol.apps import AppPlan, is_app_plan
 from fedml.protocol.messages import RunId
-from fedml.protocol.operations import Receipt, RunState, Seal
+from fedml.protocol.operations import Receipt, RunState, Seal, round_of
 from fedml.records import from_record, to_record
 from fedml.rounds.hosting import Opened
 from fedml.rounds.plan import Plan
@@ -157,6 +157,21 @@ class History:
         return bool(self.version or not self.halted or self.ended.state != "stopped")
 
     @property
+    def carried(self) -> Mapping[str, str]:
+        """The tasks that sites work on across rounds, by site: as the last receipt says."""
+        for number in reversed(range(self.forgiven, len(self.receipts))):
+            if self.receipts[number].kind == "train":
+                return self.receipts[number].carried
+        return {}
+
+    @property
+    def states(self) -> set[str]:
+        """The names of the state files that the run needs to go on."""
+        run = self.submitted.run
+        before = {round_of(run, task) - 1 for task in self.carried.values()}
+        return {state_name(run, number) for number in before if number} | ({self.state} - {""})
+
+    @property
     def link(self) -> str:
         """What the next receipt is chained to."""
         if self.seals:
@@ -233,27 +248,30 @@ class Journal:
         """Write a round's end, sealed, its state first, and `more` entries that follow it at once.
 
         `state` is a file with the state's parts that nobody will write to: it gets a second name
-        among the states. Older states of the run go.
+        among the states. Older states of the run go that no site still works on.
         """
-        name = f"{run}.{receipt.round}.safetensors" if state else ""
+        name = state_name(run, receipt.round) if state else ""
         if state:
             durable.link(state, self._states / name)
             failpoints.reach("journal.state")
         history = self.runs[run]
-        before = history.state
+        before = history.states
         entry = RoundCommitted(run, receipt, name)
         if self._sealer is not None:
             entry = replace(entry, seal=self._sealer.seal(history.link, receipt))
         self.append(entry, *more)
-        if name and before not in ("", name):
-            (self._states / before).unlink(missing_ok=True)
+        for gone in before - history.states:
+            (self._states / gone).unlink(missing_ok=True)
 
-    def state(self, run: RunId) -> ServerState | None:
-        """Return the run's last committed state, None before the first; raises `Corrupt`."""
+    def state(self, run: RunId, number: int | None = None) -> ServerState | None:
+        """Return the run's last committed state, or that after round `number`; raises `Corrupt`.
+
+        None before the first. Of older ones there are those that `History.states` names.
+        """
         history = self.runs[run]
-        if not history.state:
+        if not history.state or number == 0:
             return None
-        path = self._states / history.state
+        path = self._states / (state_name(run, number) if number else history.state)
         try:
             parts = read(path)
         except OSError as error:
@@ -262,7 +280,7 @@ class Journal:
             raise Corrupt(
                 f"{path} is damaged ({error}); restore the folder from a backup"
             ) from error
-        models = [r.model for r in history.receipts if r.kind == "train" and r.model]
+        models = [r.model for r in history.receipts if r.kind == "train" and r.model][:number]
         params = parts.pop("", None)
         if params is None or params.digest() != models[-1]:
             raise Corrupt(
@@ -305,6 +323,11 @@ class Journal:
                 f"{self._log.path}: the plan of run {entry.run} does not read ({error}); "
                 "use the fedml that wrote it, or restore the folder from a backup"
             )
+
+
+def state_name(run: RunId, number: int) -> str:
+    """Return the name of the file of the state after round `number`."""
+    return f"{run}.{number}.safetensors"
 
 
 def _parse(path: Path, record: Mapping[str, object]) -> Entry:

@@ -30,9 +30,11 @@ from fedml.protocol.apps import AppPlan, is_app_plan
 from fedml.protocol.messages import Assignment, RunId, SiteId, TaskId
 from fedml.protocol.operations import RunDetail, RunInfo
 from fedml.releases.manifest import WEIGHTS
+from fedml.rounds.hosting import Opened
 from fedml.rounds.plan import Plan
 from fedml.rounds.run import Run
 from fedml.rounds.selection import needs_each
+from fedml.strategies import ServerState
 from fedml.transport.chunks import BlobStore
 
 T = TypeVar("T")
@@ -292,8 +294,11 @@ class Runs:
 
     def _start(self, id: RunId) -> None:
         history = self._journal.runs[id]
+        held = {SiteId(site) for site in history.carried}
         if history.opened is not None and not history.lapsed:
-            self.desk.turns.take(id, history.opened.opening.asked)  # before others look
+            held.update(history.opened.opening.asked)
+        if held:
+            self.desk.turns.take(id, sorted(held))  # before others look
         task = asyncio.create_task(self._play(id))
         self._playing[id] = task
 
@@ -368,9 +373,12 @@ class Runs:
         for door, digest in self.desk.abandon(id, f"the run failed: {reason}"):
             self._holds.store.abandon(digest, door)
             self._holds.discard(digest)
-        if opened := self._journal.runs[id].opened:  # perhaps not assigned again since a restart
-            for site in opened.opening.asked:
-                self.desk.forget(site, opened.opening.task_id(site), counted=False)
+        history = self._journal.runs[id]  # perhaps nothing was assigned again since a restart
+        tasks = {SiteId(site): TaskId(task) for site, task in history.carried.items()}
+        if opened := history.opened:
+            tasks.update({site: opened.opening.task_id(site) for site in opened.opening.asked})
+        for site, task in tasks.items():
+            self.desk.forget(site, task, counted=False)
         await self._note(Ended(id, "failed", reason))
         self.desk.conclude(id)
 
@@ -386,15 +394,20 @@ class Runs:
             return None
         state = await asyncio.to_thread(self._journal.state, id)
         if state is None:
-            first = await self._first_params(id, history.plan)
-            state = history.plan.strategy.start(first)
+            state = await self._first(id, history.plan)
         run = Run.resume(id, history.plan, state, history.receipts, history.opened)
         lapsed = "the run had ended" if history.lapsed else ""
         if history.plan.secagg.is_on and self._folder.roster is not None:
             run.enrol(self._folder.roster)
             lapsed = lapsed or "the coordinator was restarted, and a masked sum was lost"
         run.forgive(history.forgiven, lapsed)
+        for number in sorted(run.flight.rounds):
+            before = await asyncio.to_thread(self._journal.state, id, number - 1)
+            run.recall({number: before or await self._first(id, history.plan)})
         return run
+
+    async def _first(self, id: RunId, plan: Plan) -> ServerState:
+        return plan.strategy.start(await self._first_params(id, plan))
 
     async def _first_params(self, id: RunId, plan: Plan) -> Params:
         if plan.parent:
@@ -439,20 +452,24 @@ class Runs:
         return any(
             history.ended is None
             and not (history.lapsed or history.halted)
-            and history.opened is not None
-            and task.startswith(history.opened.opening.task_id(SiteId("")))
+            and (_is_of(history.opened, task) or task in history.carried.values())
             for history in self._journal.runs.values()
         )
 
     def _was_counted(self, task: TaskId) -> bool:
         """True if a kept task's update entered a model: told to sites that were away."""
         return any(
-            task == f"{id}.{receipt.round}.{receipt.attempt}.{counted.site}"
+            task == receipt.stale.get(counted.site)
+            or task == f"{id}.{receipt.round}.{receipt.attempt}.{counted.site}"
             for id, history in self._journal.runs.items()
             for receipt in history.receipts
             if receipt.kind == "train" and receipt.model
             for counted in receipt.counted
         )
+
+
+def _is_of(opened: Opened | None, task: TaskId) -> bool:
+    return opened is not None and task.startswith(opened.opening.task_id(SiteId("")))
 
 
 def _waits(reason: str) -> None:

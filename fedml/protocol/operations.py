@@ -33,8 +33,10 @@ class Receipt:
     leaves a receipt of its own, with `scores` and the digest of what was scored. `damped` are
     those of the counted that a robust reducer let count for little, with the reason. `about` says
     what a Flower app asked, whose exchanges are no rounds: the model is the question's, and who
-    answered has counted. A field that
-    is added later must be empty by default, or older seals do not fit (`identity.receipts`).
+    answered has counted. In a run that takes updates as they come `stale` are those of the counted
+    whose update answers a task of an earlier round, and `carried` those of the asked who still
+    work on theirs, each with the task. A field that is added later must be empty by default, or
+    older seals do not fit (`identity.receipts`).
     """
 
     run: RunId
@@ -52,6 +54,18 @@ class Receipt:
     kind: Literal["train", "evaluate"] = "train"
     damped: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    stale: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict)
+
+    def staleness(self, site: str) -> int:
+        """Return how many rounds before this one the model was sent that `site` answered to."""
+        task = self.stale.get(site)
+        return self.round - round_of(self.run, task) if task else 0
+
+
+def round_of(run: RunId, task: str) -> int:
+    """Return the round of a training task, whose id is `run.round.attempt.site`."""
+    return int(task.removeprefix(f"{run}.").partition(".")[0])
 
 
 @dataclass(frozen=True, slots=True)

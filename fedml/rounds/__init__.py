@@ -1,5 +1,6 @@
 """A run's life with no network and no clock: events in, commands out."""
 
+from fedml.rounds.buffered import BufferedRound, Flight
 from fedml.rounds.hosting import (
     Candidate,
     Command,
@@ -31,6 +32,7 @@ from fedml.rounds.run import Run
 from fedml.rounds.selection import Muster, Pool, Roll, Selection, SiteStatus, draw, eligible
 
 __all__ = [
+    "BufferedRound",
     "CancelTask",
     "Candidate",
     "Cohort",
@@ -40,6 +42,7 @@ __all__ = [
     "End",
     "Evaluation",
     "Event",
+    "Flight",
     "ForgetTask",
     "Gate",
     "MaskedRound",

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+import torch
 
 from fedml.errors import MalformedMessage, MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import Scores
 from fedml.protocol.parcels import rounded
 from fedml.protocol.tasks import Brief, Report, Stack, Sum, Update
+from fedml.stacked import Stacked
 from fedml.strategies import Aggregate, Reducer, SumReduction, add_stack, layouts
 
 _MOST_NAMES, _LONGEST_NAME = 64, 64  # of metrics and scores; receipts keep them for good
 _HUGE = 1e300  # a sum of totals below this cannot overflow
+
+
+@dataclass(frozen=True)
+class Lag:
+    """What becomes of a delta that answers an older model: `scale` * (delta + `way`).
+
+    `way` leads from today's model to that one; None where the delta counts by itself.
+    """
+
+    scale: float = 1.0
+    way: Params | None = None
+
+    def catch_up(self, delta: Params) -> Params:
+        """Return the delta as it counts today; its integers are as they were."""
+        if self.way is None:
+            return delta * self.scale
+        return delta.zip(self.way, torch.add) * self.scale
+
+    def catch_up_all(self, deltas: Stacked) -> Stacked:
+        """Return a stack with the bits of `catch_up` on each row."""
+        if self.way is None:
+            return deltas * self.scale
+        device = next(iter(deltas.buffers.values())).device
+        ways = Stacked.repeat(self.way.to(device), deltas.rows)
+        return deltas.zip(ways, torch.add) * self.scale
+
+
+Lags = Callable[[int], Lag]  # by the round whose model an update was made from
+TODAY = Lag()
 
 
 class Answers(Protocol):
@@ -37,12 +69,21 @@ class Answers(Protocol):
 class Updates:
     """Checks updates against the brief and streams them into a reduction."""
 
-    def __init__(self, reducer: Reducer, reports: frozenset[str], *, coarse: bool = False) -> None:
+    def __init__(
+        self,
+        reducer: Reducer,
+        reports: frozenset[str],
+        *,
+        coarse: bool = False,
+        lags: Lags = lambda _: TODAY,
+    ) -> None:
         """Reduce with `reducer`; each update must have the slots `reports`.
 
         If `coarse`, deltas are rounded to bfloat16, unless their sites have done it already.
+        `lags` says what becomes of those that answer older models.
         """
         self._reduction, self._reports, self._coarse = reducer.start(), reports, coarse
+        self._lags = lags
 
     def add(self, answer: Update | Report, brief: Brief) -> None:
         """Refuse an update that has other slots, another layout, or is not finite."""
@@ -51,6 +92,8 @@ class Updates:
         if self._coarse:
             answer = replace(answer, delta=rounded(answer.delta))
         self._check(answer, brief)
+        if (lag := self._lags(answer.round)) is not TODAY:
+            answer = replace(answer, delta=lag.catch_up(answer.delta))
         self._reduction.add(answer)
 
     def add_stack(self, stack: Stack, brief: Brief) -> Mapping[int, str]:
@@ -66,7 +109,10 @@ class Updates:
                     refused[row] = str(error)
         sound = [row for row in range(len(stack)) if row not in refused]
         if sound:
-            more = add_stack(self._reduction, stack.take(sound))
+            taken = stack.take(sound)
+            if (lag := self._lags(stack.round)) is not TODAY:
+                taken = replace(taken, delta=lag.catch_up_all(taken.delta))
+            more = add_stack(self._reduction, taken)
             refused.update({sound[row]: reason for row, reason in more.items()})
         return refused
 

@@ -29,6 +29,7 @@ from fedml.strategies import (
     Reducer,
     Strategy,
     WeightedMean,
+    buffering_of,
     build,
     describe,
     is_bounded,
@@ -150,7 +151,7 @@ class Plan:
         """Raise `Contradiction` with every reason why this plan cannot run."""
         reasons = [*_names(self), *_counts(self), *_cohort(self.cohort), *_privacy(self)]
         reasons += [*_strategy(self), *_reducer(self), *_scoring(self), *_wire(self)]
-        reasons += _secagg(self)
+        reasons += [*_secagg(self), *_buffered(self)]
         if reasons:
             raise Contradiction(reasons)
 
@@ -271,6 +272,36 @@ def _strategy(plan: Plan) -> Iterator[str]:
     least = max(cohort.size, len(cohort.sites), cohort.quorum)
     if 0 < sites < least:
         yield f"strategy.sites {sites} is below the {least} that the cohort names: raise it"
+
+
+def _buffered(plan: Plan) -> Iterator[str]:
+    buffering, cohort = buffering_of(plan.strategy), plan.cohort
+    if buffering is None:
+        return
+    name, size = f"strategy {type(plan.strategy).__name__}", buffering.size
+    if 0 < size < cohort.quorum:
+        yield (
+            f"cohort.quorum {cohort.quorum} is above the {size} updates that make a step of "
+            f"{name}: lower it, or raise strategy.buffer if there is one"
+        )
+    most = cohort.size or len(cohort.sites)
+    if 0 < most < size:
+        yield f"strategy.buffer {size} is above the {most} sites asked at a time: lower it"
+    if plan.secagg.is_on:
+        yield (
+            f"secagg with {name}: a masked sum needs its sites together from the first word to the "
+            "last, and these answer when they can; use strategy=fedavg, or secagg=none"
+        )
+    if plan.privacy.shares_noise:
+        yield (
+            f"{name} with {plan.privacy.mode} privacy: shares of noise are made for a sum of "
+            "equals, and stale updates shrink with theirs; use strategy=fedavg, or privacy=record"
+        )
+    elif plan.privacy.mode != "none" and unit_of(plan.privacy.mode) == "site":
+        yield (
+            f"{name} with {plan.privacy.mode} privacy: without a site another would be in its "
+            "place, so sums differ by more than the clip; use strategy=fedavg, or privacy=record"
+        )
 
 
 def _reducer(plan: Plan) -> Iterator[str]:

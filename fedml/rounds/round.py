@@ -10,15 +10,15 @@ rounds together.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 from fedml.errors import ConfigError, MalformedMessage, QuorumLost, RoundFailed
 from fedml.protocol.messages import RunId, Scores, SiteId, TaskId
-from fedml.protocol.operations import Counted
+from fedml.protocol.operations import Counted, round_of
 from fedml.protocol.tasks import Brief, Report, Stack, Sum, Task, Update
-from fedml.rounds.answers import Answers, Reports, Updates
+from fedml.rounds.answers import TODAY, Answers, Lags, Reports, Updates
 from fedml.strategies import Aggregate, Reducer
 
 Kind = Literal["train", "evaluate"]
@@ -111,13 +111,16 @@ class WakeAt:
 class Account:
     """What a receipt needs to know: who was asked, who counted, who did not and why.
 
-    `final` are the missing sites that refused for good. All are in the order of asking.
+    `final` are the missing sites that refused for good. All are in the order of asking. `stale`
+    and `carried` are as in a receipt.
     """
 
     asked: tuple[SiteId, ...]
     counted: tuple[Counted, ...]
     missing: Mapping[str, str]
     final: tuple[SiteId, ...]
+    stale: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -160,7 +163,10 @@ Command = SendTask | CancelTask | WakeAt | Close | Fail
 
 @dataclass(frozen=True)
 class Opening:
-    """What is fixed when a round opens; re-opening one after a crash sends the same tasks."""
+    """What is fixed when a round opens; re-opening one after a crash sends the same tasks.
+
+    `carried` are tasks of earlier rounds that some of the asked still work on, instead of new ones.
+    """
 
     run: RunId
     number: int
@@ -169,6 +175,7 @@ class Opening:
     quorum: int
     deadline: float
     kind: Kind = "train"
+    carried: tuple[TaskId, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.quorum <= len(set(self.asked)) == len(self.asked):
@@ -185,7 +192,20 @@ class Opening:
 
     def task_id(self, site: SiteId) -> TaskId:
         """Return the id of a site's task: `run.round.attempt.site`, an `e` marks evaluations."""
-        return TaskId(self._prefix + site)
+        return self._older.get(site) or TaskId(self._prefix + site)
+
+    def round_of(self, site: SiteId) -> int:
+        """Return the round of a site's task: this one, or that from which it was carried over."""
+        older = self._older.get(site)
+        return round_of(self.run, older) if older else self.number
+
+    @cached_property
+    def _older(self) -> Mapping[SiteId, TaskId]:
+        return {SiteId(task.split(".", self._dots)[-1]): task for task in self.carried}
+
+    @property
+    def _dots(self) -> int:
+        return self.run.count(".") + 3
 
     @cached_property
     def _prefix(self) -> str:
@@ -207,9 +227,10 @@ class Round:
         reports: frozenset[str] = frozenset(),
         *,
         coarse: bool = False,
+        lags: Lags = lambda _: TODAY,
     ) -> None:
         """Make a round whose updates must report the slots `reports`; their deltas are rounded to
-        bfloat16 if `coarse`.
+        bfloat16 if `coarse`, and those that answer older models treated as `lags` says.
         """
         self.opening = opening
         self._waiting = set(opening.asked)
@@ -219,7 +240,9 @@ class Round:
         self._over = False
         self._brief: Brief | None = None
         train = opening.kind == "train"
-        self._answers: Answers = Updates(reducer, reports, coarse=coarse) if train else Reports()
+        self._answers: Answers = (
+            Updates(reducer, reports, coarse=coarse, lags=lags) if train else Reports()
+        )
 
     @property
     def progress(self) -> str:
@@ -232,11 +255,12 @@ class Round:
         return not self._over and token == self.opening.token
 
     def open(self, brief: Brief) -> list[SendTask | WakeAt]:
-        """Start the round: one task per site, and a deadline."""
+        """Start the round: one task per site that has none, and a deadline."""
         self._brief, opening = brief, self.opening
         tasks = [
             Task(opening.task_id(site), opening.run, opening.number, site, opening.kind, brief)
             for site in opening.asked
+            if opening.task_id(site) not in opening.carried
         ]
         return [*(SendTask(task) for task in tasks), WakeAt(opening.deadline, opening.token)]
 
@@ -258,9 +282,13 @@ class Round:
                     self._lose(site, reason, final=final)
             case DeadlinePassed():
                 return self._end(f"no answer within {self.opening.deadline:g} s")
+        return self._end(reason) if (reason := self._is_settled()) else []
+
+    def _is_settled(self) -> str:
+        """Say why nobody else is waited for; "" if somebody is."""
         if self._waiting and len(self._counted) + len(self._waiting) >= self.opening.quorum:
-            return []
-        return self._end("not waited for: a quorum is out of reach")
+            return ""
+        return "not waited for: a quorum is out of reach"
 
     def abandon(self, reason: str) -> list[Command]:
         """End the round without a result, whoever has answered; its tasks are cancelled."""
@@ -272,7 +300,7 @@ class Round:
             return
         assert self._brief is not None, "handle() before open()"
         try:
-            if answer.round != self.opening.number:
+            if answer.round != self.opening.round_of(site):
                 raise MalformedMessage(f"it is for round {answer.round}")
             self._answers.add(answer, self._brief)
         except MalformedMessage as error:
@@ -286,7 +314,7 @@ class Round:
         assert self._brief is not None, "handle() before open()"
         rows = self._due(stack)
         due = stack.take(rows)
-        if stack.round != self.opening.number:
+        if any(stack.round != self.opening.round_of(site) for site in due.sites):
             why = f"it is for round {stack.round}"
             refused: Mapping[int, str] = dict.fromkeys(range(len(rows)), why)
         else:
@@ -326,10 +354,9 @@ class Round:
 
     def _due(self, stack: Stack) -> list[int]:
         """Return the rows that answer a task of ours, of each site the first."""
-        prefix = self.opening.task_id(SiteId(""))
         rows: dict[SiteId, int] = {}
         for row, (site, task) in enumerate(zip(stack.sites, stack.tasks, strict=True)):
-            if site in self._waiting and site not in rows and task == prefix + site:
+            if site in self._waiting and site not in rows and task == self.opening.task_id(site):
                 rows[site] = row
         return [*rows.values()]
 

@@ -21,6 +21,7 @@ from fedml.protocol.parcels import is_coarse, rounded
 from fedml.protocol.tasks import Brief
 from fedml.rounds import masked
 from fedml.rounds import round as rounds
+from fedml.rounds.buffered import BufferedRound, Flight
 from fedml.rounds.hosting import (
     Candidate,
     Command,
@@ -37,7 +38,7 @@ from fedml.rounds.hosting import (
 from fedml.rounds.plan import Plan, about_of
 from fedml.rounds.selection import Muster, Pool, Roll
 from fedml.secagg import Roster, Terms
-from fedml.strategies import Aggregate, ServerState, is_personal, reports
+from fedml.strategies import Aggregate, ServerState, buffering_of, is_personal, reports
 
 Barred = Mapping[rounds.Kind, Mapping[str, str]]  # reasons by site
 _NONE: Barred = {}
@@ -66,6 +67,8 @@ class Run:
         self.receipts: list[Receipt] = []
         self._by_round: dict[tuple[rounds.Kind, int], list[Receipt]] = {}
         self._done = 0
+        self._buffering = buffering_of(plan.strategy)
+        self.flight = Flight(id)  # empty but for runs that take updates as they come
         for receipt in receipts:
             self._keep(receipt)
         self._reopen = reopen
@@ -130,6 +133,12 @@ class Run:
         return current.opening.asked if current else ()
 
     @property
+    def held(self) -> tuple[SiteId, ...]:
+        """The sites that are asked, and those that still work for an earlier round."""
+        asked, flying = self.asked, self.flight.tasks
+        return (*asked, *(site for site in flying if site not in asked)) if flying else asked
+
+    @property
     def terms(self) -> Terms | None:
         """What the round that is open is about, if it is masked."""
         current = self._round
@@ -158,7 +167,7 @@ class Run:
             opening = reopen.opening
             next_ = (opening.kind, opening.number)
             if next_ == self._next() and opening.attempt == self._attempt(*next_):
-                opened = self._play(reopen)
+                opened = self._play(reopen, now)
                 if self._lapsed and self._round:  # nothing is sent: only its receipt is missing
                     self._pardoned[next_] = self._pardoned.get(next_, 0) + 1
                     return self._carry(self._round.abandon(self._lapsed), now)
@@ -173,12 +182,24 @@ class Run:
         """Before `open`: an operator resumed the run after so many receipts.
 
         The tries until then no longer count against `plan.attempts`. `lapsed` says why the round
-        that is open is void at the sites, "" if it is not.
+        that is open is void at the sites, "" if it is not. What was carried over before is void.
         """
         self._lapsed = lapsed
+        if receipts and all(receipt.kind != "train" for receipt in self.receipts[receipts:]):
+            self.flight.tasks.clear()  # when the run ended, its sites were told to forget
         for receipt in self.receipts[:receipts]:
             key = (receipt.kind, receipt.round)
             self._pardoned[key] = self._pardoned.get(key, 0) + 1
+
+    def recall(self, states: Mapping[int, ServerState]) -> None:
+        """Before `open`: the states before the rounds whose tasks are carried over, by round."""
+        for number, state in states.items():
+            self.flight.briefs[number] = self._trained_on(self.plan.strategy.brief(state))
+
+    def _trained_on(self, brief: Brief) -> Brief:
+        """Return a brief as the sites have it, which comes to them rounded if so planned."""
+        coarse = is_coarse(self.plan.wire.down)
+        return replace(brief, params=rounded(brief.params)) if coarse else brief
 
     def enrol(self, roster: Roster) -> None:
         """Before `open`: whose keys count in masked rounds."""
@@ -212,6 +233,9 @@ class Run:
 
     def _feed(self, event: rounds.Event | masked.Said) -> Sequence[rounds.Command | masked.Command]:
         """Let the round have an answer; a masked one takes none in the clear, and vice versa."""
+        filling = isinstance(self._round, BufferedRound)
+        if self._buffering and not filling and self.flight.hold(event):
+            return []
         match self._round:
             case masked.MaskedRound() as round_:
                 return round_.handle(event)
@@ -226,6 +250,7 @@ class Run:
         self.receipts.append(receipt)
         self._by_round.setdefault((receipt.kind, receipt.round), []).append(receipt)
         self._done += receipt.kind == "train" and bool(receipt.model)
+        self.flight.note(receipt)
 
     def _of(self, kind: rounds.Kind, number: int) -> list[Receipt]:
         return self._by_round.get((kind, number), [])
@@ -270,15 +295,15 @@ class Run:
             why = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
             tries = f"round {number} failed {self.plan.attempts} times, the last time"
             return self._finish(End("failed", f"{tries} without {why or 'a usable total'}"))
-        if muster.ready < self.plan.cohort.quorum:
+        chosen = self.flight.choose(kind, number, self.plan.cohort.quorum, self._pool, muster)
+        if chosen is None:
             return self._wait(muster)
-        chosen = muster.cohort(number) if kind == "train" else muster.scorers(number)
-        cohort = self.plan.cohort
+        cohort, flying = self.plan.cohort, self.flight.tasks if kind == "train" else {}
         opening = rounds.Opening(
-            self.id, number, self._attempt(kind, number), chosen.asked,
-            cohort.quorum, cohort.deadline, kind,
+            self.id, number, self._attempt(kind, number), tuple(sorted({*chosen.asked, *flying})),
+            cohort.quorum, cohort.deadline, kind, tuple(flying.values()),
         )  # fmt: skip
-        return self._play(Opened(opening, chosen.left_out, now))
+        return self._play(Opened(opening, chosen.left_out, now), now)
 
     def _hopeless(self, kind: rounds.Kind, muster: Muster) -> str:
         """Say why waiting is useless: too few sites are left that have not refused for good."""
@@ -323,22 +348,33 @@ class Run:
 
     # one round, from its opening to its commit
 
-    def _play(self, opened: Opened) -> list[Command]:
+    def _play(self, opened: Opened, now: float) -> list[Command]:
         opening = opened.opening
         brief = self.plan.strategy.brief(self.state)
         if opening.kind == "evaluate" and not is_personal(brief):
             brief = Brief(self.state.params)
-        if opening.kind == "train" and is_coarse(self.plan.wire.down):
-            brief = replace(brief, params=rounded(brief.params))
+        if opening.kind == "train":
+            brief = self._trained_on(brief)
         self._round, self._opened = self._new_round(opening, brief), opened
         self._patience = ""
-        return [opened, *self._round.open(brief)]
+        commands: list[Command] = [opened, *self._round.open(brief)]
+        if isinstance(self._round, BufferedRound):
+            for event in self.flight.take_early():  # what is too many for it waits on
+                commands += self._carry(self._feed(event), now)
+        return commands
 
     def _new_round(
         self, opening: rounds.Opening, brief: Brief
     ) -> rounds.Round | masked.MaskedRound:
         if not self.plan.secagg.is_on:
             reducer, coarse = self.plan.reducer, is_coarse(self.plan.wire.up)
+            if self._buffering and opening.kind == "train":
+                self.flight.briefs[opening.number] = brief
+                lags = self.flight.lags(self._buffering, opening.number)
+                return BufferedRound(
+                    opening, reducer, reports(brief), self._buffering,
+                    last=opening.number == self.plan.rounds, coarse=coarse, lags=lags,
+                )  # fmt: skip
             return rounds.Round(opening, reducer, reports(brief), coarse=coarse)
         if self._roster is None:
             raise ConfigError("secagg=sa1 without a roster of the sites' identity keys")
@@ -393,8 +429,10 @@ class Run:
             asked=account.asked, counted=self._told(account.counted), missing=account.missing,
             left_out=opened.left_out, metrics=metrics or {}, scores=scores or {},
             model=outcome.params.digest() if outcome else "", opened=opened.at, closed=now,
-            damped=damped or {},
+            damped=damped or {}, stale=account.stale, carried=account.carried,
         )  # fmt: skip
+        if isinstance(self._round, BufferedRound):
+            self.flight.early += self._round.surplus
         self._round, self._commit = None, Commit(receipt, state, account.final)
         return self._commit
 
@@ -412,7 +450,8 @@ class Run:
         self._commit = None
         self._keep(commit.receipt)
         self.state = state or commit.state or self.state
-        forget = [ForgetTask(opening.task_id(site), site) for site in opening.asked]
+        over = (site for site in opening.asked if site not in commit.receipt.carried)
+        forget = [ForgetTask(opening.task_id(site), site) for site in over]
         return [*forget, *self._go_on(now)]
 
     # the end
@@ -435,4 +474,6 @@ class Run:
 
     def _finish(self, end: End) -> list[Command]:
         self._end, self._patience = end, ""
-        return [end]
+        flying = self.flight.tasks.items()
+        cancels = [rounds.CancelTask(task, site, "the run is over") for site, task in flying]
+        return [*cancels, *(ForgetTask(task, site) for site, task in flying), end]

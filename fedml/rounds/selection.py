@@ -13,8 +13,10 @@ from typing import Protocol, runtime_checkable
 
 from fedml.protocol.messages import DatasetCard, RecipeId, SiteId
 from fedml.rounds.plan import Plan
+from fedml.strategies import buffering_of
 
 Reasons = Mapping[str, str]  # by site
+NOBODY: Reasons = {}
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,11 @@ class Muster(Protocol):
     def left_out(self) -> Reasons:
         """Why others could not."""
 
-    def cohort(self, number: int) -> Selection:
-        """Return who trains in round `number`; nobody is asked who is not ready."""
+    def cohort(self, number: int, busy: Reasons = NOBODY) -> Selection:
+        """Return who is asked to train in round `number`; nobody is who is not ready.
+
+        `busy` sites have their places in the cohort already, and none of them is asked.
+        """
 
     def scorers(self, number: int) -> Selection:
         """Return who scores the model after round `number`."""
@@ -106,8 +111,12 @@ class _RollCall:
     def left_out(self) -> Reasons:
         return self.found.left_out
 
-    def cohort(self, number: int) -> Selection:
-        return draw(self.plan, number, self.found)
+    def cohort(self, number: int, busy: Reasons = NOBODY) -> Selection:
+        if not busy:
+            return draw(self.plan, number, self.found)
+        idle = tuple(site for site in self.found.asked if site not in busy)
+        others = {site: why for site, why in self.found.left_out.items() if site not in busy}
+        return draw(self.plan, number, Selection(idle, others), len(busy))
 
     def scorers(self, number: int) -> Selection:
         return self.found
@@ -127,13 +136,14 @@ def eligible(plan: Plan, statuses: Iterable[SiteStatus], barred: Reasons) -> Sel
     return Selection(tuple(asked), left_out)
 
 
-def draw(plan: Plan, number: int, pool: Selection) -> Selection:
+def draw(plan: Plan, number: int, pool: Selection, taken: int = 0) -> Selection:
     """Return the cohort of round `number`: `pool`, or `cohort.size` of it drawn by `plan.seed`.
 
     Each site's lot depends on seed, round and its own name only, so a newcomer moves no others.
+    So many places as are `taken` are not drawn for.
     """
-    size = plan.cohort.size
-    if size == 0 or len(pool.asked) <= size:
+    size = max(0, plan.cohort.size - taken)
+    if plan.cohort.size == 0 or len(pool.asked) <= size:
         return pool
 
     def lot(site: SiteId) -> bytes:
@@ -154,6 +164,9 @@ def needs_each(plan: Plan, region: str) -> str:
         return f"{sends} reducer {name} needs each of them: use reducer=weighted-mean"
     if plan.privacy.mode == "site_central":
         return f"{sends} site_central privacy looks at each one's norm: use privacy=record"
+    if buffering_of(plan.strategy):
+        name = type(plan.strategy).__name__
+        return f"{sends} strategy {name} takes each as it comes: use strategy=fedavg"
     if plan.secagg.is_on:
         return f"{sends} secagg adds up masked words of sites that dial us: use secagg=none"
     return ""

@@ -26,7 +26,9 @@ from fedml.protocol.messages import RunId, SiteId
 from fedml.protocol.operations import Counted, Receipt
 from fedml.protocol.tasks import Slots
 from fedml.rounds.run import Barred
+from fedml.simulation import flight as flying
 from fedml.simulation.executors.base import Memory
+from fedml.simulation.flight import Due
 from fedml.simulation.results import Entry
 from fedml.simulation.witness import Seen
 from fedml.strategies import ServerState
@@ -45,6 +47,7 @@ class Saved:
     memory: Memory
     barred: Barred
     now: float
+    flight: tuple[Due, ...] = ()  # the tasks that are carried over
 
 
 @dataclass
@@ -78,14 +81,20 @@ class Checkpoints:
         return time.monotonic() >= self._due
 
     def save(
-        self, state: ServerState, entries: Sequence[Entry], memory: Memory, barred: Barred
+        self,
+        state: ServerState,
+        entries: Sequence[Entry],
+        memory: Memory,
+        barred: Barred,
+        flight: Sequence[Due] = (),
     ) -> None:
         """Keep where the simulation stands after the commit of `entries[-1]`; atomic."""
         begun = time.monotonic()
         name = f"state-{self._number % 2}.safetensors"  # never the one the last record names
         stacked, sites = _stack(memory.slots, state.params)
         slots = {f"slot/{slot}": params for slot, params in state.slots.items()}
-        pieces = encode({"": state.params, **slots, **stacked})
+        briefs, aloft = flying.described(flight)
+        pieces = encode({"": state.params, **slots, **stacked, **briefs})
         durable.replace(self.folder / name, *pieces)
         spent = {key: n for key, n in memory.releases.items() if self._releases.get(key) != n}
         self._log.append(
@@ -94,6 +103,7 @@ class Checkpoints:
                 "digest": _digest(pieces),
                 "step": state.step,
                 "sites": sites,
+                **aloft,
                 "barred": {kind: dict(reasons) for kind, reasons in barred.items()},
                 "releases": [[site, kind, count] for (site, kind), count in spent.items()],
                 "entries": [_record(entry) for entry in entries[self._kept :]],
@@ -120,13 +130,15 @@ class Checkpoints:
             slots = {
                 name.removeprefix("slot/"): part
                 for name, part in parts.items()
-                if not name.startswith(_MEMORY)
+                if not name.startswith((_MEMORY, flying.PLACE))
             }
             memory = Memory(_unstack(last["sites"], parts, params), _fold(records))
+            flight = flying.read(last, parts)
         except (OSError, KeyError, TypeError, ValueError, FedmlError) as error:
             raise Corrupt(f"{path}: {error}; begin the simulation anew") from error
         state = ServerState(params, slots, int(last["step"]))
-        return Saved(state, entries, memory, cast(Barred, last["barred"]), _now(entries))
+        barred = cast(Barred, last["barred"])
+        return Saved(state, entries, memory, barred, _now(entries), flight)
 
 
 def _digest(pieces: Iterable[bytes | memoryview]) -> str:
@@ -210,6 +222,8 @@ def _record(entry: Entry) -> Record:
         "missing": dict(receipt.missing),
         "left_out": grouped,
         "damped": dict(receipt.damped),
+        **({"stale": dict(receipt.stale)} if receipt.stale else {}),
+        **({"carried": dict(receipt.carried)} if receipt.carried else {}),
         "metrics": dict(receipt.metrics),
         "scores": dict(receipt.scores),
         "model": receipt.model,
@@ -245,6 +259,8 @@ def _entry(raw: Mapping[str, Any]) -> Entry:
         closed=raw["closed"],
         kind=raw["kind"],
         damped=raw.get("damped", {}),  # checkpoints from before have none
+        stale=raw.get("stale", {}),
+        carried=raw.get("carried", {}),
     )
     seen = {SiteId(site): Seen(*numbers) for site, numbers in raw["seen"].items()}
     return Entry(receipt, seen, raw["seconds"])

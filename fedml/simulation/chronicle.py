@@ -12,6 +12,7 @@ from fedml.rounds import Commit, Plan, Run
 from fedml.rounds.round import Kind
 from fedml.simulation.checkpoint import Checkpoints
 from fedml.simulation.executors.base import Memory
+from fedml.simulation.flight import Due, Flight
 from fedml.simulation.results import Entry
 from fedml.simulation.witness import Witness
 from fedml.strategies import ServerState
@@ -31,12 +32,14 @@ class Chronicle:
     tell: Callable[[Entry], None] = lambda entry: None
     memory: Memory = field(default_factory=Memory)
     entries: list[Entry] = field(default_factory=list)
+    flight: Flight = field(default_factory=Flight)  # the engine's
     now: float = 0.0  # virtual time at which the run begins or goes on
     _barred: dict[Kind, dict[str, str]] = field(
         default_factory=lambda: {"train": {}, "evaluate": {}}
     )
     _witness: Witness | None = None
     _state: ServerState | None = None  # after the last commit
+    _aloft: tuple[Due, ...] = ()  # what was carried over then
     _unkept: bool = False  # the last commit is not on the disk, and may go there
     _stopping: bool = False
     _since: float = 0.0
@@ -49,7 +52,10 @@ class Chronicle:
         self.memory, self.entries, self.now = saved.memory, list(saved.entries), saved.now
         self._barred = {kind: dict(reasons) for kind, reasons in saved.barred.items()}
         receipts = [entry.receipt for entry in saved.entries]
-        return Run.resume(_RUN, plan, saved.state, receipts, barred=saved.barred)
+        run = Run.resume(_RUN, plan, saved.state, receipts, barred=saved.barred)
+        self.flight.dues.update({due.task.id: due for due in saved.flight})
+        run.flight.briefs.update({due.task.round: due.task.brief for due in saved.flight})
+        return run
 
     def follow(self, run: Run, witness: Witness) -> None:
         """Note from now on what becomes of `run`, and what `witness` sees of its sites."""
@@ -63,6 +69,8 @@ class Chronicle:
         self.entries.append(Entry(receipt, self._witness.take(), seconds))
         self._barred[receipt.kind].update({s: receipt.missing[s] for s in commit.refused})
         self._state = commit.state or self._state
+        if receipt.kind == "train":
+            self._aloft = self.flight.carried(receipt.carried)
         # a failed attempt is played again rather than kept: its receipt does not say what is next
         self._unkept = commit.state is not None or receipt.kind == "evaluate"
         self.tell(self.entries[-1])
@@ -80,5 +88,5 @@ class Chronicle:
     def keep(self) -> None:
         """Put the last commit on the disk, unless it is there or cannot be gone on from."""
         if self._unkept and self._state is not None:
-            self.checkpoints.save(self._state, self.entries, self.memory, self._barred)
+            self.checkpoints.save(self._state, self.entries, self.memory, self._barred, self._aloft)
             self._unkept = False

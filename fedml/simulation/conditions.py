@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Protocol
 
@@ -27,13 +27,15 @@ class Pace:
     """How fast sites are; each one's speeds are drawn once, log-normal around these medians.
 
     `spread` and `link_spread` are standard deviations of the natural logarithm: 0 and all are
-    alike, 1 and one site in six is more than 2.7 times slower than the median.
+    alike, 1 and one site in six is more than 2.7 times slower than the median. `slow` names sites
+    that take so many times as long as they would.
     """
 
     rows_per_second: float
     bytes_per_second: float = math.inf
     spread: float = 1.0
     link_spread: float = 1.0
+    slow: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not min(self.rows_per_second, self.bytes_per_second) > 0:
@@ -46,16 +48,21 @@ class Pace:
                 f"world.pace: spread {self.spread}, link_spread {self.link_spread}: "
                 "use 0 (all alike) or more"
             )
+        for site, times in self.slow.items():
+            if not 0 < times < math.inf:
+                raise ConfigError(
+                    f"world.pace.slow {site}: {times}: how many times as long it takes"
+                )
 
     def computing(self, site: SiteId, rows: int, seed: int) -> float:
         """Return the seconds that `site` takes to go through `rows`."""
-        return rows / (self.rows_per_second * _log_normal(self.spread, seed, "speed", site))
+        seconds = rows / (self.rows_per_second * _log_normal(self.spread, seed, "speed", site))
+        return seconds * self.slow.get(site, 1.0)
 
     def carrying(self, site: SiteId, size: int, seed: int) -> float:
         """Return the seconds that `size` bytes take to `site` and the answer back."""
-        return (
-            2 * size / (self.bytes_per_second * _log_normal(self.link_spread, seed, "link", site))
-        )
+        speed = self.bytes_per_second * _log_normal(self.link_spread, seed, "link", site)
+        return 2 * size / speed * self.slow.get(site, 1.0)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fedml.learning.recipe import Recipe, Rows
 from fedml.learning.rowstack import RowStack
 from fedml.protocol.messages import SiteId
 from fedml.rounds import Muster, Plan, Selection
-from fedml.rounds.selection import Reasons
+from fedml.rounds.selection import NOBODY, Reasons
 from fedml.simulation.executors.base import Holding
 from fedml.simulation.population import Data
 
@@ -188,20 +188,21 @@ class _Crowded:
     def left_out(self) -> Reasons:
         return dict(self.barred)
 
-    def cohort(self, number: int) -> Selection:
-        return self._draw(f"cohort.{self.plan.seed}.{number}")
+    def cohort(self, number: int, busy: Reasons = NOBODY) -> Selection:
+        return self._draw(f"cohort.{self.plan.seed}.{number}", busy)
 
     def scorers(self, number: int) -> Selection:
         """Return as many as train in a round, drawn anew: nobody waits for a million scores."""
         return self._draw(f"scorers.{self.plan.seed}.{number}")
 
-    def _draw(self, lot: str) -> Selection:
+    def _draw(self, lot: str, busy: Reasons = NOBODY) -> Selection:
         """Return sites drawn without replacement, in memory of the cohort and the barred."""
-        total, size = len(self.users), min(self.plan.cohort.size, self.ready)
-        numbers = lots(lot, total, min(total, size + len(self.barred)))
+        total, ready = len(self.users), self.ready - len(busy)
+        size = max(0, min(self.plan.cohort.size - len(busy), ready))
+        numbers = lots(lot, total, min(total, size + len(self.barred) + len(busy)))
         names = map(self.users.name, numbers)
-        asked = [name for name in names if name not in self.barred][:size]
-        others = self.ready - len(asked)
+        asked = [name for name in names if name not in self.barred and name not in busy][:size]
+        others = ready - len(asked)
         reason = f"not drawn: {len(asked)} of {self.ready} sites are asked in a round"
         spared = {f"({others} others)": reason} if others else {}
         return Selection(tuple(sorted(asked)), {**self.barred, **spared})

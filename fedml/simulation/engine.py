@@ -42,10 +42,12 @@ from fedml.rounds import (
     WakeAt,
     about_of,
 )
-from fedml.simulation.executors.base import Answer, CutTask, Executor
+from fedml.simulation.executors.base import Answer, Executor
+from fedml.simulation.flight import Due, Flight, cut
 from fedml.simulation.marks import mark_of, marks_of
 from fedml.simulation.veil import Veil
-from fedml.simulation.world import Instant, World
+from fedml.simulation.world import Fate, Instant, World
+from fedml.strategies import buffering_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Engine:
     world: World = field(default_factory=Instant)
     watch: Callable[[Commit], None] = lambda commit: None
     now: float = 0.0
-    _agenda: list[tuple[float, int, Event]] = field(default_factory=list)
+    flight: Flight = field(default_factory=Flight)  # of a run that takes updates as they come
+    _agenda: list[tuple[float, int, Event | Due]] = field(default_factory=list)
     _serial: itertools.count[int] = field(default_factory=itertools.count)
     _end: End | None = None
     _candidate: Candidate | None = None
@@ -99,11 +102,15 @@ class Engine:
 
     def play(self) -> Outcome:
         """Return the outcome; every run ends, for every round has a deadline."""
+        self._take_up()
         self._act(self.run.open(self.now))
         self._look()
         while self._end is None:
             self._await_sites()
             self.now, _, event = heapq.heappop(self._agenda)
+            if isinstance(event, Due):
+                self._land(event)
+                continue
             if isinstance(event, Committed | SitesChanged):  # a round may open
                 self._look()
             if not isinstance(event, SitesChanged):
@@ -129,7 +136,29 @@ class Engine:
             self._look_at = max(min(self._away.values()), self.now + 1.0)
             self._later(self._look_at - self.now, SitesChanged(()))
 
-    def _later(self, seconds: float, event: Event) -> None:
+    def _take_up(self) -> None:
+        """Go on with what was in flight at a checkpoint; first what had landed by then."""
+        now = self.now
+        for due in self.flight.dues.values():
+            heapq.heappush(self._agenda, (due.at, next(self._serial), due))
+        while self._agenda and self._agenda[0][0] <= now:
+            _, _, first = heapq.heappop(self._agenda)
+            if isinstance(first, Due):
+                self._land(first)
+
+    def _land(self, first: Due) -> None:
+        """Let the run have what is due now: `first`, and what comes right after it."""
+        dues = [first]
+        while self._agenda and self._agenda[0][0] == first.at:
+            following = self._agenda[0][2]
+            if not isinstance(following, Due):
+                break
+            dues.append(following)
+            heapq.heappop(self._agenda)
+        for answer in self.flight.land(dues, self.executor):
+            self._feed(_event(answer))
+
+    def _later(self, seconds: float, event: Event | Due) -> None:
         heapq.heappush(self._agenda, (self.now + seconds, next(self._serial), event))
 
     def _act(self, commands: Iterable[Command]) -> None:
@@ -141,6 +170,8 @@ class Engine:
                 case WakeAt(seconds, token):
                     self._later(seconds, Tick(token))
                 case Commit():
+                    self._hand_out(tasks)  # of a round that was over as soon as it opened
+                    tasks = []
                     self.watch(command)
                     self._later(0.0, Committed())
                 case Candidate():
@@ -152,8 +183,13 @@ class Engine:
                 case Relay():
                     self._relay(command)
                 case Opened() | CancelTask() | ForgetTask():
-                    pass  # no work is under way, and nothing here outlives a crash
+                    self._let_go(command)
         self._hand_out(tasks)
+
+    def _let_go(self, command: Opened | CancelTask | ForgetTask) -> None:
+        """Do nothing more about a task that is over; and nothing here outlives a crash."""
+        if not isinstance(command, Opened):
+            self.flight.dues.pop(command.task, None)
 
     def _relay(self, relay: Relay) -> None:
         assert self._veil, "a run that relays what nobody is there for"
@@ -174,14 +210,20 @@ class Engine:
         if veil := self._veil:
             for task in tasks:
                 self._act(self.run.handle(veil.begin(task), self.now))
+        buffered = buffering_of(self.run.plan.strategy) is not None
         for task, fate in zip(tasks, self.world.fates(tasks, self.now), strict=True):
+            if buffered:
+                due = Due(_work(task, fate), self.now + fate.seconds, fate.lost)
+                self.flight.dues[task.id] = due
+                self._later(fate.seconds, due)
+                continue
             if fate.seconds >= self.run.plan.cohort.deadline:
                 continue  # cancelled before it is answered
             if fate.lost:
                 self._later(fate.seconds, SiteLost(task.site, fate.lost, task=task.id))
                 continue
             ready[task.id] = fate.seconds
-            work.append(task if fate.work == 1 else _cut(task, fate.work))
+            work.append(_work(task, fate))
         for answer in self.executor.run(work) if work else ():
             for seconds, event in _arrivals(answer, ready, whole=self._veil is None):
                 if seconds > 0:
@@ -211,8 +253,8 @@ def _arrivals(
         yield seconds, _event(answer.take(some))
 
 
-def _cut(task: Task, work: float) -> CutTask:
-    return CutTask(task.id, task.run, task.round, task.site, task.kind, task.brief, work)
+def _work(task: Task, fate: Fate) -> Task:
+    return task if fate.work == 1 else cut(task, fate.work)
 
 
 def _event(answer: Answer) -> Event:

@@ -16,6 +16,7 @@ from fedml.strategies.base import (
     add_stack,
     number,
 )
+from fedml.strategies.buffering import Buffering, buffering_of
 from fedml.strategies.catalogue import (
     REDUCERS,
     RULES,
@@ -40,9 +41,11 @@ from fedml.strategies.catalogue import (
     wide,
 )
 from fedml.strategies.central import NoisyMean
+from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedbn import FedBN
+from fedml.strategies.fedbuff import FedBuff
 from fedml.strategies.feddyn import FedDyn
 from fedml.strategies.fedexp import FedExP
 from fedml.strategies.fednova import FedNova
@@ -63,11 +66,14 @@ __all__ = [
     "STATISTICS",
     "STRATEGIES",
     "Aggregate",
+    "Buffering",
     "FedAdagrad",
     "FedAdam",
+    "FedAsync",
     "FedAvg",
     "FedAvgM",
     "FedBN",
+    "FedBuff",
     "FedDyn",
     "FedExP",
     "FedNova",
@@ -93,6 +99,7 @@ __all__ = [
     "WeightedMean",
     "XGBoost",
     "add_stack",
+    "buffering_of",
     "build",
     "describe",
     "is_bounded",

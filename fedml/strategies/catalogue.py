@@ -29,9 +29,11 @@ from fedml.strategies.base import (
     Statistic,
     Strategy,
 )
+from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedbn import FedBN
+from fedml.strategies.fedbuff import FedBuff
 from fedml.strategies.feddyn import Dynamic, FedDyn
 from fedml.strategies.fedexp import FedExP, Squared
 from fedml.strategies.fednova import FedNova, Normalised
@@ -158,6 +160,8 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "fedbn": FedBN,
         "newton": Newton,
         "xgboost": XGBoost,
+        "fedbuff": FedBuff,
+        "fedasync": FedAsync,
     },
     _take_strategy,
 )

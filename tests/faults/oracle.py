@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from blake3 import blake3
 from fedml.learning.evaluation import evaluate
 from fedml.learning.trainer import Trainer
 from fedml.params import encode
-from fedml.protocol.messages import DatasetCard, RunId, SiteId
+from fedml.protocol.messages import DatasetCard, RunId, SiteId, TaskId
 from fedml.protocol.operations import Receipt
 from fedml.protocol.parcels import is_coarse, rounded
 from fedml.protocol.tasks import Task
@@ -33,6 +34,7 @@ from fedml.rounds import (
     UpdateArrived,
 )
 from fedml.rounds.hosting import Event
+from fedml.strategies import WeightedMean
 from tests.faults.fleet import RECIPES, TRAIN, first_params
 
 
@@ -76,6 +78,36 @@ def _answer(plan: Plan, task: Task, folder: Path) -> Event:
     delta = rounded(update.delta) if is_coarse(plan.wire.up) else update.delta
     travels = b"".join(encode({"delta": delta, **update.slots}))
     return UpdateArrived(update, blake3(travels).hexdigest())
+
+
+def check_each_step(plan: Plan, receipts: Sequence[Receipt], folders: Sequence[Path]) -> None:
+    """Raise unless each model of a run that waits for nobody follows from who its receipts name.
+
+    Who that is, faults may change. Each update is computed anew, from the model that its site had.
+    """
+    here = {SiteId(folder.name): folder for folder in folders}
+    states = [plan.strategy.start(first_params(plan))]
+    counted: list[str] = []
+    for receipt in receipts:
+        if receipt.kind != "train" or not receipt.model:
+            continue
+        reduction = WeightedMean().start()
+        for one in receipt.counted:
+            late = receipt.staleness(one.site)
+            since = receipt.round - late
+            own = TaskId(f"{receipt.run}.{since}.{receipt.attempt}.{one.site}")
+            id = TaskId(receipt.stale.get(one.site, own))
+            brief = plan.strategy.brief(states[since - 1])
+            task = Task(id, receipt.run, since, one.site, "train", brief)
+            event = _answer(plan, task, here[one.site])
+            assert isinstance(event, UpdateArrived)
+            assert event.digest == one.digest, receipt
+            shrunk = event.update.delta * (1.0 + late) ** -0.5
+            reduction.add(replace(event.update, delta=shrunk))
+            counted.append(id)
+        states.append(plan.strategy.advance(states[-1], reduction.result()))
+        assert states[-1].params.digest() == receipt.model, receipt
+    assert len(set(counted)) == len(counted), counted
 
 
 def models(receipts: Sequence[Receipt]) -> list[tuple[int, str]]:

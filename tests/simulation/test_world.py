@@ -76,6 +76,14 @@ def test_a_task_s_time_is_that_of_its_rows_and_bytes() -> None:
     assert scoring[0].seconds == pytest.approx(10 / 20 + carried)
 
 
+def test_a_site_that_is_slow_takes_so_many_times_as_long() -> None:
+    even = Pace(20.0, bytes_per_second=100.0, spread=0.0, link_spread=0.0)
+    slow = replace(even, slow={tasks(2)[1].site: 10.0})
+    usual, found = (world(pace=pace).fates(tasks(2), 0.0) for pace in (even, slow))
+    assert found[0] == usual[0]
+    assert found[1].seconds == pytest.approx(10 * usual[1].seconds)
+
+
 def test_speeds_are_log_normal_around_their_median() -> None:
     paced = world(2000, pace=Pace(96.0, spread=0.7))
     seconds = np.log([fate.seconds for fate in paced.fates(tasks(2000), 0.0)])
@@ -336,6 +344,7 @@ def test_parts_of_private_tasks_are_refused() -> None:
         (lambda: Pace(1.0, -1.0), "bytes_per_second -1.0"),
         (lambda: Pace(1.0, spread=-1.0), "spread -1.0"),
         (lambda: Pace(1.0, spread=math.nan), "spread nan"),
+        (lambda: Pace(1.0, slow={"site-1": 0.0}), "world.pace.slow site-1: 0.0"),
         (lambda: Stragglers(1.5), r"world.stragglers.share 1.5: a share lies in \[0, 1\]"),
         (lambda: Dropout(-0.1), "world.dropout.share -0.1"),
         (lambda: Diurnal(0.0), r"world.availability.share 0.0: a share lies in \(0, 1\]"),

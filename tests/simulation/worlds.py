@@ -108,7 +108,8 @@ def chronicle(
     witness = Witness(make(a_plan, recipe(name), rows, told.memory))
     told.follow(run, witness)
     sites = statuses(a_plan, rows)
-    return Engine(run, witness, sites, watch=told.note, now=told.now), told
+    engine = Engine(run, witness, sites, watch=told.note, now=told.now, flight=told.flight)
+    return engine, told
 
 
 def play(a_plan: Plan) -> Outcome:

@@ -561,7 +561,7 @@ class Counted(_message.Message):
     def __init__(self, site: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., epsilon: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("run", "round", "attempt", "asked", "counted", "missing", "left_out", "metrics", "scores", "model", "opened", "closed", "kind", "damped", "about")
+    __slots__ = ("run", "round", "attempt", "asked", "counted", "missing", "left_out", "metrics", "scores", "model", "opened", "closed", "kind", "damped", "about", "stale", "carried")
     class MissingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -597,6 +597,20 @@ class Receipt(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class StaleEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class CarriedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -612,6 +626,8 @@ class Receipt(_message.Message):
     KIND_FIELD_NUMBER: _ClassVar[int]
     DAMPED_FIELD_NUMBER: _ClassVar[int]
     ABOUT_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
+    CARRIED_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     attempt: int
@@ -627,7 +643,9 @@ class Receipt(_message.Message):
     kind: str
     damped: _containers.ScalarMap[str, str]
     about: str
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., asked: _Optional[_Iterable[str]] = ..., counted: _Optional[_Iterable[_Union[Counted, _Mapping]]] = ..., missing: _Optional[_Mapping[str, str]] = ..., left_out: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., scores: _Optional[_Mapping[str, float]] = ..., model: _Optional[str] = ..., opened: _Optional[float] = ..., closed: _Optional[float] = ..., kind: _Optional[str] = ..., damped: _Optional[_Mapping[str, str]] = ..., about: _Optional[str] = ...) -> None: ...
+    stale: _containers.ScalarMap[str, str]
+    carried: _containers.ScalarMap[str, str]
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., asked: _Optional[_Iterable[str]] = ..., counted: _Optional[_Iterable[_Union[Counted, _Mapping]]] = ..., missing: _Optional[_Mapping[str, str]] = ..., left_out: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., scores: _Optional[_Mapping[str, float]] = ..., model: _Optional[str] = ..., opened: _Optional[float] = ..., closed: _Optional[float] = ..., kind: _Optional[str] = ..., damped: _Optional[_Mapping[str, str]] = ..., about: _Optional[str] = ..., stale: _Optional[_Mapping[str, str]] = ..., carried: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class RunInfo(_message.Message):
     __slots__ = ("id", "model", "state", "round", "rounds", "submitted", "detail", "version", "scores", "starts")
