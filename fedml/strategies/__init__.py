@@ -13,6 +13,7 @@ from fedml.strategies.base import (
     Statistic,
     Strategy,
     SumReduction,
+    Twofold,
     add_stack,
     number,
 )
@@ -23,8 +24,10 @@ from fedml.strategies.catalogue import (
     STRATEGIES,
     build,
     describe,
+    first_model,
     is_bounded,
     is_personal,
+    is_twofold,
     keeps_deltas,
     layouts,
     measures,
@@ -36,10 +39,12 @@ from fedml.strategies.catalogue import (
     own_model,
     reports,
     rule_of,
+    scores_exact,
     specimen,
     wide,
 )
 from fedml.strategies.central import NoisyMean
+from fedml.strategies.ditto import Ditto
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
 from fedml.strategies.fedbn import FedBN
@@ -63,6 +68,7 @@ __all__ = [
     "STATISTICS",
     "STRATEGIES",
     "Aggregate",
+    "Ditto",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -90,13 +96,16 @@ __all__ = [
     "Statistic",
     "Strategy",
     "SumReduction",
+    "Twofold",
     "WeightedMean",
     "XGBoost",
     "add_stack",
     "build",
     "describe",
+    "first_model",
     "is_bounded",
     "is_personal",
+    "is_twofold",
     "keeps_deltas",
     "layouts",
     "measures",
@@ -109,6 +118,7 @@ __all__ = [
     "own_model",
     "reports",
     "rule_of",
+    "scores_exact",
     "specimen",
     "wide",
 ]
