@@ -3,6 +3,7 @@
 from fedml.strategies.base import (
     NUMBER,
     Aggregate,
+    Contrast,
     Follower,
     LocalRule,
     Personal,
@@ -24,6 +25,7 @@ from fedml.strategies.catalogue import (
     STATISTICS,
     STRATEGIES,
     build,
+    contrasts,
     describe,
     first_model,
     is_bounded,
@@ -56,6 +58,7 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.forest import Forest
+from fedml.strategies.moon import Moon
 from fedml.strategies.newton import Newton
 from fedml.strategies.pfedme import PFedMe
 from fedml.strategies.qfedavg import QFedAvg
@@ -70,6 +73,7 @@ __all__ = [
     "STATISTICS",
     "STRATEGIES",
     "Aggregate",
+    "Contrast",
     "Ditto",
     "FedAdagrad",
     "FedAdam",
@@ -85,6 +89,7 @@ __all__ = [
     "Follower",
     "Forest",
     "LocalRule",
+    "Moon",
     "Newton",
     "NoisyMean",
     "PFedMe",
@@ -105,6 +110,7 @@ __all__ = [
     "XGBoost",
     "add_stack",
     "build",
+    "contrasts",
     "describe",
     "first_model",
     "is_bounded",
