@@ -28,6 +28,7 @@ from fedml.strategies.catalogue import (
     contrasts,
     describe,
     first_model,
+    in_turn,
     is_bounded,
     is_personal,
     is_twofold,
@@ -47,6 +48,7 @@ from fedml.strategies.catalogue import (
     wide,
 )
 from fedml.strategies.central import NoisyMean
+from fedml.strategies.cyclic import Cyclic
 from fedml.strategies.ditto import Ditto
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
@@ -74,6 +76,7 @@ __all__ = [
     "STRATEGIES",
     "Aggregate",
     "Contrast",
+    "Cyclic",
     "Ditto",
     "FedAdagrad",
     "FedAdam",
@@ -113,6 +116,7 @@ __all__ = [
     "contrasts",
     "describe",
     "first_model",
+    "in_turn",
     "is_bounded",
     "is_personal",
     "is_twofold",
