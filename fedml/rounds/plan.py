@@ -31,12 +31,15 @@ from fedml.strategies import (
     WeightedMean,
     buffering_of,
     build,
+    contrasts,
     describe,
+    in_turn,
     is_bounded,
     keeps_deltas,
     measures,
     needs_means,
     rule_of,
+    scores_exact,
 )
 
 _ROOM = 2.0**30  # steps of a sum that surely fit the ring, with the noise
@@ -261,6 +264,11 @@ def _strategy(plan: Plan) -> Iterator[str]:
             "only a mean leaves in step with the deltas; use reducer=weighted-mean, or "
             "strategy=fedavg"
         )
+    if in_turn(strategy) and cohort.size != 1:
+        yield (
+            f"strategy {name} with cohort.size {cohort.size}: its sites train one after the other, "
+            "set cohort.size=1 and cohort.quorum=1"
+        )
     sites = getattr(strategy, "sites", None)
     if sites is None:
         return
@@ -325,6 +333,11 @@ def _privacy(plan: Plan) -> Iterator[str]:
             f"strategy {name} with {mode} privacy: its sites report exact "
             "numbers made of rows, which no noise hides; use strategy=fedavg, or privacy=none"
         )
+    if scores_exact(plan.strategy) and _evaluates(plan):
+        yield (
+            f"evaluation with strategy {name} and {mode} privacy: sites score models of their own, "
+            "made of rows without noise; set evaluation.at_end=false and every=0, or privacy=none"
+        )
     if plan.privacy.rounds != plan.rounds:
         yield (
             f"privacy.rounds {plan.privacy.rounds} is not rounds {plan.rounds}: "
@@ -354,6 +367,11 @@ def _by_site(plan: Plan) -> Iterator[str]:
 
 def _by_record(plan: Plan) -> Iterator[str]:
     mode = plan.privacy.mode
+    if contrasts(plan.strategy):
+        yield (
+            f"strategy {type(plan.strategy).__name__} with {mode} privacy: its sites add to the "
+            "loss what no row's part in is bounded; use strategy=fedavg or fedprox, or privacy=none"
+        )
     if plan.training.epochs:
         yield (
             f"training.epochs {plan.training.epochs} with {mode} privacy: the number of passes "
@@ -369,7 +387,12 @@ def _by_record(plan: Plan) -> Iterator[str]:
 def _shared_noise(plan: Plan) -> Iterator[str]:
     """Say what keeps a sum's noise, of which each site adds a share, from being whole."""
     sharers, quorum = plan.privacy.sharers, plan.cohort.quorum
-    if sharers > quorum:
+    if in_turn(plan.strategy):
+        yield (
+            f"privacy.mode {plan.privacy.mode} with strategy {type(plan.strategy).__name__}: sites "
+            "share the noise of a sum, and here each update goes alone; use privacy=record"
+        )
+    elif sharers > quorum:
         yield (
             f"privacy.sharers {sharers} is above cohort.quorum {quorum}: a round of so few sites "
             "would lack noise, raise the quorum or lower sharers, which adds noise"
@@ -401,7 +424,7 @@ def _one_step(plan: Plan) -> Iterator[str]:
 
 
 def _secagg(plan: Plan) -> Iterator[str]:
-    settings, strategy, quorum = plan.secagg, plan.strategy, plan.cohort.quorum
+    settings, strategy = plan.secagg, plan.strategy
     if not settings.is_on:
         return
     if not strategy.reducer.linear:
@@ -414,11 +437,7 @@ def _secagg(plan: Plan) -> Iterator[str]:
             f"secagg with strategy {type(strategy).__name__}, whose sites report what they make "
             "of their loss, for which there is no clip: use strategy=fedavg, or secagg=none"
         )
-    if 0 < quorum < LEAST_COHORT:
-        yield (
-            f"cohort.quorum {quorum} with secagg: of a sum of two each knows the other's update, "
-            f"raise it to {LEAST_COHORT} or more"
-        )
+    yield from _too_few(plan)
     if _evaluates(plan) and not settings.scores:
         yield (
             "evaluation with secagg and no secagg.scores: no site's own scores are seen, name "
@@ -439,6 +458,20 @@ def _secagg(plan: Plan) -> Iterator[str]:
         )
     if plan.privacy.shares_noise:
         yield from _masked_shares(plan)
+
+
+def _too_few(plan: Plan) -> Iterator[str]:
+    """Say what keeps a masked sum from hiding what it is made of."""
+    if in_turn(plan.strategy):
+        yield (
+            f"secagg with strategy {type(plan.strategy).__name__}: a round is one site's update, "
+            "and there is no sum to hide it in; use strategy=fedavg, or secagg=none"
+        )
+    elif 0 < plan.cohort.quorum < LEAST_COHORT:
+        yield (
+            f"cohort.quorum {plan.cohort.quorum} with secagg: of a sum of two each knows the "
+            f"other's update, raise it to {LEAST_COHORT} or more"
+        )
 
 
 def _masked_shares(plan: Plan) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from fedml.strategies.base import (
     NUMBER,
     Aggregate,
+    Contrast,
+    Follower,
     LocalRule,
     Personal,
     Plain,
@@ -13,6 +15,7 @@ from fedml.strategies.base import (
     Statistic,
     Strategy,
     SumReduction,
+    Twofold,
     add_stack,
     number,
 )
@@ -23,9 +26,13 @@ from fedml.strategies.catalogue import (
     STATISTICS,
     STRATEGIES,
     build,
+    contrasts,
     describe,
+    first_model,
+    in_turn,
     is_bounded,
     is_personal,
+    is_twofold,
     keeps_deltas,
     layouts,
     measures,
@@ -37,10 +44,13 @@ from fedml.strategies.catalogue import (
     own_model,
     reports,
     rule_of,
+    scores_exact,
     specimen,
     wide,
 )
 from fedml.strategies.central import NoisyMean
+from fedml.strategies.cyclic import Cyclic
+from fedml.strategies.ditto import Ditto
 from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
@@ -52,8 +62,11 @@ from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.fedrep import FedRep
 from fedml.strategies.forest import Forest
+from fedml.strategies.moon import Moon
 from fedml.strategies.newton import Newton
+from fedml.strategies.pfedme import PFedMe
 from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Scaffold
@@ -67,6 +80,9 @@ __all__ = [
     "STRATEGIES",
     "Aggregate",
     "Buffering",
+    "Contrast",
+    "Cyclic",
+    "Ditto",
     "FedAdagrad",
     "FedAdam",
     "FedAsync",
@@ -79,11 +95,15 @@ __all__ = [
     "FedNova",
     "FedPer",
     "FedProx",
+    "FedRep",
     "FedYogi",
+    "Follower",
     "Forest",
     "LocalRule",
+    "Moon",
     "Newton",
     "NoisyMean",
+    "PFedMe",
     "Personal",
     "Plain",
     "Prox",
@@ -96,14 +116,19 @@ __all__ = [
     "Statistic",
     "Strategy",
     "SumReduction",
+    "Twofold",
     "WeightedMean",
     "XGBoost",
     "add_stack",
     "buffering_of",
     "build",
+    "contrasts",
     "describe",
+    "first_model",
+    "in_turn",
     "is_bounded",
     "is_personal",
+    "is_twofold",
     "keeps_deltas",
     "layouts",
     "measures",
@@ -116,6 +141,7 @@ __all__ = [
     "own_model",
     "reports",
     "rule_of",
+    "scores_exact",
     "specimen",
     "wide",
 ]

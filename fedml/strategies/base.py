@@ -8,7 +8,7 @@ A strategy is a frozen dataclass whose fields are its settings, checked at birth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -119,7 +119,10 @@ class Reducer(Protocol):
 
 
 class Strategy(Protocol):
-    """Server half of an algorithm. Implement these to add your own."""
+    """Server half of an algorithm. Implement these to add your own.
+
+    With a class attribute `in_turn = True` each round asks one site, one after the other.
+    """
 
     @property
     def reducer(self) -> Reducer:
@@ -167,7 +170,7 @@ class LocalRule(Protocol):
 class Personal(LocalRule, Protocol):
     """A rule that leaves a part of the model with its site.
 
-    Sites start from what `begin` returns and are scored with it; `finish` gets it as the brief's.
+    Sites start from what `begin` returns and are scored with it; `finish` gets the delta from it.
     """
 
     def begin(self, brief: Brief, memory: Slots) -> Params:
@@ -186,6 +189,45 @@ class Sample:
     def loss(self, params: Params) -> Tensor:
         """Return the mean loss over all the rows."""
         return self.criterion(self.outputs(params), self.y)
+
+
+@runtime_checkable
+class Twofold(Personal, Protocol):
+    """A rule whose sites train two models: the one that travels, and then one of their own.
+
+    The first goes from the brief's model, bent by `gradient`; their own from what `begin` returns,
+    bent by `own_gradient`. No privacy clips or hides the steps of that one, which never leaves;
+    `finish` finds it in memory as `own`.
+    """
+
+    def own_gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
+        """Return the gradient to step along with the site's own model, at `params`."""
+
+
+@runtime_checkable
+class Follower(LocalRule, Protocol):
+    """A rule with something that goes along with the model while a task lasts.
+
+    What `follow` returns is the memory at the next step, and at the finish.
+    """
+
+    def follow(self, brief: Brief, memory: Slots, params: Params, steps: int) -> Slots:
+        """Return what to remember after `steps` steps that led to `params`, which go on moving."""
+
+
+@runtime_checkable
+class Contrast(LocalRule, Protocol):
+    """A rule that adds to a batch's loss what it makes of several models' representations of it.
+
+    A representation, [rows, size], is what a model's last layer takes in. Rows' own gradients of
+    the term are not bounded, so record privacy refuses the rule.
+    """
+
+    def others(self, brief: Brief, memory: Slots) -> tuple[Params, ...]:
+        """Return the models to hold the trained one against; none if there is nothing to add."""
+
+    def term(self, brief: Brief, mine: Tensor, theirs: Sequence[Tensor]) -> Tensor:
+        """Return what is added, a scalar; `theirs` come as `others` does, without gradients."""
 
 
 class Statistic(Protocol):

@@ -22,13 +22,17 @@ from fedml.protocol.tasks import Brief, Slots
 from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import (
     NUMBER,
+    Contrast,
     LocalRule,
     Personal,
     Plain,
     Reducer,
     Statistic,
     Strategy,
+    Twofold,
 )
+from fedml.strategies.cyclic import Cyclic
+from fedml.strategies.ditto import Ditto, Own
 from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
@@ -40,7 +44,10 @@ from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.fedrep import Alternate, FedRep
+from fedml.strategies.moon import Moon, Views
 from fedml.strategies.newton import Curvature, Newton
+from fedml.strategies.pfedme import Envelope, PFedMe
 from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.robust import (
@@ -116,6 +123,10 @@ RULES: Table[LocalRule] = Table(
         "fedexp": Squared(),
         "qfedavg": Fair(),
         "home": Home(),
+        "fedrep": Alternate(),
+        "ditto": Own(),
+        "pfedme": Envelope(),
+        "moon": Views(),
     },
     _take_rule,
     lambda: STATISTICS.ours,
@@ -158,6 +169,11 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "qfedavg": QFedAvg,
         "fedper": FedPer,
         "fedbn": FedBN,
+        "fedrep": FedRep,
+        "ditto": Ditto,
+        "pfedme": PFedMe,
+        "moon": Moon,
+        "cyclic": Cyclic,
         "newton": Newton,
         "xgboost": XGBoost,
         "fedbuff": FedBuff,
@@ -213,14 +229,29 @@ def layouts(brief: Brief) -> Mapping[str, Layout]:
 
 
 def own_model(brief: Brief, memory: Slots) -> Params:
-    """Return the model that a site with this memory trains and is scored with."""
+    """Return the model that a site with this memory is scored with."""
     rule = RULES.get(brief.rule)
     return rule.begin(brief, memory) if isinstance(rule, Personal) else brief.params
+
+
+def first_model(brief: Brief, memory: Slots) -> Params:
+    """Return the model from which a site with this memory takes the steps that it reports."""
+    return brief.params if is_twofold(brief) else own_model(brief, memory)
 
 
 def is_personal(brief: Brief) -> bool:
     """Return whether sites train and score models of their own."""
     return isinstance(RULES.get(brief.rule), Personal)
+
+
+def is_twofold(brief: Brief) -> bool:
+    """Return whether sites have models of their own beside the one that they train for all."""
+    return isinstance(RULES.get(brief.rule), Twofold)
+
+
+def scores_exact(strategy: Strategy) -> bool:
+    """Return whether sites score models of their own that no noise hides."""
+    return is_twofold(_brief(strategy))
 
 
 def rule_of(strategy: Strategy) -> str:
@@ -237,6 +268,16 @@ def measures(strategy: Strategy) -> bool:
 def is_bounded(strategy: Strategy) -> bool:
     """Return whether what its sites measure has a bound that a clip can be."""
     return bool(getattr(STATISTICS.get(rule_of(strategy)), "bounded", False))
+
+
+def in_turn(strategy: Strategy) -> bool:
+    """Return whether each round asks one site, one after the other."""
+    return bool(getattr(strategy, "in_turn", False))
+
+
+def contrasts(strategy: Strategy) -> bool:
+    """Return whether its sites add to their recipe's loss a term of representations."""
+    return isinstance(RULES.get(rule_of(strategy)), Contrast)
 
 
 def needs_means(strategy: Strategy) -> bool:
