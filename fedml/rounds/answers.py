@@ -117,7 +117,7 @@ class Updates:
         return refused
 
     def _is_sound(self, stack: Stack, brief: Brief) -> bool:
-        wanted = layouts(brief)
+        wanted = layouts(brief, self._reports)
         parts = (stack.delta, *stack.slots.values())
         return (
             stack.slots.keys() == self._reports
@@ -137,7 +137,7 @@ class Updates:
         if not 0 < answer.weight < math.inf:
             raise MalformedUpdate(f"weight {answer.weight}: must be finite and above 0")
         brief.params.check_like(answer.delta)
-        for name, layout in layouts(brief).items():
+        for name, layout in layouts(brief, self._reports).items():
             layout.check_like(answer.slots[name].layout)
         for part in (answer.delta, *answer.slots.values()):
             if not part.is_finite():
@@ -149,7 +149,7 @@ class Updates:
             raise MalformedUpdate("it is a sum, and the reducer needs each update")
         for summand in total.summands:
             _check_names(summand.metrics)
-        self._reduction.add_sum(total, {"": brief.params.layout, **layouts(brief)})
+        self._reduction.add_sum(total, {"": brief.params.layout, **layouts(brief, self._reports)})
 
     def total(self) -> tuple[Mapping[str, Params], Mapping[str, int]]:
         """Return the sum of all that was taken in; see `SumReduction`."""

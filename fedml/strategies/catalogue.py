@@ -9,7 +9,7 @@ with the SHA-256 of its source, so that two machines mean the same code or find 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -221,11 +221,10 @@ def wide(rule: str, settings: Mapping[str, float]) -> Mapping[str, Layout]:
     return told(settings) if told else {}
 
 
-def layouts(brief: Brief) -> Mapping[str, Layout]:
-    """Return the layout of each slot of an answer to `brief`."""
-    like = dict.fromkeys(reports(brief), brief.params.layout)
-    single = dict.fromkeys(numbers(brief) & like.keys(), NUMBER)
-    return {**like, **single, **wide(brief.rule, brief.settings)}
+def layouts(brief: Brief, slots: Collection[str]) -> Mapping[str, Layout]:
+    """Return the layout of each of `slots` in an answer to `brief`."""
+    other = {**dict.fromkeys(numbers(brief), NUMBER), **wide(brief.rule, brief.settings)}
+    return {name: other.get(name, brief.params.layout) for name in slots}
 
 
 def own_model(brief: Brief, memory: Slots) -> Params:

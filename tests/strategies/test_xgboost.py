@@ -294,7 +294,7 @@ def test_however_rows_are_dealt_out_the_forest_has_the_same_bytes() -> None:
 
 def test_sums_come_back_from_means_without_an_error() -> None:
     rng = np.random.default_rng(4)
-    reduction, whole = WeightedMean().start(), 0.0
+    reduction, whole = WeightedMean().start(), np.zeros(500)
     for site, rows in enumerate((7, 49, 113, 30_001)):
         sums = torch.from_numpy(rng.integers(-(2**40), 2**40, 500) * GRAIN)
         slots = {"sums": Params({"sums": sums / rows})}
