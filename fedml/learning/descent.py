@@ -15,7 +15,9 @@ from fedml.errors import ConfigError, Refused
 from fedml.params import Layout, Params
 from fedml.protocol.messages import Training
 from fedml.protocol.tasks import Brief, Slots
-from fedml.strategies import RULES, LocalRule
+from fedml.strategies import RULES, LocalRule, Twofold
+
+Bend = Callable[[Brief, Slots, Params, Params], Params]
 
 
 def find_rule(name: str) -> LocalRule:
@@ -23,6 +25,14 @@ def find_rule(name: str) -> LocalRule:
     if name not in RULES:
         raise Refused(f"no local rule {name!r} here; there are {', '.join(sorted(RULES))}")
     return RULES[name]
+
+
+def _bend_of(brief: Brief, *, own: bool) -> Bend | None:
+    """Return what bends gradients, or None where nothing does."""
+    if brief.rule == "plain":
+        return None
+    rule = find_rule(brief.rule)
+    return rule.own_gradient if own and isinstance(rule, Twofold) else rule.gradient
 
 
 def bind(model: nn.Module, own: Params) -> None:
@@ -45,8 +55,9 @@ def bind(model: nn.Module, own: Params) -> None:
 
 
 class Descent:
-    """Stochastic gradient descent from a brief's parameters, bent by its rule.
+    """Stochastic gradient descent from `start` or a brief's parameters, bent by the brief's rule.
 
+    With `own` it is that of the model that a site has beside the one that travels.
     Whoever fills the gradients (`gradients` are views that start each step at zero) calls
     `step`. Only tensors with `requires_grad` move by it; momentum starts at zero for each task.
     """
@@ -58,12 +69,16 @@ class Descent:
         memory: Slots,
         training: Training,
         copy: Callable[[Params], Params] = Params.clone,
+        *,
+        start: Params | None = None,
+        own: bool = False,
     ) -> None:
-        """Start where the brief is, in the memory that `copy` gives for its parameters."""
+        """Start in the memory that `copy` gives for the parameters."""
         self.model, self.training, self.steps = model, training, 0
-        self._rule = None if brief.rule == "plain" else find_rule(brief.rule)
+        self._bend = _bend_of(brief, own=own)
         self._brief, self._memory = brief, memory
-        self.params = copy(brief.params)
+        self._start = brief.params if start is None else start
+        self.params = copy(self._start)
         bind(model, self.params)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -71,7 +86,7 @@ class Descent:
         self.trainable: Mapping[str, nn.Parameter] = trainable
         self._masks = self._still(trainable)
         self._velocity: dict[torch.dtype, Tensor] = {}
-        bent = self._rule is not None or training.momentum or training.weight_decay
+        bent = self._bend is not None or training.momentum or training.weight_decay
         self._straight = not bent
 
     @cached_property
@@ -131,8 +146,8 @@ class Descent:
         grads = self._grads
         if training.weight_decay:
             grads = grads.zip(self.params, lambda g, w: g.add(w, alpha=training.weight_decay))
-        if self._rule is not None:
-            grads = self._rule.gradient(self._brief, self._memory, self.params, grads)
+        if self._bend is not None:
+            grads = self._bend(self._brief, self._memory, self.params, grads)
         for dtype, mask in self._masks.items():
             move = grads.buffers[dtype]
             if mask is not None:
@@ -147,13 +162,13 @@ class Descent:
         self.steps += 1
 
     def moved(self) -> Params:
-        """Return how far parameters and buffers went from the brief's; the descent ends here."""
+        """Return how far parameters and buffers went from the start; the descent ends here."""
         state, own = self.model.state_dict(), self.params
         if any(state[name].data_ptr() != own[name].data_ptr() for name in own):
             own = Params(state)  # a buffer was replaced, and not written to
-        own.check_like(self._brief.params)
+        own.check_like(self._start)
         for dtype, buffer in own.buffers.items():  # in place: a copy would cost as much again
-            start = self._brief.params.buffers[dtype]
+            start = self._start.buffers[dtype]
             if dtype == torch.bool:
                 buffer.logical_xor_(start)
             else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedml.errors import ConfigError, TaskFailed
+from fedml.errors import ConfigError, Refused, TaskFailed
 from fedml.learning.descent import bind
 from fedml.learning.persons import groups_of, means
 from fedml.learning.recipe import Recipe, Rows
@@ -19,7 +19,7 @@ from fedml.privacy.mechanisms import noisy_totals
 from fedml.privacy.noise import SecureNoise
 from fedml.protocol.messages import Privacy
 from fedml.protocol.tasks import Report, Slots, Task
-from fedml.strategies import own_model
+from fedml.strategies import is_twofold, own_model
 
 _CHUNK = 4096  # rows at once
 
@@ -41,6 +41,11 @@ def evaluate(
     `privacy.evaluation_epsilon` is 0 then, and `ConfigError` for a score outside [0, 1].
     """
     private = privacy.in_training
+    if privacy.mode != "none" and is_twofold(task.brief):
+        raise Refused(
+            f"rule {task.brief.rule} under {privacy.mode} privacy: this site's own model is made "
+            "of its rows without noise, and so would its scores be; turn evaluation off"
+        )
     event = evaluation_event(privacy) if private else None
     model = recipe.build().to(device).eval()
     bind(model, own_model(task.brief, memory).to(device).clone())

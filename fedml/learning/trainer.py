@@ -27,7 +27,7 @@ from fedml.privacy.central import bounded
 from fedml.privacy.shares import grain_of, hidden
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
-from fedml.strategies import STATISTICS, Sample, own_model
+from fedml.strategies import STATISTICS, Sample, first_model, is_twofold, own_model
 
 _AT_ONCE = 4096  # rows whose loss is looked at together
 
@@ -119,14 +119,16 @@ class Trainer:
         with seeded(seed, device), _failures_named(task):
             model = self._fresh().to(device).train()
             x, y = rows.x.to(device), rows.y.to(device)
-            brief = replace(brief, params=own_model(brief, memory))
-            descent = Descent(model, brief, memory, self.training, self.copy)
+            start = first_model(brief, memory)
+            descent = Descent(model, brief, memory, self.training, self.copy, start=start)
             path = {"loss": self._loss(model, Rows(x, y))} if reads_loss else {}
             if self.privacy.in_training:
                 whose = Rows(x, y, rows.groups)
                 delta, weight, metrics = self._privately(descent, whose, public_rows)
             else:
                 delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
+            if is_twofold(brief):
+                memory = {**memory, "own": self._own(brief, memory, Rows(x, y), seed)}
         path |= path_of(self.training, descent.steps)
         told, kept = rule.finish(brief, memory, delta, path)
         slots = {name: slot.to("cpu") for name, slot in told.items()}
@@ -284,6 +286,23 @@ class Trainer:
             bad = (~path.isfinite()).nonzero()
             raise diverged(int(bad[0]) + 1 if len(bad) else descent.steps, descent.steps)
         return delta, float(len(rows)), {"loss": float(path.double().mean())}
+
+    def _own(self, brief: Brief, memory: Slots, rows: Rows, seed: int) -> Params:
+        """Return what becomes of the model that stays with the site.
+
+        Where that a site failed would tell of rows, one that diverges begins again silently.
+        """
+        start, device = own_model(brief, memory), rows.x.device
+        model = self._fresh().to(device).train()
+        descent = Descent(model, brief, memory, self.training, start=start, own=True)
+        try:
+            with seeded(seed, device):
+                delta, _, _ = self._plainly(descent, rows, seed)
+        except (TaskFailed, ConfigError):
+            if self.privacy.mode == "none":
+                raise
+            return brief.params
+        return start + delta
 
     def _privately(
         self, descent: Descent, rows: Rows, public_rows: int | None

@@ -37,6 +37,7 @@ from fedml.strategies import (
     measures,
     needs_means,
     rule_of,
+    scores_exact,
 )
 
 _ROOM = 2.0**30  # steps of a sum that surely fit the ring, with the noise
@@ -324,6 +325,11 @@ def _privacy(plan: Plan) -> Iterator[str]:
         yield (
             f"strategy {name} with {mode} privacy: its sites report exact "
             "numbers made of rows, which no noise hides; use strategy=fedavg, or privacy=none"
+        )
+    if scores_exact(plan.strategy) and _evaluates(plan):
+        yield (
+            f"evaluation with strategy {name} and {mode} privacy: sites score models of their own, "
+            "made of rows without noise; set evaluation.at_end=false and every=0, or privacy=none"
         )
     if plan.privacy.rounds != plan.rounds:
         yield (

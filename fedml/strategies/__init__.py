@@ -13,6 +13,7 @@ from fedml.strategies.base import (
     Statistic,
     Strategy,
     SumReduction,
+    Twofold,
     add_stack,
     number,
 )
@@ -24,8 +25,10 @@ from fedml.strategies.catalogue import (
     STRATEGIES,
     build,
     describe,
+    first_model,
     is_bounded,
     is_personal,
+    is_twofold,
     keeps_deltas,
     layouts,
     measures,
@@ -37,10 +40,12 @@ from fedml.strategies.catalogue import (
     own_model,
     reports,
     rule_of,
+    scores_exact,
     specimen,
     wide,
 )
 from fedml.strategies.central import NoisyMean
+from fedml.strategies.ditto import Ditto
 from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
@@ -67,6 +72,7 @@ __all__ = [
     "STRATEGIES",
     "Aggregate",
     "Buffering",
+    "Ditto",
     "FedAdagrad",
     "FedAdam",
     "FedAsync",
@@ -96,14 +102,17 @@ __all__ = [
     "Statistic",
     "Strategy",
     "SumReduction",
+    "Twofold",
     "WeightedMean",
     "XGBoost",
     "add_stack",
     "buffering_of",
     "build",
     "describe",
+    "first_model",
     "is_bounded",
     "is_personal",
+    "is_twofold",
     "keeps_deltas",
     "layouts",
     "measures",
@@ -116,6 +125,7 @@ __all__ = [
     "own_model",
     "reports",
     "rule_of",
+    "scores_exact",
     "specimen",
     "wide",
 ]

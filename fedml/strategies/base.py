@@ -167,7 +167,7 @@ class LocalRule(Protocol):
 class Personal(LocalRule, Protocol):
     """A rule that leaves a part of the model with its site.
 
-    Sites start from what `begin` returns and are scored with it; `finish` gets it as the brief's.
+    Sites start from what `begin` returns and are scored with it; `finish` gets the delta from it.
     """
 
     def begin(self, brief: Brief, memory: Slots) -> Params:
@@ -186,6 +186,19 @@ class Sample:
     def loss(self, params: Params) -> Tensor:
         """Return the mean loss over all the rows."""
         return self.criterion(self.outputs(params), self.y)
+
+
+@runtime_checkable
+class Twofold(Personal, Protocol):
+    """A rule whose sites train two models: the one that travels, and then one of their own.
+
+    The first goes from the brief's model, bent by `gradient`; their own from what `begin` returns,
+    bent by `own_gradient`. No privacy clips or hides the steps of that one, which never leaves;
+    `finish` finds it in memory as `own`.
+    """
+
+    def own_gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
+        """Return the gradient to step along with the site's own model, at `params`."""
 
 
 class Statistic(Protocol):

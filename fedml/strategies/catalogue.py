@@ -28,7 +28,9 @@ from fedml.strategies.base import (
     Reducer,
     Statistic,
     Strategy,
+    Twofold,
 )
+from fedml.strategies.ditto import Ditto, Own
 from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
 from fedml.strategies.fedavgm import FedAvgM
@@ -116,6 +118,7 @@ RULES: Table[LocalRule] = Table(
         "fedexp": Squared(),
         "qfedavg": Fair(),
         "home": Home(),
+        "ditto": Own(),
     },
     _take_rule,
     lambda: STATISTICS.ours,
@@ -158,6 +161,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "qfedavg": QFedAvg,
         "fedper": FedPer,
         "fedbn": FedBN,
+        "ditto": Ditto,
         "newton": Newton,
         "xgboost": XGBoost,
         "fedbuff": FedBuff,
@@ -213,14 +217,29 @@ def layouts(brief: Brief) -> Mapping[str, Layout]:
 
 
 def own_model(brief: Brief, memory: Slots) -> Params:
-    """Return the model that a site with this memory trains and is scored with."""
+    """Return the model that a site with this memory is scored with."""
     rule = RULES.get(brief.rule)
     return rule.begin(brief, memory) if isinstance(rule, Personal) else brief.params
+
+
+def first_model(brief: Brief, memory: Slots) -> Params:
+    """Return the model from which a site with this memory takes the steps that it reports."""
+    return brief.params if is_twofold(brief) else own_model(brief, memory)
 
 
 def is_personal(brief: Brief) -> bool:
     """Return whether sites train and score models of their own."""
     return isinstance(RULES.get(brief.rule), Personal)
+
+
+def is_twofold(brief: Brief) -> bool:
+    """Return whether sites have models of their own beside the one that they train for all."""
+    return isinstance(RULES.get(brief.rule), Twofold)
+
+
+def scores_exact(strategy: Strategy) -> bool:
+    """Return whether sites score models of their own that no noise hides."""
+    return is_twofold(_brief(strategy))
 
 
 def rule_of(strategy: Strategy) -> str:

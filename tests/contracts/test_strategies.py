@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ from fedml.strategies import (
     Sample,
     ServerState,
     Strategy,
+    Twofold,
     build,
     describe,
+    first_model,
     own_model,
     specimen,
 )
 
+Bend = Callable[[Brief, Slots, Params, Params], Params]
 Memory = dict[int, Slots]  # what each site keeps
 
 NAMES = sorted(STRATEGIES)
@@ -73,12 +77,17 @@ def update(brief: Brief, number: int, site: int, memory: Memory) -> Update:
         delta, slots = STATISTICS[brief.rule].measure(brief, sample(here))
         return Update(*who, delta + step, 1.0 + site, slots)
     rule, own = RULES[brief.rule], memory.get(site, {})
-    brief = dataclasses.replace(brief, params=own_model(brief, own))
-    here = brief.params
-    for _ in range(3):
-        pull = Params({"w": here["w"] - TARGET, "seen": here["seen"] * 0, "flag": here["flag"]})
-        here = here.zip(rule.gradient(brief, own, here, pull), lambda w, g: w - 0.2 * g)
-    delta = (here - brief.params) + step
+
+    def descended(here: Params, bend: Bend) -> Params:
+        for _ in range(3):
+            pull = Params({"w": here["w"] - TARGET, "seen": here["seen"] * 0, "flag": here["flag"]})
+            here = here.zip(bend(brief, own, here, pull), lambda w, g: w - 0.2 * g)
+        return here
+
+    start = first_model(brief, own)
+    delta = (descended(start, rule.gradient) - start) + step
+    if isinstance(rule, Twofold):
+        own = {**own, "own": descended(own_model(brief, own), rule.own_gradient)}
     path = {"lr": 0.2, "momentum": 0.0, "steps": 3.0, "loss": loss(brief.params)}
     told, memory[site] = rule.finish(brief, own, delta, path)
     slots = dict(told)

@@ -5,7 +5,7 @@ Site k has F_k(w) = sum(curve_k (w - centre_k)^2) / 2 + floor_k, and takes full 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from fedml.params import Params, decode, encode
 from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.tasks import Brief, Slots, Update
-from fedml.strategies import RULES, ServerState, Strategy
+from fedml.strategies import RULES, ServerState, Strategy, Twofold, first_model, own_model
 
+Bend = Callable[[Brief, Slots, Params, Params], Params]
 Vector = NDArray[np.float64]
 CENTRES = np.array([[1.0, -2.0, 0.5], [3.0, 4.0, -1.0], [-5.0, 0.25, 2.0]])
 CURVES = np.array([[1.0, 0.5, 2.0], [0.3, 1.5, 1.0], [0.7, 0.2, 0.4]])
@@ -65,12 +66,20 @@ class Quadratics:
     def update(self, brief: Brief, site: int) -> Update:
         """What a site sends; it keeps what its rule remembers."""
         rule, memory = RULES[brief.rule], self.memory.get(site, {})
-        here, velocity = brief.params, params(np.zeros(3))
-        for _ in range(self.steps[site]):
-            plain = params(gradient(site, here["w"].numpy()))
-            velocity = velocity * self.momentum + rule.gradient(brief, memory, here, plain)
-            here = here - velocity * self.lr
-        delta = here - brief.params
+
+        def descended(here: Params, bend: Bend) -> Params:
+            velocity = params(np.zeros(3))
+            for _ in range(self.steps[site]):
+                plain = params(gradient(site, here["w"].numpy()))
+                velocity = velocity * self.momentum + bend(brief, memory, here, plain)
+                here = here - velocity * self.lr
+            return here
+
+        start = first_model(brief, memory)
+        delta = descended(start, rule.gradient) - start
+        if isinstance(rule, Twofold):
+            own = descended(own_model(brief, memory), rule.own_gradient)
+            memory = {**memory, "own": own}
         path = {"lr": self.lr, "momentum": self.momentum, "steps": float(self.steps[site])}
         path["loss"] = loss(site, brief.params["w"].numpy())
         told, self.memory[site] = rule.finish(brief, memory, delta, path)

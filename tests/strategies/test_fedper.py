@@ -41,13 +41,12 @@ def played(rounds: int) -> tuple[ServerState, Mapping[int, Slots]]:
         reduction = strategy.reducer.start()
         for k, (c, d) in enumerate(CENTRES):
             brief, own = strategy.brief(state), memory.get(k, {})
-            brief = replace(brief, params=rule.begin(brief, own))
-            here = brief.params
+            here = start = rule.begin(brief, own)
             for _ in range(STEPS):
                 w, b = float(here["w"]), float(here["head.b"])
                 here = here - both(w - b - c, -(w - b - c) + b - d) * LR
             path = {"lr": LR, "momentum": 0.0, "steps": float(STEPS)}
-            told, memory[k] = rule.finish(brief, own, here - brief.params, path)
+            told, memory[k] = rule.finish(brief, own, here - start, path)
             who = (TaskId(f"{k}"), number, SiteId(f"{k}"))
             reduction.add(Update(*who, told["delta"], float(SHARES[k])))
         state = strategy.advance(state, reduction.result())
