@@ -15,7 +15,7 @@ from fedml.errors import ConfigError, Refused
 from fedml.params import Layout, Params
 from fedml.protocol.messages import Training
 from fedml.protocol.tasks import Brief, Slots
-from fedml.strategies import RULES, LocalRule, Twofold
+from fedml.strategies import RULES, Follower, LocalRule, Twofold
 
 Bend = Callable[[Brief, Slots, Params, Params], Params]
 
@@ -76,7 +76,9 @@ class Descent:
         """Start in the memory that `copy` gives for the parameters."""
         self.model, self.training, self.steps = model, training, 0
         self._bend = _bend_of(brief, own=own)
-        self._brief, self._memory = brief, memory
+        rule = RULES.get(brief.rule)
+        self._follow = rule.follow if isinstance(rule, Follower) else None
+        self._brief, self.memory = brief, memory
         self._start = brief.params if start is None else start
         self.params = copy(self._start)
         bind(model, self.params)
@@ -147,7 +149,7 @@ class Descent:
         if training.weight_decay:
             grads = grads.zip(self.params, lambda g, w: g.add(w, alpha=training.weight_decay))
         if self._bend is not None:
-            grads = self._bend(self._brief, self._memory, self.params, grads)
+            grads = self._bend(self._brief, self.memory, self.params, grads)
         for dtype, mask in self._masks.items():
             move = grads.buffers[dtype]
             if mask is not None:
@@ -160,6 +162,8 @@ class Descent:
         for dtype in self._masks:
             self._grads.buffers[dtype].zero_()
         self.steps += 1
+        if self._follow is not None:
+            self.memory = self._follow(self._brief, self.memory, self.params, self.steps)
 
     def moved(self) -> Params:
         """Return how far parameters and buffers went from the start; the descent ends here."""

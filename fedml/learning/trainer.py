@@ -127,6 +127,7 @@ class Trainer:
                 delta, weight, metrics = self._privately(descent, whose, public_rows)
             else:
                 delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
+            memory = descent.memory
             if is_twofold(brief):
                 memory = {**memory, "own": self._own(brief, memory, Rows(x, y), seed)}
         path |= path_of(self.training, descent.steps)

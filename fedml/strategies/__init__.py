@@ -3,6 +3,7 @@
 from fedml.strategies.base import (
     NUMBER,
     Aggregate,
+    Follower,
     LocalRule,
     Personal,
     Plain,
@@ -59,6 +60,7 @@ from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.forest import Forest
 from fedml.strategies.newton import Newton
+from fedml.strategies.pfedme import PFedMe
 from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Scaffold
@@ -86,10 +88,12 @@ __all__ = [
     "FedPer",
     "FedProx",
     "FedYogi",
+    "Follower",
     "Forest",
     "LocalRule",
     "Newton",
     "NoisyMean",
+    "PFedMe",
     "Personal",
     "Plain",
     "Prox",

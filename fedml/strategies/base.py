@@ -201,6 +201,17 @@ class Twofold(Personal, Protocol):
         """Return the gradient to step along with the site's own model, at `params`."""
 
 
+@runtime_checkable
+class Follower(LocalRule, Protocol):
+    """A rule with something that goes along with the model while a task lasts.
+
+    What `follow` returns is the memory at the next step, and at the finish.
+    """
+
+    def follow(self, brief: Brief, memory: Slots, params: Params, steps: int) -> Slots:
+        """Return what to remember after `steps` steps that led to `params`, which go on moving."""
+
+
 class Statistic(Protocol):
     """Site half of an algorithm whose sites measure at the global model and take no step.
 

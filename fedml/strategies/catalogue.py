@@ -43,6 +43,7 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.newton import Curvature, Newton
+from fedml.strategies.pfedme import Envelope, PFedMe
 from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.robust import (
@@ -119,6 +120,7 @@ RULES: Table[LocalRule] = Table(
         "qfedavg": Fair(),
         "home": Home(),
         "ditto": Own(),
+        "pfedme": Envelope(),
     },
     _take_rule,
     lambda: STATISTICS.ours,
@@ -162,6 +164,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "fedper": FedPer,
         "fedbn": FedBN,
         "ditto": Ditto,
+        "pfedme": PFedMe,
         "newton": Newton,
         "xgboost": XGBoost,
         "fedbuff": FedBuff,

@@ -16,6 +16,7 @@ from fedml.strategies import (
     RULES,
     STATISTICS,
     STRATEGIES,
+    Follower,
     Forest,
     Sample,
     ServerState,
@@ -79,9 +80,12 @@ def update(brief: Brief, number: int, site: int, memory: Memory) -> Update:
     rule, own = RULES[brief.rule], memory.get(site, {})
 
     def descended(here: Params, bend: Bend) -> Params:
-        for _ in range(3):
+        nonlocal own
+        for number in range(1, 4):
             pull = Params({"w": here["w"] - TARGET, "seen": here["seen"] * 0, "flag": here["flag"]})
             here = here.zip(bend(brief, own, here, pull), lambda w, g: w - 0.2 * g)
+            if isinstance(rule, Follower):
+                own = rule.follow(brief, own, here, number)
         return here
 
     start = first_model(brief, own)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedml.params import Params, decode, encode
 from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.tasks import Brief, Slots, Update
-from fedml.strategies import RULES, ServerState, Strategy, Twofold, first_model, own_model
+from fedml.strategies import RULES, Follower, ServerState, Strategy, Twofold, first_model, own_model
 
 Bend = Callable[[Brief, Slots, Params, Params], Params]
 Vector = NDArray[np.float64]
@@ -68,11 +68,14 @@ class Quadratics:
         rule, memory = RULES[brief.rule], self.memory.get(site, {})
 
         def descended(here: Params, bend: Bend) -> Params:
+            nonlocal memory
             velocity = params(np.zeros(3))
-            for _ in range(self.steps[site]):
+            for step in range(1, 1 + self.steps[site]):
                 plain = params(gradient(site, here["w"].numpy()))
                 velocity = velocity * self.momentum + bend(brief, memory, here, plain)
                 here = here - velocity * self.lr
+                if isinstance(rule, Follower):
+                    memory = rule.follow(brief, memory, here, step)
             return here
 
         start = first_model(brief, memory)
