@@ -78,7 +78,7 @@ class Descent:
         self._bend = _bend_of(brief, own=own)
         rule = RULES.get(brief.rule)
         self._follow = rule.follow if isinstance(rule, Follower) else None
-        self._brief, self.memory = brief, memory
+        self.brief, self.memory = brief, memory
         self._start = brief.params if start is None else start
         self.params = copy(self._start)
         bind(model, self.params)
@@ -149,7 +149,7 @@ class Descent:
         if training.weight_decay:
             grads = grads.zip(self.params, lambda g, w: g.add(w, alpha=training.weight_decay))
         if self._bend is not None:
-            grads = self._bend(self._brief, self.memory, self.params, grads)
+            grads = self._bend(self.brief, self.memory, self.params, grads)
         for dtype, mask in self._masks.items():
             move = grads.buffers[dtype]
             if mask is not None:
@@ -163,7 +163,7 @@ class Descent:
             self._grads.buffers[dtype].zero_()
         self.steps += 1
         if self._follow is not None:
-            self.memory = self._follow(self._brief, self.memory, self.params, self.steps)
+            self.memory = self._follow(self.brief, self.memory, self.params, self.steps)
 
     def moved(self) -> Params:
         """Return how far parameters and buffers went from the start; the descent ends here."""

@@ -21,13 +21,22 @@ from fedml.learning.gradients import Precision
 from fedml.learning.on_cpu import tune
 from fedml.learning.private import PrivateGradient
 from fedml.learning.recipe import Recipe, Rows
+from fedml.learning.views import Contrasted
 from fedml.params import Params
 from fedml.privacy.accounting import SampledGaussian, own_share, training_event, unit_of
 from fedml.privacy.central import bounded
 from fedml.privacy.shares import grain_of, hidden
 from fedml.protocol.messages import Privacy, Training
 from fedml.protocol.tasks import Brief, Slots, Task, Update
-from fedml.strategies import STATISTICS, Sample, first_model, is_twofold, own_model
+from fedml.strategies import (
+    STATISTICS,
+    Contrast,
+    LocalRule,
+    Sample,
+    first_model,
+    is_twofold,
+    own_model,
+)
 
 _AT_ONCE = 4096  # rows whose loss is looked at together
 
@@ -110,6 +119,11 @@ class Trainer:
             return Update(task.id, task.round, task.site, noised, 1.0), kept
         rule = find_rule(task.brief.rule)
         check_share(self.privacy, task.brief)
+        if self.privacy.in_training and isinstance(rule, Contrast):
+            raise Refused(
+                f"rule {task.brief.rule} adds to the loss what no row's part in is bounded, which "
+                f"{self.privacy.mode} privacy forbids; use strategy=fedavg, or privacy=none"
+            )
         reads_loss = getattr(rule, "reads_loss", False)
         if reads_loss:
             self._check_exact(task)
@@ -126,7 +140,8 @@ class Trainer:
                 whose = Rows(x, y, rows.groups)
                 delta, weight, metrics = self._privately(descent, whose, public_rows)
             else:
-                delta, weight, metrics = self._plainly(descent, Rows(x, y), seed)
+                added = self._contrast(rule, descent)
+                delta, weight, metrics = self._plainly(descent, Rows(x, y), seed, added)
             memory = descent.memory
             if is_twofold(brief):
                 memory = {**memory, "own": self._own(brief, memory, Rows(x, y), seed)}
@@ -268,8 +283,20 @@ class Trainer:
         model.train()
         return total / max(len(rows), 1)
 
+    def _contrast(self, rule: LocalRule, descent: Descent) -> Contrasted | None:
+        """Return what a rule adds to the loss; looks at the model even where that is nothing."""
+        if not isinstance(rule, Contrast):
+            return None
+        brief, device = descent.brief, torch.device(self.device)
+        example = self.recipe.example(2).to(device)
+        others = [
+            (self._fresh().to(device), params) for params in rule.others(brief, descent.memory)
+        ]
+        contrast = Contrasted(rule, brief, descent.model, others, example)
+        return contrast if others else None
+
     def _plainly(
-        self, descent: Descent, rows: Rows, seed: int
+        self, descent: Descent, rows: Rows, seed: int, added: Contrasted | None = None
     ) -> tuple[Params, float, dict[str, float]]:
         if len(rows) == 0:
             raise ConfigError("there are no rows to train on; check the site's data file")
@@ -278,9 +305,10 @@ class Trainer:
             images = rows.x.ndim == 4 and self._takes_channels_last
             tune(descent.model, channels_last=images)
         for batch in batches(len(rows), self.training, seed):
-            loss = self.recipe.loss(self._forward(descent.model, rows.x[batch]), rows.y[batch])
+            x = rows.x[batch]
+            loss = self.recipe.loss(self._forward(descent.model, x), rows.y[batch])
             losses.append(loss.detach())
-            descent.descend(loss)
+            descent.descend(loss if added is None else loss + added.term(self._forward, x))
         delta = descent.moved()
         path = torch.stack(losses)
         if not (delta.is_finite() and bool(path.isfinite().all())):

@@ -31,6 +31,7 @@ from fedml.strategies import (
     WeightedMean,
     buffering_of,
     build,
+    contrasts,
     describe,
     is_bounded,
     keeps_deltas,
@@ -360,6 +361,11 @@ def _by_site(plan: Plan) -> Iterator[str]:
 
 def _by_record(plan: Plan) -> Iterator[str]:
     mode = plan.privacy.mode
+    if contrasts(plan.strategy):
+        yield (
+            f"strategy {type(plan.strategy).__name__} with {mode} privacy: its sites add to the "
+            "loss what no row's part in is bounded; use strategy=fedavg or fedprox, or privacy=none"
+        )
     if plan.training.epochs:
         yield (
             f"training.epochs {plan.training.epochs} with {mode} privacy: the number of passes "

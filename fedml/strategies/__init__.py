@@ -3,6 +3,7 @@
 from fedml.strategies.base import (
     NUMBER,
     Aggregate,
+    Contrast,
     Follower,
     LocalRule,
     Personal,
@@ -25,6 +26,7 @@ from fedml.strategies.catalogue import (
     STATISTICS,
     STRATEGIES,
     build,
+    contrasts,
     describe,
     first_model,
     is_bounded,
@@ -59,6 +61,7 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.forest import Forest
+from fedml.strategies.moon import Moon
 from fedml.strategies.newton import Newton
 from fedml.strategies.pfedme import PFedMe
 from fedml.strategies.qfedavg import QFedAvg
@@ -74,6 +77,7 @@ __all__ = [
     "STRATEGIES",
     "Aggregate",
     "Buffering",
+    "Contrast",
     "Ditto",
     "FedAdagrad",
     "FedAdam",
@@ -91,6 +95,7 @@ __all__ = [
     "Follower",
     "Forest",
     "LocalRule",
+    "Moon",
     "Newton",
     "NoisyMean",
     "PFedMe",
@@ -112,6 +117,7 @@ __all__ = [
     "add_stack",
     "buffering_of",
     "build",
+    "contrasts",
     "describe",
     "first_model",
     "is_bounded",

@@ -8,7 +8,7 @@ A strategy is a frozen dataclass whose fields are its settings, checked at birth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -210,6 +210,21 @@ class Follower(LocalRule, Protocol):
 
     def follow(self, brief: Brief, memory: Slots, params: Params, steps: int) -> Slots:
         """Return what to remember after `steps` steps that led to `params`, which go on moving."""
+
+
+@runtime_checkable
+class Contrast(LocalRule, Protocol):
+    """A rule that adds to a batch's loss what it makes of several models' representations of it.
+
+    A representation, [rows, size], is what a model's last layer takes in. Rows' own gradients of
+    the term are not bounded, so record privacy refuses the rule.
+    """
+
+    def others(self, brief: Brief, memory: Slots) -> tuple[Params, ...]:
+        """Return the models to hold the trained one against; none if there is nothing to add."""
+
+    def term(self, brief: Brief, mine: Tensor, theirs: Sequence[Tensor]) -> Tensor:
+        """Return what is added, a scalar; `theirs` come as `others` does, without gradients."""
 
 
 class Statistic(Protocol):

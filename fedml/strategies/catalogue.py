@@ -22,6 +22,7 @@ from fedml.protocol.tasks import Brief, Slots
 from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import (
     NUMBER,
+    Contrast,
     LocalRule,
     Personal,
     Plain,
@@ -42,6 +43,7 @@ from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.moon import Moon, Views
 from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.pfedme import Envelope, PFedMe
 from fedml.strategies.qfedavg import Fair, QFedAvg
@@ -121,6 +123,7 @@ RULES: Table[LocalRule] = Table(
         "home": Home(),
         "ditto": Own(),
         "pfedme": Envelope(),
+        "moon": Views(),
     },
     _take_rule,
     lambda: STATISTICS.ours,
@@ -165,6 +168,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "fedbn": FedBN,
         "ditto": Ditto,
         "pfedme": PFedMe,
+        "moon": Moon,
         "newton": Newton,
         "xgboost": XGBoost,
         "fedbuff": FedBuff,
@@ -259,6 +263,11 @@ def measures(strategy: Strategy) -> bool:
 def is_bounded(strategy: Strategy) -> bool:
     """Return whether what its sites measure has a bound that a clip can be."""
     return bool(getattr(STATISTICS.get(rule_of(strategy)), "bounded", False))
+
+
+def contrasts(strategy: Strategy) -> bool:
+    """Return whether its sites add to their recipe's loss a term of representations."""
+    return isinstance(RULES.get(rule_of(strategy)), Contrast)
 
 
 def needs_means(strategy: Strategy) -> bool:

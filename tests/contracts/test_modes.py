@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from fedml.errors import Contradiction
-from fedml.learning.recipe import Rows, identify
+from fedml.learning.recipe import Recipe, Rows, identify
+from fedml.params import Params
 from fedml.protocol.messages import SiteId, Training
 from fedml.protocol.tasks import Task
 from fedml.rounds import Commit, Plan
@@ -28,7 +29,7 @@ from fedml.simulation.executors.base import Holding, MakeExecutor
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
 from fedml.simulation.population import IID, ShippedData
-from fedml.strategies import REDUCERS, RULES, STATISTICS, STRATEGIES, FedAvg, Strategy
+from fedml.strategies import REDUCERS, RULES, STATISTICS, STRATEGIES, FedAvg, Strategy, contrasts
 from tests.simulation import worlds
 from tests.simulation.worlds import Late
 
@@ -87,6 +88,13 @@ def federation(sites: int, *, grouped: bool = False) -> Mapping[SiteId, Holding]
     }
 
 
+def taught(strategy: Strategy) -> Recipe:
+    """The recipe of the trial: one with a hidden layer where a strategy looks at it."""
+    if contrasts(strategy):
+        return worlds.Deep()
+    return worlds.recipe(worlds.recipe_for(strategy))
+
+
 def played(strategy: Strategy, mode: str) -> Plan:
     """The plan that the table tries, over rows that there are."""
     plan = trial(strategy, mode)
@@ -114,7 +122,7 @@ def play(
 ) -> Outcome | None:
     """Play on what lies in `folder`; return None if it is killed at its `kill`-th commit."""
     sites = federation(plan.cohort.quorum, grouped=plan.privacy.mode == "patient")
-    engine, told = worlds.chronicle(plan, folder, make, rows=sites)
+    engine, told = worlds.chronicle(plan, folder, make, rows=sites, taught=taught(plan.strategy))
     engine.world = world or engine.world
     note, commits = engine.watch, itertools.count(1)
 
@@ -153,7 +161,7 @@ def test_it_works_or_is_refused_with_the_way_out(case: Strategy, mode: str, tmp_
     assert outcome.candidate is not None, outcome.end
     found = outcome.candidate.params
     assert found.is_finite()
-    assert found != worlds.start(plan.recipe.name)
+    assert found != Params(taught(case).build().state_dict())
     for receipt in outcome.receipts:
         assert len(receipt.counted) == plan.cohort.quorum, receipt.missing
         spent = [one.epsilon for one in receipt.counted]
@@ -175,9 +183,9 @@ def test_masked_sums_come_to_the_plain_model(case: Strategy, tmp_path: Path) -> 
 
 def test_vectorised_goes_one_by_one_where_the_table_says_so(case: Strategy) -> None:
     plan = played(case, "none")
-    name = plan.recipe.name
-    executor = Vectorised(plan, worlds.recipe(name), federation(plan.cohort.quorum))
-    why = executor.why_not(case.brief(case.start(worlds.start(name))))
+    executor = Vectorised(plan, taught(case), federation(plan.cohort.quorum))
+    params = Params(taught(case).build().state_dict())
+    why = executor.why_not(case.brief(case.start(params)))
     assert bool(why) == bool(objections(case, "vectorised"))
     assert all(why in reason for reason in objections(case, "vectorised"))
 

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from fedml.learning.recipe import Recipe, identify, load
 from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, Training
 from fedml.protocol.tasks import Report, Stack, Task, Update
+from fedml.recipes.breast_cancer import FEATURES, BreastCancer
 from fedml.rounds import Cohort, Evaluation, Plan, Run, SiteLost
 from fedml.simulation.checkpoint import Checkpoints
 from fedml.simulation.chronicle import Chronicle
@@ -62,6 +66,17 @@ def recipe(name: str = "breast_cancer") -> Recipe:
     return load(identify(name))
 
 
+class Deep(BreastCancer):
+    """The same rows, for strategies that need a hidden layer to look at."""
+
+    def build(self) -> nn.Module:
+        scaling = next(super().build().children())
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            inner, outer = nn.Linear(len(FEATURES), 4), nn.Linear(4, len(self.labels))
+        return nn.Sequential(scaling, inner, nn.Tanh(), outer)
+
+
 @functools.cache
 def holdings() -> Mapping[SiteId, Holding]:
     return IID(4).deal(recipe(), ShippedData("breast_cancer"))
@@ -98,14 +113,15 @@ def chronicle(
     make: MakeExecutor = Inline,
     least: float = 0.0,
     rows: Mapping[SiteId, Holding] | None = None,
+    taught: Recipe | None = None,
 ) -> tuple[Engine, Chronicle]:
     """Return a simulation, begun or going on in `folder`, that is noted as it plays."""
+    taught = taught or recipe(a_plan.recipe.name)
     rows = holdings() if rows is None else rows
     place = folder or Path(tempfile.mkdtemp())
     told = Chronicle(Checkpoints(place, least))
-    name = a_plan.recipe.name
-    run = told.begin(a_plan, start(name))
-    witness = Witness(make(a_plan, recipe(name), rows, told.memory))
+    run = told.begin(a_plan, Params(taught.build().state_dict()))
+    witness = Witness(make(a_plan, taught, rows, told.memory))
     told.follow(run, witness)
     sites = statuses(a_plan, rows)
     engine = Engine(run, witness, sites, watch=told.note, now=told.now, flight=told.flight)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedml.rounds.compatibility import objections
 from fedml.strategies import (
     RULES,
     STATISTICS,
@@ -13,7 +14,6 @@ from fedml.strategies import (
     Strategy,
     build,
     describe,
-    measures,
     specimen,
 )
 
@@ -81,7 +81,7 @@ def test_its_state_is_what_it_says(strategy: Strategy) -> None:
 
 
 def test_privacy_takes_it_or_not_as_it_says(strategy: Strategy) -> None:
-    assert row(strategy)[5].startswith("no" if measures(strategy) else "yes")
+    assert row(strategy)[5].startswith("no" if objections(strategy, "record") else "yes")
 
 
 def test_it_needs_only_sums_as_it_says(strategy: Strategy) -> None:

@@ -116,6 +116,23 @@ def test_without_a_pull_each_site_learns_alone_and_the_global_model_is_fedavgs(
     assert scores["accuracy"] == pytest.approx(right / rows, rel=1e-9)  # each with its own
 
 
+def test_at_a_site_the_own_model_is_pulled_from_where_it_is_to_the_global_one() -> None:
+    site, lam, training = SiteId("site-0"), 0.2, Training(lr=0.5, steps=1)
+    rows, far = holdings()[site].train, start().map(lambda b: b + 0.1)
+    trainer = Trainer(recipe(), training, Privacy())
+
+    def task(strategy: Strategy, params: Params) -> Task:
+        brief = strategy.brief(strategy.start(params))
+        return Task(TaskId("t"), RunId("r"), 1, site, "train", brief)
+
+    update, kept = trainer.train(task(Ditto(lam), start()), rows, {"own": far}, seed=1)
+    alone, _ = trainer.train(task(FedAvg(), far), rows, {}, seed=1)
+    pulled = (far + alone.delta) - (far - start()) * (0.5 * lam)
+    assert (kept["own"] - pulled).norm() < 1e-6
+    plain, _ = trainer.train(task(FedAvg(), start()), rows, {}, seed=1)
+    assert update.delta == plain.delta
+
+
 def test_record_privacy_hides_the_global_model_and_leaves_the_own_one_as_it_is() -> None:
     silent = Evaluation(at_end=False)
     params, memory, _ = final(of(Ditto(0.0), privacy=RECORD, evaluation=silent))
