@@ -14,7 +14,7 @@ from fedml.protocol.messages import Privacy, RecipeId, Training
 from fedml.protocol.secagg import Secagg
 from fedml.rounds.plan import Cohort, Evaluation, Plan
 from fedml.secagg.terms import LEAST_COHORT
-from fedml.strategies import FedAvg, Reducer, Strategy, buffering_of, one_by_one
+from fedml.strategies import FedAvg, Reducer, Strategy, buffering_of, in_turn, one_by_one
 
 _RECORD = Privacy("record", epsilon=1.0, delta=1e-5)
 _SHARED = replace(_RECORD, mode="record_distributed", sharers=LEAST_COHORT)
@@ -34,7 +34,8 @@ MODES = tuple(_SETTINGS)  # of privacy, masked sums, and a simulation of all sit
 def trial(strategy: Strategy, mode: str) -> Plan:
     """Return the plainest plan of `strategy` under `mode`; raises `Contradiction` if none is."""
     privacy, secagg = _SETTINGS[mode]
-    quorum = max(LEAST_COHORT, strategy.reducer.least)
+    alone = in_turn(strategy)
+    quorum = 1 if alone else max(LEAST_COHORT, strategy.reducer.least)
     if (buffering := buffering_of(strategy)) and buffering.size:
         quorum = min(quorum, buffering.size)
     return Plan(
@@ -43,7 +44,7 @@ def trial(strategy: Strategy, mode: str) -> Plan:
         dataset="any",
         strategy=strategy,
         training=Training(lr=1.0, steps=1),
-        cohort=Cohort(quorum=quorum, deadline=60.0),
+        cohort=Cohort(quorum=quorum, deadline=60.0, size=int(alone)),
         rounds=1,
         privacy=privacy,
         secagg=secagg,

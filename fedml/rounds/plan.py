@@ -33,6 +33,7 @@ from fedml.strategies import (
     build,
     contrasts,
     describe,
+    in_turn,
     is_bounded,
     keeps_deltas,
     measures,
@@ -263,6 +264,11 @@ def _strategy(plan: Plan) -> Iterator[str]:
             "only a mean leaves in step with the deltas; use reducer=weighted-mean, or "
             "strategy=fedavg"
         )
+    if in_turn(strategy) and cohort.size != 1:
+        yield (
+            f"strategy {name} with cohort.size {cohort.size}: its sites train one after the other, "
+            "set cohort.size=1 and cohort.quorum=1"
+        )
     sites = getattr(strategy, "sites", None)
     if sites is None:
         return
@@ -381,7 +387,12 @@ def _by_record(plan: Plan) -> Iterator[str]:
 def _shared_noise(plan: Plan) -> Iterator[str]:
     """Say what keeps a sum's noise, of which each site adds a share, from being whole."""
     sharers, quorum = plan.privacy.sharers, plan.cohort.quorum
-    if sharers > quorum:
+    if in_turn(plan.strategy):
+        yield (
+            f"privacy.mode {plan.privacy.mode} with strategy {type(plan.strategy).__name__}: sites "
+            "share the noise of a sum, and here each update goes alone; use privacy=record"
+        )
+    elif sharers > quorum:
         yield (
             f"privacy.sharers {sharers} is above cohort.quorum {quorum}: a round of so few sites "
             "would lack noise, raise the quorum or lower sharers, which adds noise"
@@ -413,7 +424,7 @@ def _one_step(plan: Plan) -> Iterator[str]:
 
 
 def _secagg(plan: Plan) -> Iterator[str]:
-    settings, strategy, quorum = plan.secagg, plan.strategy, plan.cohort.quorum
+    settings, strategy = plan.secagg, plan.strategy
     if not settings.is_on:
         return
     if not strategy.reducer.linear:
@@ -426,11 +437,7 @@ def _secagg(plan: Plan) -> Iterator[str]:
             f"secagg with strategy {type(strategy).__name__}, whose sites report what they make "
             "of their loss, for which there is no clip: use strategy=fedavg, or secagg=none"
         )
-    if 0 < quorum < LEAST_COHORT:
-        yield (
-            f"cohort.quorum {quorum} with secagg: of a sum of two each knows the other's update, "
-            f"raise it to {LEAST_COHORT} or more"
-        )
+    yield from _too_few(plan)
     if _evaluates(plan) and not settings.scores:
         yield (
             "evaluation with secagg and no secagg.scores: no site's own scores are seen, name "
@@ -451,6 +458,20 @@ def _secagg(plan: Plan) -> Iterator[str]:
         )
     if plan.privacy.shares_noise:
         yield from _masked_shares(plan)
+
+
+def _too_few(plan: Plan) -> Iterator[str]:
+    """Say what keeps a masked sum from hiding what it is made of."""
+    if in_turn(plan.strategy):
+        yield (
+            f"secagg with strategy {type(plan.strategy).__name__}: a round is one site's update, "
+            "and there is no sum to hide it in; use strategy=fedavg, or secagg=none"
+        )
+    elif 0 < plan.cohort.quorum < LEAST_COHORT:
+        yield (
+            f"cohort.quorum {plan.cohort.quorum} with secagg: of a sum of two each knows the "
+            f"other's update, raise it to {LEAST_COHORT} or more"
+        )
 
 
 def _masked_shares(plan: Plan) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from fedml.protocol.messages import DatasetCard, RecipeId, SiteId
 from fedml.rounds.plan import Plan
-from fedml.strategies import buffering_of
+from fedml.strategies import buffering_of, in_turn
 
 Reasons = Mapping[str, str]  # by site
 NOBODY: Reasons = {}
@@ -139,9 +139,12 @@ def eligible(plan: Plan, statuses: Iterable[SiteStatus], barred: Reasons) -> Sel
 def draw(plan: Plan, number: int, pool: Selection, taken: int = 0) -> Selection:
     """Return the cohort of round `number`: `pool`, or `cohort.size` of it drawn by `plan.seed`.
 
+    Where a strategy's sites take turns it is the one whose turn it is, or the next that is there.
     Each site's lot depends on seed, round and its own name only, so a newcomer moves no others.
     So many places as are `taken` are not drawn for.
     """
+    if in_turn(plan.strategy):
+        return _whose_turn(plan, number, pool)
     size = max(0, plan.cohort.size - taken)
     if plan.cohort.size == 0 or len(pool.asked) <= size:
         return pool
@@ -154,6 +157,17 @@ def draw(plan: Plan, number: int, pool: Selection, taken: int = 0) -> Selection:
     spared = {site: reason for site in pool.asked if site not in drawn}
     left_out = dict(sorted([*pool.left_out.items(), *spared.items()]))
     return Selection(tuple(sorted(drawn)), left_out)
+
+
+def _whose_turn(plan: Plan, number: int, pool: Selection) -> Selection:
+    order = plan.cohort.sites or pool.asked
+    first = (number - 1) % max(len(order), 1)
+    there = {*pool.asked}
+    asked = next((site for site in (*order[first:], *order[:first]) if site in there), None)
+    if asked is None:
+        return pool
+    spared = {site: f"it is the turn of {asked}" for site in pool.asked if site != asked}
+    return Selection((asked,), dict(sorted([*pool.left_out.items(), *spared.items()])))
 
 
 def needs_each(plan: Plan, region: str) -> str:

@@ -24,6 +24,7 @@ from fedml.rounds import Muster, Plan, Selection
 from fedml.rounds.selection import NOBODY, Reasons
 from fedml.simulation.executors.base import Holding
 from fedml.simulation.population import Data
+from fedml.strategies import in_turn
 
 _PREFIX = "user-"
 _MOST = 10**9
@@ -156,6 +157,11 @@ class Users(Mapping[SiteId, Holding]):
             raise ConfigError("cohort.sites lists sites, and a crowd has none to list: set size")
         if not plan.cohort.size:
             raise ConfigError(f"cohort.size 0 asks all {self._size} sites of a crowd: set a number")
+        if in_turn(plan.strategy):
+            name = type(plan.strategy).__name__
+            raise ConfigError(
+                f"strategy {name}: a crowd's sites are drawn, and take no turns; set population=iid"
+            )
         return _Crowded(self, plan, barred)
 
     def _users(self, sites: Sequence[SiteId]) -> npt.NDArray[np.uint64]:

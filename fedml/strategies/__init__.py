@@ -29,6 +29,7 @@ from fedml.strategies.catalogue import (
     contrasts,
     describe,
     first_model,
+    in_turn,
     is_bounded,
     is_personal,
     is_twofold,
@@ -48,6 +49,7 @@ from fedml.strategies.catalogue import (
     wide,
 )
 from fedml.strategies.central import NoisyMean
+from fedml.strategies.cyclic import Cyclic
 from fedml.strategies.ditto import Ditto
 from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
@@ -78,6 +80,7 @@ __all__ = [
     "Aggregate",
     "Buffering",
     "Contrast",
+    "Cyclic",
     "Ditto",
     "FedAdagrad",
     "FedAdam",
@@ -120,6 +123,7 @@ __all__ = [
     "contrasts",
     "describe",
     "first_model",
+    "in_turn",
     "is_bounded",
     "is_personal",
     "is_twofold",

@@ -119,7 +119,10 @@ class Reducer(Protocol):
 
 
 class Strategy(Protocol):
-    """Server half of an algorithm. Implement these to add your own."""
+    """Server half of an algorithm. Implement these to add your own.
+
+    With a class attribute `in_turn = True` each round asks one site, one after the other.
+    """
 
     @property
     def reducer(self) -> Reducer:

@@ -31,6 +31,7 @@ from fedml.strategies.base import (
     Strategy,
     Twofold,
 )
+from fedml.strategies.cyclic import Cyclic
 from fedml.strategies.ditto import Ditto, Own
 from fedml.strategies.fedasync import FedAsync
 from fedml.strategies.fedavg import FedAvg
@@ -169,6 +170,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "ditto": Ditto,
         "pfedme": PFedMe,
         "moon": Moon,
+        "cyclic": Cyclic,
         "newton": Newton,
         "xgboost": XGBoost,
         "fedbuff": FedBuff,
@@ -263,6 +265,11 @@ def measures(strategy: Strategy) -> bool:
 def is_bounded(strategy: Strategy) -> bool:
     """Return whether what its sites measure has a bound that a clip can be."""
     return bool(getattr(STATISTICS.get(rule_of(strategy)), "bounded", False))
+
+
+def in_turn(strategy: Strategy) -> bool:
+    """Return whether each round asks one site, one after the other."""
+    return bool(getattr(strategy, "in_turn", False))
 
 
 def contrasts(strategy: Strategy) -> bool:

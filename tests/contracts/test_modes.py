@@ -121,7 +121,7 @@ def play(
     kill: int = 0,
 ) -> Outcome | None:
     """Play on what lies in `folder`; return None if it is killed at its `kill`-th commit."""
-    sites = federation(plan.cohort.quorum, grouped=plan.privacy.mode == "patient")
+    sites = federation(max(3, plan.cohort.quorum), grouped=plan.privacy.mode == "patient")
     engine, told = worlds.chronicle(plan, folder, make, rows=sites, taught=taught(plan.strategy))
     engine.world = world or engine.world
     note, commits = engine.watch, itertools.count(1)
@@ -183,7 +183,7 @@ def test_masked_sums_come_to_the_plain_model(case: Strategy, tmp_path: Path) -> 
 
 def test_vectorised_goes_one_by_one_where_the_table_says_so(case: Strategy) -> None:
     plan = played(case, "none")
-    executor = Vectorised(plan, taught(case), federation(plan.cohort.quorum))
+    executor = Vectorised(plan, taught(case), federation(max(3, plan.cohort.quorum)))
     params = Params(taught(case).build().state_dict())
     why = executor.why_not(case.brief(case.start(params)))
     assert bool(why) == bool(objections(case, "vectorised"))

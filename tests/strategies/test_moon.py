@@ -17,6 +17,7 @@ from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Slots, Task, Update
 from fedml.strategies import FedAvg, Moon, Strategy
+from fedml.strategies.moon import Views
 from tests.simulation.worlds import engine, plan
 
 RECORD = Privacy("record", epsilon=2.0, delta=1e-5, rounds=3)
@@ -47,7 +48,7 @@ class Given:
         return torch.ones(rows, 4, dtype=torch.float64)
 
 
-def hidden() -> nn.Module:
+def hidden() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
 
 
@@ -83,8 +84,9 @@ def apart() -> Params:
 
 def paper(last: Params) -> Params:
     """Algorithm 1's local training with equation 3 written out: the parameters at the end."""
-    models = [Given(hidden).build() for _ in range(3)]
-    here, start, old = models
+    here, start, old = models = [hidden().double() for _ in range(3)]
+    for model in models:
+        model.load_state_dict(Given(hidden).build().state_dict())
     old.load_state_dict(dict(last))
     rows = some_rows()
     for _ in range(TRAINING.steps):
@@ -96,7 +98,7 @@ def paper(last: Params) -> Params:
         grads = torch.autograd.grad(loss, list(here.parameters()))
         with torch.no_grad():
             for parameter, grad in zip(here.parameters(), grads, strict=True):
-                parameter -= LR * grad
+                parameter.sub_(LR * grad)
     return Params(here.state_dict())
 
 
@@ -114,6 +116,8 @@ def test_without_the_term_and_at_a_new_site_it_is_fedavg_to_the_bit() -> None:
     for strategy, memory in ((Moon(0.0), {"last": apart()}), (Moon(MU), dict[str, Params]())):
         ours, _ = trained(strategy, memory)
         assert (ours.delta, ours.metrics) == (plain.delta, plain.metrics)
+    brief = Moon(0.0).brief(Moon(0.0).start(apart()))
+    assert Views().others(brief, {"last": apart()}) == ()  # and costs no more
 
 
 def test_the_loss_that_is_told_is_the_recipes() -> None:
