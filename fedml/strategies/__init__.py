@@ -62,6 +62,7 @@ from fedml.strategies.fednova import FedNova
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.fedrep import FedRep
 from fedml.strategies.forest import Forest
 from fedml.strategies.moon import Moon
 from fedml.strategies.newton import Newton
@@ -94,6 +95,7 @@ __all__ = [
     "FedNova",
     "FedPer",
     "FedProx",
+    "FedRep",
     "FedYogi",
     "Follower",
     "Forest",

@@ -44,6 +44,7 @@ from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.fedrep import Alternate, FedRep
 from fedml.strategies.moon import Moon, Views
 from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.pfedme import Envelope, PFedMe
@@ -122,6 +123,7 @@ RULES: Table[LocalRule] = Table(
         "fedexp": Squared(),
         "qfedavg": Fair(),
         "home": Home(),
+        "fedrep": Alternate(),
         "ditto": Own(),
         "pfedme": Envelope(),
         "moon": Views(),
@@ -167,6 +169,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "qfedavg": QFedAvg,
         "fedper": FedPer,
         "fedbn": FedBN,
+        "fedrep": FedRep,
         "ditto": Ditto,
         "pfedme": PFedMe,
         "moon": Moon,

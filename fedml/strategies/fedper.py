@@ -58,8 +58,8 @@ class Home:
 
     def begin(self, brief: Brief, memory: Slots) -> Params:
         """Return the global model with the site's own of the named parameters."""
-        masks = _masks(brief.params.layout, brief.settings)
-        return _mixed(masks, memory["home"], brief.params) if memory else brief.params
+        masks = masks_of(brief.params.layout, brief.settings)
+        return mixed(masks, memory["home"], brief.params) if memory else brief.params
 
     def gradient(self, brief: Brief, memory: Slots, params: Params, grads: Params) -> Params:
         """Return `grads` unchanged."""
@@ -69,14 +69,14 @@ class Home:
         self, brief: Brief, memory: Slots, delta: Params, path: Mapping[str, float]
     ) -> tuple[Slots, Slots]:
         """Report the delta of what travels, and keep what does not."""
-        masks, nothing = _masks(delta.layout, brief.settings), delta.zeros()
+        masks, nothing = masks_of(delta.layout, brief.settings), delta.zeros()
         if not masks:
             return {}, {}
-        own = _mixed(masks, self.begin(brief, memory) + delta, nothing)
-        return {"delta": _mixed(masks, nothing, delta)}, {"home": own}
+        own = mixed(masks, self.begin(brief, memory) + delta, nothing)
+        return {"delta": mixed(masks, nothing, delta)}, {"home": own}
 
 
-def _masks(layout: Layout, patterns: Mapping[str, float]) -> dict[torch.dtype, Tensor]:
+def masks_of(layout: Layout, patterns: Mapping[str, float]) -> dict[torch.dtype, Tensor]:
     """Return true where a name matches, by dtype; raises `ConfigError` if a sure one has none."""
     masks: dict[torch.dtype, Tensor] = {}
     for pattern, sure in patterns.items():
@@ -92,7 +92,7 @@ def _masks(layout: Layout, patterns: Mapping[str, float]) -> dict[torch.dtype, T
     return masks
 
 
-def _mixed(masks: Mapping[torch.dtype, Tensor], home: Params, away: Params) -> Params:
+def mixed(masks: Mapping[torch.dtype, Tensor], home: Params, away: Params) -> Params:
     """Return what is named from `home`, and the rest from `away`."""
     buffers = dict(away.buffers)
     for dtype, mask in masks.items():
