@@ -119,11 +119,7 @@ class Trainer:
             return Update(task.id, task.round, task.site, noised, 1.0), kept
         rule = find_rule(task.brief.rule)
         check_share(self.privacy, task.brief)
-        if self.privacy.in_training and isinstance(rule, Contrast):
-            raise Refused(
-                f"rule {task.brief.rule} adds to the loss what no row's part in is bounded, which "
-                f"{self.privacy.mode} privacy forbids; use strategy=fedavg, or privacy=none"
-            )
+        self._check_bounded(task, rule)
         reads_loss = getattr(rule, "reads_loss", False)
         if reads_loss:
             self._check_exact(task)
@@ -271,6 +267,13 @@ class Trainer:
             raise Refused(
                 f"rule {task.brief.rule} reports exact numbers made of rows, which "
                 f"{self.privacy.mode} privacy forbids; use privacy=none, or strategy=fedavg"
+            )
+
+    def _check_bounded(self, task: Task, rule: LocalRule) -> None:
+        if self.privacy.in_training and isinstance(rule, Contrast):
+            raise Refused(
+                f"rule {task.brief.rule} adds to the loss what no row's part in is bounded, which "
+                f"{self.privacy.mode} privacy forbids; use strategy=fedavg, or privacy=none"
             )
 
     def _loss(self, model: nn.Module, rows: Rows) -> float:
