@@ -85,6 +85,19 @@ def test_what_is_frozen_is_in_no_state_and_answers_as_before() -> None:
     assert Params(model.state_dict()).layout.bytes < whole
 
 
+def test_frozen_buffers_travel_no_more_and_those_of_layers_that_are_trained_do() -> None:
+    class Counts(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.register_buffer("seen", torch.zeros(1))
+
+    model = nn.Sequential(nn.Linear(3, 3), Counts(), Counts())
+    adapt(model, ["0"], frozen=digest(model), whole=["2"])
+    adapters = {"0.down.weight", "0.up.weight"}
+    assert model.state_dict().keys() == {*adapters, "2.weight", "2.bias", "2.seen"}
+    assert dict(model.named_buffers()).keys() > {"1.weight", "1.bias", "1.seen"}
+
+
 @pytest.mark.parametrize("make", [Inline, Vectorised])
 def test_a_run_learns_with_adapters_and_head_alone(make: MakeExecutor) -> None:
     candidate = finished(plan(rounds=8, evaluation=Evaluation()), make)
