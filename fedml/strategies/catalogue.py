@@ -46,6 +46,7 @@ from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.robust import (
     Bulyan,
     CentredClipping,
+    FLTrust,
     GeometricMedian,
     Krum,
     MeanAroundMedian,
@@ -139,6 +140,7 @@ REDUCERS: Table[type[Reducer]] = Table(
         "bulyan": Bulyan,
         "geometric-median": GeometricMedian,
         "centred-clipping": CentredClipping,
+        "fltrust": FLTrust,
     },
     _take_reducer,
 )
