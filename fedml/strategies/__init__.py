@@ -53,6 +53,7 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.forest import Forest
+from fedml.strategies.lbfgs import LBFGS
 from fedml.strategies.newton import Newton
 from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
@@ -60,6 +61,7 @@ from fedml.strategies.scaffold import Scaffold
 from fedml.strategies.xgboost import XGBoost
 
 __all__ = [
+    "LBFGS",
     "NUMBER",
     "REDUCERS",
     "RULES",

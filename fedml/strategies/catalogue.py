@@ -40,6 +40,7 @@ from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.lbfgs import LBFGS, Slope
 from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
@@ -123,7 +124,7 @@ RULES: Table[LocalRule] = Table(
 )
 STATISTICS: Table[Statistic] = Table(
     "statistic",
-    {"newton": Curvature(), "xgboost": Histograms()},
+    {"newton": Curvature(), "xgboost": Histograms(), "lbfgs": Slope()},
     _take_statistic,
     lambda: RULES.ours,
 )
@@ -164,6 +165,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "xgboost": XGBoost,
         "fedbuff": FedBuff,
         "fedasync": FedAsync,
+        "lbfgs": LBFGS,
     },
     _take_strategy,
 )
@@ -197,7 +199,8 @@ def reports(brief: Brief) -> frozenset[str]:
 
 def numbers(brief: Brief) -> frozenset[str]:
     """Return the names of those slots of an answer to `brief` that are one number each."""
-    found: frozenset[str] = getattr(RULES.get(brief.rule), "numbers", frozenset())
+    half = RULES.get(brief.rule) or STATISTICS.get(brief.rule)
+    found: frozenset[str] = getattr(half, "numbers", frozenset())
     return found
 
 
