@@ -53,6 +53,7 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.forest import Forest
+from fedml.strategies.kmeans import KMeans
 from fedml.strategies.lbfgs import LBFGS
 from fedml.strategies.newton import Newton
 from fedml.strategies.qfedavg import QFedAvg
@@ -83,6 +84,7 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "Forest",
+    "KMeans",
     "LocalRule",
     "Newton",
     "NoisyMean",

@@ -40,6 +40,7 @@ from fedml.strategies.fednova import FedNova, Normalised
 from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
+from fedml.strategies.kmeans import KMeans, Nearest
 from fedml.strategies.lbfgs import LBFGS, Slope
 from fedml.strategies.newton import Curvature, Newton
 from fedml.strategies.qfedavg import Fair, QFedAvg
@@ -124,7 +125,12 @@ RULES: Table[LocalRule] = Table(
 )
 STATISTICS: Table[Statistic] = Table(
     "statistic",
-    {"newton": Curvature(), "xgboost": Histograms(), "lbfgs": Slope()},
+    {
+        "newton": Curvature(),
+        "xgboost": Histograms(),
+        "lbfgs": Slope(),
+        "kmeans": Nearest(),
+    },
     _take_statistic,
     lambda: RULES.ours,
 )
@@ -166,6 +172,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "fedbuff": FedBuff,
         "fedasync": FedAsync,
         "lbfgs": LBFGS,
+        "kmeans": KMeans,
     },
     _take_strategy,
 )

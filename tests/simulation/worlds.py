@@ -50,7 +50,8 @@ def plan(
 
 def recipe_for(strategy: Strategy) -> str:
     """The recipe whose model it takes, over the same rows."""
-    return "breast_cancer_trees" if hasattr(strategy, "specimen") else "breast_cancer"
+    particular = {"XGBoost": "breast_cancer_trees", "KMeans": "breast_cancer_clusters"}
+    return particular.get(type(strategy).__name__, "breast_cancer")
 
 
 def made(name: str) -> Strategy:

@@ -22,7 +22,7 @@ RULE = FLTrust(root="s03")
 
 
 def formula(x: Matrix, root: int) -> Vector:
-    """Algorithm 2 of the paper, lines 8 to 13, a client at a time."""
+    """Algorithm 2 of the paper, a client at a time."""
     g0, total, trust_sum = x[root], np.zeros(x.shape[1]), 0.0
     for k, g in enumerate(x):
         if k == root:
