@@ -56,6 +56,7 @@ from fedml.strategies.forest import Forest
 from fedml.strategies.kmeans import KMeans
 from fedml.strategies.lbfgs import LBFGS
 from fedml.strategies.newton import Newton
+from fedml.strategies.pca import PCA
 from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.scaffold import Scaffold
@@ -64,6 +65,7 @@ from fedml.strategies.xgboost import XGBoost
 __all__ = [
     "LBFGS",
     "NUMBER",
+    "PCA",
     "REDUCERS",
     "RULES",
     "STATISTICS",

@@ -43,6 +43,7 @@ from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.kmeans import KMeans, Nearest
 from fedml.strategies.lbfgs import LBFGS, Slope
 from fedml.strategies.newton import Curvature, Newton
+from fedml.strategies.pca import PCA, Moments
 from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.robust import (
@@ -130,6 +131,7 @@ STATISTICS: Table[Statistic] = Table(
         "xgboost": Histograms(),
         "lbfgs": Slope(),
         "kmeans": Nearest(),
+        "pca": Moments(),
     },
     _take_statistic,
     lambda: RULES.ours,
@@ -173,6 +175,7 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "fedasync": FedAsync,
         "lbfgs": LBFGS,
         "kmeans": KMeans,
+        "pca": PCA,
     },
     _take_strategy,
 )

@@ -28,13 +28,14 @@ from fedml.simulation.executors.base import Holding, MakeExecutor
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
 from fedml.simulation.population import IID, ShippedData
-from fedml.strategies import REDUCERS, RULES, STATISTICS, STRATEGIES, FedAvg, Strategy
+from fedml.strategies import PCA, REDUCERS, RULES, STATISTICS, STRATEGIES, FedAvg, Strategy
 from tests.simulation import worlds
 from tests.simulation.worlds import Late
 
 PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
 CASES: Mapping[str, Strategy] = {
     **{name: worlds.made(name) for name in STRATEGIES},
+    "pca by moments": PCA(),
     **{f"reducer={name}": FedAvg(reducer=kind()) for name, kind in REDUCERS.items()},
 }
 WAY_OUT = ("use ", "raise ", "set ", "choose ", "sites are trained one by one")

@@ -114,6 +114,7 @@ def test_every_strategy_comes_to_the_same_model_and_receipts(name: str) -> None:
         "newton": Toy(line),
         "xgboost": Toy(forest),
         "kmeans": Toy(clusters, nearest),
+        "pca": Toy(line),
     }
     recipe, holdings = particular.get(name, Toy(perceptron)), sites(UNEVEN)
     plan = toy_plan(SHORT, build({"name": name}))

@@ -21,7 +21,7 @@ from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
 from fedml.simulation.witness import Witness
 from fedml.simulation.world import Fate
-from fedml.strategies import STRATEGIES, FedAvg, Strategy, XGBoost
+from fedml.strategies import PCA, STRATEGIES, FedAvg, Strategy, XGBoost
 
 
 def plan(
@@ -56,7 +56,8 @@ def recipe_for(strategy: Strategy) -> str:
 
 def made(name: str) -> Strategy:
     """A strategy of that name, such that its first rounds are of all its kinds."""
-    return XGBoost(sketch=1) if name == "xgboost" else STRATEGIES[name]()
+    particular: dict[str, Strategy] = {"xgboost": XGBoost(sketch=1), "pca": PCA(columns=0)}
+    return particular.get(name) or STRATEGIES[name]()
 
 
 def recipe(name: str = "breast_cancer") -> Recipe:

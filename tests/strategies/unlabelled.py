@@ -34,9 +34,9 @@ class Clusters(BreastCancerClusters):
 
 
 class Components(BreastCancer):
-    """Three components of breast cancer's measures, scaled, in float64."""
+    """Two components of breast cancer's measures, scaled, in float64."""
 
-    labels = ("first", "second", "third")
+    labels = ("first", "second")
 
     def build(self) -> nn.Module:
         scale = next(super().build().children())
