@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BUILT_IN: Mapping[str, str] = {
     "breast_cancer": "fedml.recipes.breast_cancer:BreastCancer",
+    "breast_cancer_clusters": "fedml.recipes.breast_cancer_clusters:BreastCancerClusters",
     "breast_cancer_trees": "fedml.recipes.breast_cancer_trees:BreastCancerTrees",
     "heart_disease": "fedml.recipes.heart_disease:HeartDisease",
 }

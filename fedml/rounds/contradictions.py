@@ -147,6 +147,22 @@ def _reducer(plan: Plan) -> Iterator[str]:
             f"{reducer.least} updates at its settings: raise the quorum, lower "
             "strategy.reducer.f, or choose a reducer that needs fewer"
         )
+    if root := getattr(reducer, "root", ""):
+        yield from _rooted(type(reducer).__name__, root, plan.cohort)
+
+
+def _rooted(name: str, root: str, cohort: Cohort) -> Iterator[str]:
+    """Say what would leave the site out by which a reducer judges the others."""
+    if cohort.sites and root not in cohort.sites:
+        yield (
+            f"reducer {name} with root {root}, which is not among cohort.sites: add it there, or "
+            "set strategy.reducer.root to one of them"
+        )
+    if cohort.size and cohort.size != len(cohort.sites):
+        yield (
+            f"reducer {name} with cohort.size {cohort.size}: its root {root} must answer in each "
+            "round, and may not be drawn; set cohort.size=0"
+        )
 
 
 def _privacy(plan: Plan) -> Iterator[str]:

@@ -64,8 +64,11 @@ from fedml.strategies.fedper import FedPer
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.fedrep import FedRep
 from fedml.strategies.forest import Forest
+from fedml.strategies.kmeans import KMeans
+from fedml.strategies.lbfgs import LBFGS
 from fedml.strategies.moon import Moon
 from fedml.strategies.newton import Newton
+from fedml.strategies.pca import PCA
 from fedml.strategies.pfedme import PFedMe
 from fedml.strategies.qfedavg import QFedAvg
 from fedml.strategies.reducers import WeightedMean
@@ -73,7 +76,9 @@ from fedml.strategies.scaffold import Scaffold
 from fedml.strategies.xgboost import XGBoost
 
 __all__ = [
+    "LBFGS",
     "NUMBER",
+    "PCA",
     "REDUCERS",
     "RULES",
     "STATISTICS",
@@ -99,6 +104,7 @@ __all__ = [
     "FedYogi",
     "Follower",
     "Forest",
+    "KMeans",
     "LocalRule",
     "Moon",
     "Newton",

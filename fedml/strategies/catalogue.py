@@ -45,14 +45,18 @@ from fedml.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedml.strategies.fedper import FedPer, Home
 from fedml.strategies.fedprox import FedProx, Prox
 from fedml.strategies.fedrep import Alternate, FedRep
+from fedml.strategies.kmeans import KMeans, Nearest
+from fedml.strategies.lbfgs import LBFGS, Slope
 from fedml.strategies.moon import Moon, Views
 from fedml.strategies.newton import Curvature, Newton
+from fedml.strategies.pca import PCA, Moments
 from fedml.strategies.pfedme import Envelope, PFedMe
 from fedml.strategies.qfedavg import Fair, QFedAvg
 from fedml.strategies.reducers import WeightedMean
 from fedml.strategies.robust import (
     Bulyan,
     CentredClipping,
+    FLTrust,
     GeometricMedian,
     Krum,
     MeanAroundMedian,
@@ -133,7 +137,13 @@ RULES: Table[LocalRule] = Table(
 )
 STATISTICS: Table[Statistic] = Table(
     "statistic",
-    {"newton": Curvature(), "xgboost": Histograms()},
+    {
+        "newton": Curvature(),
+        "xgboost": Histograms(),
+        "lbfgs": Slope(),
+        "kmeans": Nearest(),
+        "pca": Moments(),
+    },
     _take_statistic,
     lambda: RULES.ours,
 )
@@ -150,6 +160,7 @@ REDUCERS: Table[type[Reducer]] = Table(
         "bulyan": Bulyan,
         "geometric-median": GeometricMedian,
         "centred-clipping": CentredClipping,
+        "fltrust": FLTrust,
     },
     _take_reducer,
 )
@@ -178,6 +189,9 @@ STRATEGIES: Table[type[Strategy]] = Table(
         "xgboost": XGBoost,
         "fedbuff": FedBuff,
         "fedasync": FedAsync,
+        "lbfgs": LBFGS,
+        "kmeans": KMeans,
+        "pca": PCA,
     },
     _take_strategy,
 )
@@ -211,7 +225,8 @@ def reports(brief: Brief) -> frozenset[str]:
 
 def numbers(brief: Brief) -> frozenset[str]:
     """Return the names of those slots of an answer to `brief` that are one number each."""
-    found: frozenset[str] = getattr(RULES.get(brief.rule), "numbers", frozenset())
+    half = RULES.get(brief.rule) or STATISTICS.get(brief.rule)
+    found: frozenset[str] = getattr(half, "numbers", frozenset())
     return found
 
 

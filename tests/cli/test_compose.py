@@ -136,7 +136,7 @@ def test_only_a_simulation_builds_what_is_its_user_s_own() -> None:
 
 WRONG = [
     (["strategy=fedsgd"], r"strategy=fedsgd: no such choice; did you mean fed.*\?"),
-    (["strategy=median"], "strategy=median: no such choice; there are fedadagrad, fedadam"),
+    (["strategy=krum"], "strategy=krum: no such choice; there are fedadagrad, fedadam"),
     (["strategy.nu=3"], "strategy.nu: no such setting; there are strategy.average_from"),
     (["strategy.serverlr=3"], r"strategy.serverlr: no .*; did you mean strategy.server_lr\?"),
     (["strategy=fedprox", "strategy.m=3"], r"strategy.m: no such setting; .*strategy.mu"),

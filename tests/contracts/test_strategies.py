@@ -53,13 +53,29 @@ def square(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def sample(params: Params) -> Sample:
-    """Rows by which the target is found: one that says it, or many for a forest."""
+    """Rows by which the target is found: one that says it, or many for a model of its own kind."""
     if "w" in params:
         return Sample(torch.zeros(1), TARGET, lambda at: at["w"], square)
+    if "bias" in params:
+        return components()
     x = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
     y = TARGET[(x[:, 0] > 0.3).long(), (x[:, 1] > 0.6).long()][:, None]
     forest = Forest(2, trees=params["leaf"].shape[0], depth=2, bins=32)
     return Sample(x, y, lambda at: functional_call(forest, dict(at), (x,)), square)
+
+
+def components() -> Sample:
+    """Rows along two directions of three, and how far along they are, either way."""
+    along = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 1])
+    basis = torch.tensor([[0.6, 0.0, 0.8], [0.0, 1.0, 0.0]])
+    mean, turned = along.mean(0), torch.linalg.svd(along - along.mean(0), full_matrices=False).Vh
+    y = ((along - mean) @ turned.T).abs()
+    return Sample(
+        along @ basis,
+        y,
+        lambda at: along @ basis @ at["weight"].T + at["bias"],
+        lambda output, target: square(output.abs(), target),
+    )
 
 
 def loss(params: Params) -> float:

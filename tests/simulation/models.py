@@ -16,6 +16,7 @@ from fedml.protocol.messages import RecipeId, SiteId, Training
 from fedml.rounds import Cohort, Evaluation, Plan
 from fedml.simulation.executors.base import Holding
 from fedml.strategies import FedAvg, Forest, Strategy
+from fedml.strategies.kmeans import Centroids
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -52,6 +53,14 @@ def perceptron() -> nn.Module:
 
 def forest() -> nn.Module:
     return Forest(8, outputs=3, trees=2, depth=2, bins=16)
+
+
+def clusters() -> nn.Module:
+    return Centroids(3, 8, spread=1.0)
+
+
+def nearest(output: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * output.min(1).values.mean()
 
 
 def half_frozen() -> nn.Module:

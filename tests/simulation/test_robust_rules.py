@@ -16,7 +16,15 @@ from fedml.simulation.engine import Engine, Outcome, statuses
 from fedml.simulation.executors.base import Holding, Memory
 from fedml.simulation.executors.vectorised import Vectorised
 from fedml.strategies import FedAvg, Reducer, WeightedMean
-from fedml.strategies.robust import GeometricMedian, Krum, Median, MultiKrum, Robust, TrimmedMean
+from fedml.strategies.robust import (
+    FLTrust,
+    GeometricMedian,
+    Krum,
+    Median,
+    MultiKrum,
+    Robust,
+    TrimmedMean,
+)
 from simulations.robust.data import Sites
 from simulations.robust.recipe import digits
 
@@ -39,7 +47,13 @@ def sites(alpha: float) -> Mapping[SiteId, Holding]:
     return Sites(alpha=alpha).deal(digits(), None)
 
 
-def play(reducer: Reducer, attack: Attack | None, alpha: float = 0.0, rounds: int = 100) -> Outcome:
+def play(
+    reducer: Reducer,
+    attack: Attack | None,
+    alpha: float = 0.0,
+    rounds: int = 100,
+    liars: tuple[str, ...] = LIARS,
+) -> Outcome:
     plan = Plan(
         model="digits",
         recipe=RecipeId("digits", "ab" * 32),
@@ -50,7 +64,7 @@ def play(reducer: Reducer, attack: Attack | None, alpha: float = 0.0, rounds: in
         rounds=rounds,
         evaluation=Evaluation(),
     )
-    make = Attackers(attack, sites=LIARS).take_over(Vectorised) if attack else Vectorised
+    make = Attackers(attack, sites=liars).take_over(Vectorised) if attack else Vectorised
     executor = make(plan, digits(), sites(alpha), Memory())
     run = Run.begin(RunId("r"), plan, Params(digits().build().state_dict()))
     return Engine(run, executor, statuses(plan, sites(alpha))).play()
@@ -73,6 +87,20 @@ def test_the_default_rule_learns_whatever_two_of_ten_do(
 @pytest.mark.parametrize("attack", ["little is enough", "inner product", "noise"])
 def test_other_rules_learn_from_sites_that_are_alike(reducer: Reducer, attack: str) -> None:
     assert accuracy(play(reducer, ATTACKS[attack])) >= 0.9
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_a_clean_site_says_is_learnt_whatever_the_others_do(attack: str) -> None:
+    """By a ninth of the rows, alone of ten sites known to be clean."""
+    rule = FLTrust(root="site-0")
+    assert accuracy(play(rule, ATTACKS[attack])) >= 0.9
+
+
+def test_a_majority_of_liars_is_lost_on_the_root_alone() -> None:
+    most = tuple(f"site-{k}" for k in range(1, 6)) + LIARS
+    attack = InnerProduct(10.0)
+    assert accuracy(play(FLTrust(root="site-0"), attack, liars=most)) >= 0.9
+    assert accuracy(play(GeometricMedian(f=2), attack, liars=most)) < 0.2
 
 
 def test_the_plain_mean_is_lost_to_two_of_ten() -> None:

@@ -29,11 +29,13 @@ from fedml.simulation.executors.vectorised import Vectorised
 from fedml.strategies import STRATEGIES, build, catalogue
 from tests.simulation.models import (
     Toy,
+    clusters,
     cross_entropy,
     first,
     forest,
     half_frozen,
     line,
+    nearest,
     network,
     normalised,
     perceptron,
@@ -108,8 +110,13 @@ def play(
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_every_strategy_comes_to_the_same_model_and_receipts(name: str) -> None:
-    made = {"newton": line, "xgboost": forest}  # what they are made for
-    recipe, holdings = Toy(made.get(name, perceptron)), sites(UNEVEN)
+    particular = {  # what they are made for
+        "newton": Toy(line),
+        "xgboost": Toy(forest),
+        "kmeans": Toy(clusters, nearest),
+        "pca": Toy(line),
+    }
+    recipe, holdings = particular.get(name, Toy(perceptron)), sites(UNEVEN)
     plan = toy_plan(SHORT, build({"name": name}))
     one, other = (play(make, plan, recipe, holdings) for make in (Inline, Vectorised))
     assert one.candidate is not None

@@ -25,7 +25,7 @@ from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
 from fedml.simulation.witness import Witness
 from fedml.simulation.world import Fate
-from fedml.strategies import STRATEGIES, FedAvg, Strategy, XGBoost
+from fedml.strategies import PCA, STRATEGIES, FedAvg, Strategy, XGBoost
 
 
 def plan(
@@ -54,12 +54,14 @@ def plan(
 
 def recipe_for(strategy: Strategy) -> str:
     """The recipe whose model it takes, over the same rows."""
-    return "breast_cancer_trees" if hasattr(strategy, "specimen") else "breast_cancer"
+    particular = {"XGBoost": "breast_cancer_trees", "KMeans": "breast_cancer_clusters"}
+    return particular.get(type(strategy).__name__, "breast_cancer")
 
 
 def made(name: str) -> Strategy:
     """A strategy of that name, such that its first rounds are of all its kinds."""
-    return XGBoost(sketch=1) if name == "xgboost" else STRATEGIES[name]()
+    particular: dict[str, Strategy] = {"xgboost": XGBoost(sketch=1), "pca": PCA(columns=0)}
+    return particular.get(name) or STRATEGIES[name]()
 
 
 def recipe(name: str = "breast_cancer") -> Recipe:

@@ -49,7 +49,8 @@ EXPERIMENTS = table.experiments()
 def test_all_of_them_are_there() -> None:
     assert set(EXPERIMENTS) == {
         "heart_disease", "breast_cancer", "german_credit", "adult", "mnist_2nn", "mnist_cnn",
-        "mnist_1000", "synthetic", "shakespeare", "anomaly", "privacy", "robust", "xgboost", "fedbuff",
+        "mnist_1000", "synthetic", "shakespeare", "anomaly", "privacy", "robust", "xgboost",
+        "fedbuff",
     }  # fmt: skip
 
 

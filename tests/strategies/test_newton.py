@@ -19,7 +19,7 @@ from fedml.rounds import Cohort, Evaluation, Plan, Run
 from fedml.simulation.engine import Engine, statuses
 from fedml.simulation.executors.base import Holding, Memory
 from fedml.simulation.executors.inline import Inline
-from fedml.strategies import FedAvg, Newton, measures
+from fedml.strategies import FedAvg, Newton, Strategy, measures
 from fedml.strategies.newton import MOST, Curvature
 from simulations.heart_disease.data import SOURCES, Hospitals
 from simulations.heart_disease.figures import maximum_likelihood
@@ -29,7 +29,7 @@ from tests.simulations.data import FOLDER, needs
 RECORD = Privacy("record", epsilon=3.0, delta=1e-5, rounds=8, evaluation_epsilon=1.0)
 
 
-def plan(strategy: Newton | FedAvg, privacy: Privacy | None = None) -> Plan:
+def plan(strategy: Strategy, privacy: Privacy | None = None) -> Plan:
     return Plan(
         model="trial",
         recipe=identify("breast_cancer"),

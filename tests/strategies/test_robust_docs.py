@@ -41,7 +41,7 @@ def test_a_line_tells_settings_with_their_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", REDUCERS)
 @pytest.mark.parametrize("f", [0, 1, 3])
 def test_a_line_tells_the_fewest_updates(name: str, f: int) -> None:
-    reducer: Reducer = REDUCERS[name](**({} if name == "weighted-mean" else {"f": f}))
+    reducer: Reducer = REDUCERS[name](**({"f": f} if hasattr(REDUCERS[name](), "f") else {}))
     told = re.fullmatch(r"(?:(\d)f \+ )?(\d)", LINES[name][3])
     assert told, LINES[name][3]
     assert reducer.least == int(told[1] or 0) * f + int(told[2])

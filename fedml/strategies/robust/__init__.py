@@ -4,10 +4,12 @@ from fedml.strategies.robust.coordinatewise import MeanAroundMedian, Median, Tri
 from fedml.strategies.robust.default import Robust
 from fedml.strategies.robust.geometric import CentredClipping, GeometricMedian
 from fedml.strategies.robust.nearest import Bulyan, Krum, MultiKrum
+from fedml.strategies.robust.trusted import FLTrust
 
 __all__ = [
     "Bulyan",
     "CentredClipping",
+    "FLTrust",
     "GeometricMedian",
     "Krum",
     "MeanAroundMedian",

@@ -9,7 +9,7 @@ on the order of arrival, and ties are decided alike.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,10 +79,21 @@ class Cohort:
             total += np.einsum("ij,ij->i", rows, rows)
         return total
 
-    def fold(self, make: Callable[[Matrix], Vector]) -> dict[str, Params]:
+    def against(self, place: int) -> tuple[Vector, Vector]:
+        """Return all updates' inner products with the one at `place`, and the squared norms."""
+        along, squares = np.zeros(len(self)), np.zeros(len(self))
+        for _, _, _, rows in self._windows():
+            along += rows @ rows[place]
+            squares += np.einsum("ij,ij->i", rows, rows)
+        return along, squares
+
+    def fold(
+        self, make: Callable[[Matrix], Vector], counted_by: SiteId | None = None
+    ) -> dict[str, Params]:
         """Return delta, under "", and slots, of which each window is what `make` makes of all.
 
-        Integers are their elements' lower medians: what a site sends, and never a mean.
+        Integers are those of `counted_by`, or else their elements' lower medians: what a site
+        sends, and never a mean.
         """
         first = _parts(self._rows()[0])
         buffers = {
@@ -93,7 +104,7 @@ class Cohort:
             values = torch.from_numpy(make(rows))
             buffers[name][dtype][start : start + len(values)] = values
         for name in first:
-            self._count(name, buffers[name])
+            self._count(name, buffers[name], (counted_by,) if counted_by else self.sites)
         return {name: Params.over(part.layout, buffers[name]) for name, part in first.items()}
 
     def metrics(self) -> Scores:
@@ -130,9 +141,11 @@ class Cohort:
                         parts[name].let_go()
                     yield name, dtype, start, scratch[:, : end - start]
 
-    def _count(self, name: str, buffers: Mapping[torch.dtype, torch.Tensor]) -> None:
-        """Fill the integer buffers of one part."""
-        rows = [_parts(update)[name] for update in self._rows()]
+    def _count(
+        self, name: str, buffers: Mapping[torch.dtype, torch.Tensor], sites: Sequence[SiteId]
+    ) -> None:
+        """Fill the integer buffers of one part with the medians of these sites'."""
+        rows = [_parts(self._updates[site])[name] for site in sites]
         width = max(1, _ELEMENTS // len(rows))
         for dtype, target in buffers.items():
             for start in range(0, 0 if dtype.is_floating_point else len(target), width):

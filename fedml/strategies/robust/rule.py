@@ -20,7 +20,7 @@ from fedml.strategies.robust import gram as grams
 from fedml.strategies.robust.cohort import Cohort, Matrix, Vector
 from fedml.strategies.robust.gram import STEPS, Step
 
-_LITTLE = 0.5  # of an even share; a site that counts less is named in the receipt
+LITTLE = 0.5  # of an even share; a site that counts less is named in the receipt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class _Running:
         notes = {
             k: f"its norm {norms[k]:.3g} was clipped to {scales[k] * norms[k]:.3g}"
             for k in range(len(cohort))
-            if scales[k] < _LITTLE
+            if scales[k] < LITTLE
         }
         return rule.mix(gram, even) @ mixtures, notes
 
@@ -154,5 +154,5 @@ def _damped(
     return {
         site: f"{found[k]:.0%} of an even share: {notes.get(k, 'it differs from the others')}"
         for k, site in enumerate(sites)
-        if found[k] < _LITTLE
+        if found[k] < LITTLE
     }
