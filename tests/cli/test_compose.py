@@ -18,6 +18,7 @@ from fedml.strategies.robust import Krum
 RUN = ["task=breast_cancer", "cohort.quorum=2", "cohort.deadline=60"]
 GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in configs().glob("*/*.yaml"))
 NEEDED = {
+    "strategy=cyclic": ["cohort.size=1", "cohort.quorum=1"],
     "privacy=record": ["privacy.epsilon=3"],
     "privacy=record_distributed": ["privacy.epsilon=3", "training.steps=1"],
     "privacy=patient": ["privacy.epsilon=3"],
@@ -54,7 +55,7 @@ def test_every_strategy_has_a_configuration_with_its_defaults() -> None:
     from fedml.strategies import catalogue
 
     for name in catalogue.STRATEGIES.ours:
-        plan = compose_plan("simulate", [f"strategy={name}"])
+        plan = compose_plan("simulate", [choice := f"strategy={name}", *NEEDED.get(choice, [])])
         assert describe(plan.strategy) == describe(build({"name": name}))
 
 
@@ -136,7 +137,7 @@ def test_only_a_simulation_builds_what_is_its_user_s_own() -> None:
 
 WRONG = [
     (["strategy=fedsgd"], r"strategy=fedsgd: no such choice; did you mean fed.*\?"),
-    (["strategy=krum"], "strategy=krum: no such choice; there are fedadagrad, fedadam"),
+    (["strategy=krum"], "strategy=krum: no such choice; there are cyclic, ditto"),
     (["strategy.nu=3"], "strategy.nu: no such setting; there are strategy.average_from"),
     (["strategy.serverlr=3"], r"strategy.serverlr: no .*; did you mean strategy.server_lr\?"),
     (["strategy=fedprox", "strategy.m=3"], r"strategy.m: no such setting; .*strategy.mu"),

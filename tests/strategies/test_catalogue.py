@@ -26,7 +26,7 @@ def test_settings_left_out_take_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "fedsgd"}, "'fedsgd' is not installed; there are fedadagrad, fedadam"),
+        ({"name": "fedsgd"}, "'fedsgd' is not installed; there are cyclic, ditto"),
         ({}, "needs a name; there are"),
         ({"_target_": "os.system"}, "needs a name"),
         ({"name": "os.system", "command": "true"}, "'os.system' is not installed"),
