@@ -54,6 +54,7 @@ async def test_a_slow_site_holds_nobody_up_and_counts_late(hub: Hub, sites: list
         await site.answer(await site.order())
     first = await hub.receipt(run, 1)
     assert first.carried == {"quito": late.task}
+    assert hub.runs._is_open(late.task)  # what a site is told that comes back with it
     assert (await bern.next(Forget)).counted
     again = await bern.order()
     assert again.round == 2
@@ -65,6 +66,8 @@ async def test_a_slow_site_holds_nobody_up_and_counts_late(hub: Hub, sites: list
     assert [one.site for one in second.counted] == ["bern", "quito"]
     assert second.stale == {"quito": late.task}
     assert second.carried == {"kyoto": f"{run}.2.1.kyoto"}
+    assert hub.runs._was_counted(late.task)
+    assert states(hub) == {f"{run}.{number}.safetensors" for number in (1, 2)}  # one is kyoto's
     assert (await quito.next(Forget)) == Forget(late.task, True)
     assert (await quito.order()).round == 3
     told = [*receipts.lines(hub.runs.detail(run))]
