@@ -55,7 +55,8 @@ def test_every_strategy_has_a_configuration_with_its_defaults() -> None:
     from fedml.strategies import catalogue
 
     for name in catalogue.STRATEGIES.ours:
-        plan = compose_plan("simulate", [choice := f"strategy={name}", *NEEDED.get(choice, [])])
+        choice = f"strategy={name}"
+        plan = compose_plan("simulate", [choice, *NEEDED.get(choice, [])])
         assert describe(plan.strategy) == describe(build({"name": name}))
 
 

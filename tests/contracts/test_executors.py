@@ -24,7 +24,17 @@ from fedml.simulation.executors.cluster import Cluster
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
 from fedml.strategies import STRATEGIES
-from tests.simulation.worlds import Single, engine, holdings, made, plan, recipe, singles, start
+from tests.simulation.worlds import (
+    Single,
+    engine,
+    holdings,
+    made,
+    plan,
+    recipe,
+    singles,
+    start,
+    taught,
+)
 
 ROUNDED: list[MakeExecutor] = [Vectorised, Auto]  # equal to the reference up to rounding
 ELSEWHERE: list[MakeExecutor] = [Cluster]  # its workers do not see what a test changes here
@@ -196,7 +206,7 @@ def test_every_strategy_comes_to_the_reference_s_parameters(make: MakeExecutor, 
     a_plan = plan(strategy=made(name))
 
     def final(kind: MakeExecutor) -> Params:
-        executor = kind(a_plan, recipe(a_plan.recipe.name), holdings(), Memory())
+        executor = kind(a_plan, taught(a_plan.strategy), holdings(), Memory())
         candidate = engine(a_plan, executor).play().candidate
         assert candidate is not None
         return candidate.params

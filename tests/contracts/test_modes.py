@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fedml.errors import Contradiction
-from fedml.learning.recipe import Recipe, Rows, identify
+from fedml.learning.recipe import Rows, identify
 from fedml.params import Params
 from fedml.protocol.messages import SiteId, Training
 from fedml.protocol.tasks import Task
@@ -37,7 +37,7 @@ from fedml.strategies import (
     STRATEGIES,
     FedAvg,
     Strategy,
-    contrasts,
+    buffering_of,
 )
 from tests.simulation import worlds
 from tests.simulation.worlds import Late
@@ -98,13 +98,6 @@ def federation(sites: int, *, grouped: bool = False) -> Mapping[SiteId, Holding]
     }
 
 
-def taught(strategy: Strategy) -> Recipe:
-    """The recipe of the trial: one with a hidden layer where a strategy looks at it."""
-    if contrasts(strategy):
-        return worlds.Deep()
-    return worlds.recipe(worlds.recipe_for(strategy))
-
-
 def played(strategy: Strategy, mode: str) -> Plan:
     """The plan that the table tries, over rows that there are."""
     plan = trial(strategy, mode)
@@ -135,7 +128,7 @@ def play(
     if root := getattr(plan.strategy.reducer, "root", ""):
         first = min(sites)
         sites = {SiteId(root) if site == first else site: one for site, one in sites.items()}
-    engine, told = worlds.chronicle(plan, folder, make, rows=sites, taught=taught(plan.strategy))
+    engine, told = worlds.chronicle(plan, folder, make, rows=sites)
     engine.world = world or engine.world
     note, commits = engine.watch, itertools.count(1)
 
@@ -174,7 +167,7 @@ def test_it_works_or_is_refused_with_the_way_out(case: Strategy, mode: str, tmp_
     assert outcome.candidate is not None, outcome.end
     found = outcome.candidate.params
     assert found.is_finite()
-    assert found != Params(taught(case).build().state_dict())
+    assert found != Params(worlds.taught(case).build().state_dict())
     for receipt in outcome.receipts:
         assert len(receipt.counted) == plan.cohort.quorum, receipt.missing
         spent = [one.epsilon for one in receipt.counted]
@@ -196,8 +189,8 @@ def test_masked_sums_come_to_the_plain_model(case: Strategy, tmp_path: Path) -> 
 
 def test_vectorised_goes_one_by_one_where_the_table_says_so(case: Strategy) -> None:
     plan = played(case, "none")
-    executor = Vectorised(plan, taught(case), federation(max(3, plan.cohort.quorum)))
-    params = Params(taught(case).build().state_dict())
+    executor = Vectorised(plan, worlds.taught(case), federation(max(3, plan.cohort.quorum)))
+    params = Params(worlds.taught(case).build().state_dict())
     why = executor.why_not(case.brief(case.start(params)))
     assert bool(why) == bool(objections(case, "vectorised"))
     assert all(why in reason for reason in objections(case, "vectorised"))
@@ -221,10 +214,10 @@ def test_no_order_of_arrival_changes_a_bit(case: Strategy, tmp_path: Path) -> No
 
         return Late(seconds)
 
-    orders = ((0, 0), (0, 1), (12, -1), (5, 5))
+    orders = [(0, 0), (0, 1), (12, -1), (5, 5)]
     if (buffering := buffering_of(case)) and buffering.size:
         # who is in a step is who was quick; that follows from the order, and the bits from that
-        orders = ((5, 5), (18, 18))
+        orders = [(5, 5), (18, 18)]
     digests = {
         settled(play(plan, tmp_path / f"{first}.{step}", world=late(first, step)))[0]
         for first, step in orders

@@ -127,11 +127,11 @@ class Hub:
         await self.runs.stop()
         await self.coordinator.stop()
 
-    async def submit(self, a_plan: Plan, starts: float = 0.0) -> RunId:
+    async def submit(self, a_plan: Plan, starts: float = 0.0, first: Params | None = None) -> RunId:
         number = 1 + len(await self.operator.list_runs())
         path = self.path / "press" / f"{a_plan.model}-{number}.first.safetensors"
         path.parent.mkdir(exist_ok=True)
-        first = first_params(a_plan.recipe.name)  # as the press does, which takes seconds
+        first = first or first_params(a_plan.recipe.name)  # as the press does, which takes seconds
         path.write_bytes(packed({"": first}))
         return (await self.operator.submit(a_plan.to_json(), starts)).id
 

@@ -25,7 +25,16 @@ from fedml.simulation.executors.inline import Inline
 from fedml.simulation.population import IID, ShippedData
 from fedml.simulation.witness import Witness
 from fedml.simulation.world import Fate
-from fedml.strategies import PCA, STRATEGIES, FedAvg, Strategy, XGBoost
+from fedml.strategies import (
+    PCA,
+    STRATEGIES,
+    FedAvg,
+    Strategy,
+    XGBoost,
+    buffering_of,
+    contrasts,
+    in_turn,
+)
 
 
 def plan(
@@ -44,7 +53,7 @@ def plan(
         dataset="breast_cancer",
         strategy=strategy or FedAvg(),
         training=Training(lr=2.0, steps=3, batch_size=32),
-        cohort=Cohort(quorum=quorum, deadline=60.0),
+        cohort=cohort(strategy or FedAvg(), quorum),
         rounds=rounds,
         privacy=privacy or Privacy(),
         evaluation=evaluation or Evaluation(every=every),
@@ -62,6 +71,20 @@ def made(name: str) -> Strategy:
     """A strategy of that name, such that its first rounds are of all its kinds."""
     particular: dict[str, Strategy] = {"xgboost": XGBoost(sketch=1), "pca": PCA(columns=0)}
     return particular.get(name) or STRATEGIES[name]()
+
+
+def cohort(strategy: Strategy, quorum: int) -> Cohort:
+    """A cohort that it takes: of `quorum` sites, if it may be."""
+    if in_turn(strategy):
+        return Cohort(quorum=1, deadline=60.0, size=1)
+    buffering = buffering_of(strategy)
+    most = buffering.size if buffering else 0
+    return Cohort(quorum=min(quorum, most or quorum), deadline=60.0)
+
+
+def taught(strategy: Strategy) -> Recipe:
+    """The recipe of its trial: one with a hidden layer where a strategy looks at it."""
+    return Deep() if contrasts(strategy) else recipe(recipe_for(strategy))
 
 
 def recipe(name: str = "breast_cancer") -> Recipe:
@@ -103,9 +126,9 @@ def singles(executor: Executor, tasks: Sequence[Task]) -> list[Single]:
 
 
 def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:
-    name = a_plan.recipe.name
-    run = Run.begin(RunId("simulation"), a_plan, start(name))
-    work = executor or Inline(a_plan, recipe(name), holdings())
+    known = taught(a_plan.strategy)
+    run = Run.begin(RunId("simulation"), a_plan, Params(known.build().state_dict()))
+    work = executor or Inline(a_plan, known, holdings())
     return Engine(run, work, statuses(a_plan, holdings()))
 
 
@@ -115,15 +138,14 @@ def chronicle(
     make: MakeExecutor = Inline,
     least: float = 0.0,
     rows: Mapping[SiteId, Holding] | None = None,
-    taught: Recipe | None = None,
 ) -> tuple[Engine, Chronicle]:
     """Return a simulation, begun or going on in `folder`, that is noted as it plays."""
-    taught = taught or recipe(a_plan.recipe.name)
+    known = taught(a_plan.strategy)
     rows = holdings() if rows is None else rows
     place = folder or Path(tempfile.mkdtemp())
     told = Chronicle(Checkpoints(place, least))
-    run = told.begin(a_plan, Params(taught.build().state_dict()))
-    witness = Witness(make(a_plan, taught, rows, told.memory))
+    run = told.begin(a_plan, Params(known.build().state_dict()))
+    witness = Witness(make(a_plan, known, rows, told.memory))
     told.follow(run, witness)
     sites = statuses(a_plan, rows)
     engine = Engine(run, witness, sites, watch=told.note, now=told.now, flight=told.flight)
