@@ -206,8 +206,9 @@ def test_every_strategy_comes_to_the_reference_s_parameters(make: MakeExecutor, 
     a_plan = plan(strategy=made(name))
 
     def final(kind: MakeExecutor) -> Params:
-        executor = kind(a_plan, taught(a_plan.strategy), holdings(), Memory())
-        candidate = engine(a_plan, executor).play().candidate
+        known = taught(a_plan.strategy)
+        executor = kind(a_plan, known, holdings(), Memory())
+        candidate = engine(a_plan, executor, known).play().candidate
         assert candidate is not None
         return candidate.params
 

@@ -128,7 +128,9 @@ def play(
     if root := getattr(plan.strategy.reducer, "root", ""):
         first = min(sites)
         sites = {SiteId(root) if site == first else site: one for site, one in sites.items()}
-    engine, told = worlds.chronicle(plan, folder, make, rows=sites)
+    engine, told = worlds.chronicle(
+        plan, folder, make, rows=sites, known=worlds.taught(plan.strategy)
+    )
     engine.world = world or engine.world
     note, commits = engine.watch, itertools.count(1)
 

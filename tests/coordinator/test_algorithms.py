@@ -119,7 +119,7 @@ async def test_it_comes_to_the_bytes_of_its_simulation(name: str, tmp_path: Path
     models = await play(tmp_path, MemoryRegistry(tmp_path / "registry"), a_plan)
     assert len({first_of(a_plan).digest(), *models}) == 4  # it moves in every round
     with one_thread():
-        candidate = engine(a_plan).play().candidate
+        candidate = engine(a_plan, known=taught(a_plan.strategy)).play().candidate
     assert candidate is not None
     assert models == [receipt.model for receipt in candidate.receipts[:3]]
 
@@ -148,7 +148,7 @@ async def test_sites_that_take_turns_do_so_over_a_crash(name: str, tmp_path: Pat
         await hub.close()
     assert [receipt.asked for receipt in receipts] == [(site.name,) for site in sites[:3]]
     with one_thread():
-        candidate = engine(a_plan).play().candidate
+        candidate = engine(a_plan, known=taught(a_plan.strategy)).play().candidate
     assert candidate is not None
     models = [receipt.model for receipt in receipts]
     assert models == [receipt.model for receipt in candidate.receipts[:3]]
@@ -182,7 +182,7 @@ async def test_it_comes_to_the_same_bytes_over_two_regions(name: str, tmp_path: 
     a_plan = plan_of(name)
     models = await play_as_a_tree(tmp_path, a_plan)
     with one_thread():
-        candidate = engine(a_plan).play().candidate
+        candidate = engine(a_plan, known=taught(a_plan.strategy)).play().candidate
     assert candidate is not None
     assert models == [receipt.model for receipt in candidate.receipts[:3]]
 

@@ -89,7 +89,7 @@ def test_a_simulation_uses_all_of_it_and_only_those_who_have_it_read_its_plan(
 
     assert elsewhere(tmp_path, "-c", JUDGE, target=target) == ""
     without = elsewhere(tmp_path, "-c", JUDGE)
-    assert without.startswith("plan.strategy: strategy 'tiny' is not installed; there are fedada")
+    assert without.startswith("plan.strategy: strategy 'tiny' is not installed; there are ")
     assert without.count("\n") == 1
 
 

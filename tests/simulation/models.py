@@ -13,10 +13,11 @@ from torch.nn import functional
 from fedml.learning.recipe import Rows
 from fedml.params import Params
 from fedml.protocol.messages import RecipeId, SiteId, Training
-from fedml.rounds import Cohort, Evaluation, Plan
+from fedml.rounds import Evaluation, Plan
 from fedml.simulation.executors.base import Holding
 from fedml.strategies import FedAvg, Forest, Strategy
 from fedml.strategies.kmeans import Centroids
+from tests.simulation.worlds import cohort
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -136,13 +137,14 @@ def sites(sizes: Sequence[int], seed: int = 0) -> dict[SiteId, Holding]:
 
 
 def toy_plan(training: Training, strategy: Strategy | None = None, rounds: int = 3) -> Plan:
+    strategy = strategy or FedAvg()
     return Plan(
         model="toy",
         recipe=RecipeId("toy", "0" * 64),
         dataset="toy",
-        strategy=strategy or FedAvg(),
+        strategy=strategy,
         training=training,
-        cohort=Cohort(quorum=1, deadline=60.0),
+        cohort=cohort(strategy, 1),
         rounds=rounds,
         evaluation=Evaluation(every=1),
     )

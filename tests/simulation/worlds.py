@@ -125,8 +125,8 @@ def singles(executor: Executor, tasks: Sequence[Task]) -> list[Single]:
     return found
 
 
-def engine(a_plan: Plan, executor: Executor | None = None) -> Engine:
-    known = taught(a_plan.strategy)
+def engine(a_plan: Plan, executor: Executor | None = None, known: Recipe | None = None) -> Engine:
+    known = known or recipe(a_plan.recipe.name)
     run = Run.begin(RunId("simulation"), a_plan, Params(known.build().state_dict()))
     work = executor or Inline(a_plan, known, holdings())
     return Engine(run, work, statuses(a_plan, holdings()))
@@ -138,9 +138,10 @@ def chronicle(
     make: MakeExecutor = Inline,
     least: float = 0.0,
     rows: Mapping[SiteId, Holding] | None = None,
+    known: Recipe | None = None,
 ) -> tuple[Engine, Chronicle]:
     """Return a simulation, begun or going on in `folder`, that is noted as it plays."""
-    known = taught(a_plan.strategy)
+    known = known or recipe(a_plan.recipe.name)
     rows = holdings() if rows is None else rows
     place = folder or Path(tempfile.mkdtemp())
     told = Chronicle(Checkpoints(place, least))

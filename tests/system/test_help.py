@@ -54,7 +54,7 @@ def test_every_command_s_help_has_an_example(path: tuple[str, ...]) -> None:
 def test_the_help_of_simulate_is_hydra_s_with_an_example() -> None:
     done = run("simulate", "--help")
     assert "Example: fedml simulate " in done.stdout
-    assert "strategy: fedadagrad" in done.stdout
+    assert "strategy: cyclic, ditto, fedadagrad" in done.stdout
 
 
 @pytest.mark.parametrize("path", [(), ("coordinator",), ("site", "run"), ("run", "submit")])
