@@ -146,7 +146,7 @@ def _on_federation(
 
     found = known(app_dir)
     config = apps.overridden(found.config, words)
-    least = sites if sites is not None else found.sites or _LEAST
+    least = _LEAST if sites is None else sites  # an app speaks of simulated ones only
     plan = AppPlan(RecipeId(found.name, found.digest()), config, least, seed)
 
     async def go(coordinator: Operations) -> RunDetail:

@@ -59,15 +59,15 @@ def test_the_templates_settings_are_what_flower_makes_of_them() -> None:
     assert app.config == flatten_dict(raw["tool"]["flwr"]["app"]["config"])
     assert app.server == "pytorchexample.server_app:app"
     assert app.client == "pytorchexample.client_app:app"
-    assert app.sites is None
+    assert app.sites == 10  # that a simulation has
 
 
 def test_an_older_apps_federation_says_how_many_sites(tmp_path: Path) -> None:
     text = (Path(__file__).parent / "quickstart/pyproject.toml").read_text()
-    text += '[tool.flwr.federations]\ndefault = "local"\n'
-    text += "[tool.flwr.federations.local]\noptions.num-supernodes = 23\n"
-    (tmp_path / "pyproject.toml").write_text(text)
+    (tmp_path / "pyproject.toml").write_text(text.replace("supernodes = 10", "supernodes = 23"))
     assert read(tmp_path).sites == 23
+    (tmp_path / "pyproject.toml").write_text(text.split("[tool.flwr.federations]")[0])
+    assert read(tmp_path).sites is None
 
 
 def test_an_app_s_digest_is_of_its_code_and_settings_alone(tmp_path: Path) -> None:
