@@ -18,7 +18,7 @@ from fedml.errors import ConfigError
 if TYPE_CHECKING:
     from fedml.flower.app import App
     from fedml.flower.grid import Exchange
-    from fedml.flower.simulation import Metrics, Outcome, Scores
+    from fedml.flower.simulation import Metrics, Outcome, Scores, Setup
     from fedml.protocol.operations import RunDetail
     from fedml.transport.link import Operations
 
@@ -36,7 +36,9 @@ def run(
     sites: Annotated[
         int | None,
         typer.Option(
-            "--num-supernodes", "--sites", help="How many sites; 10, unless the app says it."
+            "--num-supernodes",
+            "--sites",
+            help="How many sites; 10, unless the app says it, or 2 of a federation.",
         ),
     ] = None,
     run_config: Annotated[
@@ -84,6 +86,13 @@ def run(
         place = folder or _fresh()
         if (place / "run.json").exists():
             raise ConfigError(f"{place} has a run already; --resume {place}, or another --folder")
+    _simulate(setup, place, keep_every, as_json=as_json)
+
+
+def _simulate(setup: Setup, place: Path, keep_every: float, *, as_json: bool) -> None:
+    """Play an app on this machine, and show what it came to."""
+    from fedml.flower import simulation
+
     with progress(f"{place}: {setup.sites} sites", lines=False) as say, _aside():
         try:
             outcome = simulation.play(setup, place, least=keep_every, tell=_teller(say))

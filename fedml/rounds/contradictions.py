@@ -22,6 +22,7 @@ from fedml.strategies import (
     is_bounded,
     keeps_deltas,
     measures,
+    needs_exact_model,
     needs_means,
     rule_of,
     scores_exact,
@@ -361,6 +362,12 @@ def _wire(plan: Plan) -> Iterator[str]:
             f"wire.up {plan.wire.up} with strategy {type(plan.strategy).__name__}: its sites "
             "remember their deltas as they were before rounding, and fall out of step with the "
             "coordinator; use wire.up=zstd or exact"
+        )
+    if is_coarse(plan.wire.down) and needs_exact_model(plan.strategy):
+        yield (
+            f"wire.down {plan.wire.down} with strategy {type(plan.strategy).__name__}: its sites "
+            "would look at a rounded model, and what they report belongs to the exact one; use "
+            "wire.down=zstd, delta or exact"
         )
     by_site = plan.privacy.mode != "none" and unit_of(plan.privacy.mode) == "site"
     if is_coarse(plan.wire.up) and (by_site or plan.privacy.shares_noise):

@@ -236,6 +236,9 @@ class Statistic(Protocol):
     What it reports is exact, so record privacy refuses it. It may say more of it:
       layouts(settings)   by name, how those slots are laid out that are not shaped like the
                           model, given the settings of a brief
+      needs_exact_model = True
+                          what it reports belongs to the very bits of the model, which must not be
+                          rounded on its way
       bounded = True      each number is a mean over rows, and what a row can add to it has a bound,
                           which `secagg.clip` may be; others cannot be masked
     """

@@ -299,6 +299,11 @@ def needs_means(strategy: Strategy) -> bool:
     return bool(reports(_brief(strategy)))
 
 
+def needs_exact_model(strategy: Strategy) -> bool:
+    """Return whether what its sites report belongs to the very bits of the model."""
+    return bool(getattr(STATISTICS.get(_brief(strategy).rule), "needs_exact_model", False))
+
+
 def keeps_deltas(strategy: Strategy) -> bool:
     """Return whether its sites and the coordinator add up the same deltas, each for itself."""
     return bool(getattr(RULES.get(_brief(strategy).rule), "keeps_deltas", False))

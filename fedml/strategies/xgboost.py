@@ -189,6 +189,7 @@ class Histograms:
     """Reports, as means over a site's rows, counts by bin, or derivatives by node and bin."""
 
     bounded = True
+    needs_exact_model = True  # rows are counted by its cuts
 
     def reports(self, brief: Brief) -> frozenset[str]:
         """Return the one slot's name, or none where the forest is grown."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import itertools
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass, replace
@@ -22,7 +21,7 @@ from fedml.learning.recipe import Rows, identify
 from fedml.params import Params
 from fedml.protocol.messages import SiteId, Training
 from fedml.protocol.tasks import Task
-from fedml.rounds import Commit, Plan
+from fedml.rounds import Plan
 from fedml.rounds.compatibility import MODES, objections, table, trial
 from fedml.simulation.engine import Outcome
 from fedml.simulation.executors.base import Holding, MakeExecutor
@@ -132,14 +131,7 @@ def play(
         plan, folder, make, rows=sites, known=worlds.taught(plan.strategy)
     )
     engine.world = world or engine.world
-    note, commits = engine.watch, itertools.count(1)
-
-    def watch(commit: Commit) -> None:
-        note(commit)
-        if next(commits) == kill:
-            raise InterruptedError
-
-    engine.watch = watch
+    worlds.kill_at(engine, kill)
     try:
         return engine.play()
     except InterruptedError:

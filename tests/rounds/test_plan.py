@@ -18,6 +18,7 @@ from fedml.strategies import (
     Scaffold,
     Strategy,
     WeightedMean,
+    XGBoost,
     catalogue,
 )
 from fedml.strategies.robust import Bulyan, Krum, Median, Robust
@@ -95,6 +96,10 @@ def test_a_plan_whose_sites_share_the_noise_is_served_under_masks_alone() -> Non
         ),
         ({**SHARED, "strategy": FedAvg(reducer=Median())}, "nothing but their sum may be looked"),
         ({**SHARED, "strategy": FedProx()}, "strategy FedProx in mode record_distributed"),
+        (
+            {"strategy": XGBoost(), "wire": Wire(down="bf16+zstd")},
+            "wire.down bf16+zstd with strategy XGBoost",
+        ),
         ({**SHARED, "wire": Wire(up="bf16+zstd")}, "wire.up bf16+zstd with record_distributed"),
         (
             {**SHARED, "secagg": Secagg("sa1", colluders=1)},

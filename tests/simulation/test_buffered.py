@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from fedml.protocol.messages import Privacy, SiteId
 from fedml.protocol.tasks import Task
-from fedml.rounds import Cohort, Commit, Evaluation, Plan, SiteLost
+from fedml.rounds import Cohort, Evaluation, Plan, SiteLost
 from fedml.simulation.engine import Outcome
 from fedml.simulation.executors.base import Answer, Holding, MakeExecutor
 from fedml.simulation.executors.inline import Inline
@@ -51,14 +50,7 @@ def play(
 ) -> Outcome:
     engine, told = worlds.chronicle(a_plan, folder, make)
     engine.world = world or Late(pace)  # type: ignore[assignment]
-    note, commits = engine.watch, itertools.count(1)
-
-    def watch(commit: Commit) -> None:
-        note(commit)
-        if next(commits) == kill:
-            raise InterruptedError
-
-    engine.watch = watch
+    worlds.kill_at(engine, kill)
     try:
         return engine.play()
     finally:

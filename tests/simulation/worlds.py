@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, Training
 from fedml.protocol.tasks import Report, Stack, Task, Update
 from fedml.recipes.breast_cancer import FEATURES, BreastCancer
-from fedml.rounds import Cohort, Evaluation, Plan, Run, SiteLost
+from fedml.rounds import Cohort, Commit, Evaluation, Plan, Run, SiteLost
 from fedml.simulation.checkpoint import Checkpoints
 from fedml.simulation.chronicle import Chronicle
 from fedml.simulation.engine import Engine, Outcome, statuses
@@ -151,6 +152,18 @@ def chronicle(
     sites = statuses(a_plan, rows)
     engine = Engine(run, witness, sites, watch=told.note, now=told.now, flight=told.flight)
     return engine, told
+
+
+def kill_at(engine: Engine, number: int) -> None:
+    """Have a simulation die once its commit of that number is noted; 0: never."""
+    note, commits = engine.watch, itertools.count(1)
+
+    def watch(commit: Commit) -> None:
+        note(commit)
+        if next(commits) == number:
+            raise InterruptedError
+
+    engine.watch = watch
 
 
 def play(a_plan: Plan) -> Outcome:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fedml.cli.demo.federation import free_ports
 from fedml.codebase import digest
 from fedml.protocol.apps import AppPlan, Value
 from fedml.protocol.messages import RecipeId, RunId
@@ -24,13 +23,7 @@ class Pair(Town):
     """A coordinator and two sites that run Flower apps, and have no dataset of ours."""
 
     def found(self) -> None:
-        port, enrolment = free_ports(2)
-        self.command(
-            "coordinator", "init", str(self.hub),
-            "--port", str(port), "--enrolment-port", str(enrolment),
-        )  # fmt: skip
-        self.settle(heartbeat=0.5, grace=5.0)
-        self.start_coordinator()
+        self.begin(grace=5.0)
         self.names = ["bern", "chur"]
         self.commands([self.joining(name, self.token(name)) for name in self.names])
 

@@ -56,13 +56,7 @@ class Town(Federation):
     """Four hospitals that have joined and may train, and their coordinator, which is running."""
 
     def found(self) -> None:
-        port, enrolment = free_ports(2)
-        self.command(
-            "coordinator", "init", str(self.hub),
-            "--port", str(port), "--enrolment-port", str(enrolment),
-        )  # fmt: skip
-        self.settle(heartbeat=0.5, grace=2.0)
-        self.start_coordinator()
+        self.begin(grace=2.0)
         case = admit("breast_cancer", None, self.folder / "sites", SPLIT_SEED)
         self.names = [hospital.name for hospital in case.hospitals]
         self.commands([self.joining(name, self.token(name)) for name in self.names])
@@ -70,6 +64,16 @@ class Town(Federation):
         for name in self.names:
             self.open(name)
         self.wait_for("coordinator", lambda: self.here() == set(self.names))
+
+    def begin(self, grace: float) -> None:
+        """Make a coordinator, and start it."""
+        port, enrolment = free_ports(2)
+        self.command(
+            "coordinator", "init", str(self.hub),
+            "--port", str(port), "--enrolment-port", str(enrolment),
+        )  # fmt: skip
+        self.settle(heartbeat=0.5, grace=grace)
+        self.start_coordinator()
 
     def settle(self, **changes: float) -> None:
         """Change settings of the coordinator, for its next start."""

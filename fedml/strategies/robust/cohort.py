@@ -9,6 +9,7 @@ on the order of arrival, and ties are decided alike.
 from __future__ import annotations
 
 import statistics
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from fedml.errors import MalformedUpdate
 from fedml.params import Params
 from fedml.protocol.messages import Scores, SiteId
 from fedml.protocol.tasks import Update
+from fedml.strategies.base import Aggregate
 from fedml.strategies.reducers import check_weight, is_sane
 
 Vector = NDArray[np.float64]
@@ -176,3 +178,26 @@ def _check_alike(parts: Mapping[str, Params], others: Mapping[str, Params]) -> N
         raise MalformedUpdate(f"slots {names} are reported by some sites and not by others")
     if any(part.layout != others[name].layout for name, part in parts.items()):
         raise MalformedUpdate("its layout differs from the first update's")
+
+
+class Held:
+    """A reduction that holds its cohort until the result is asked for."""
+
+    def __init__(self) -> None:
+        self._cohort = Cohort()
+        self._total: Aggregate | None = None
+
+    def add(self, update: Update) -> None:
+        """Take one update in, or raise `MalformedUpdate` and stay as it was."""
+        self._cohort.add(update)
+
+    def result(self) -> Aggregate:
+        """Return the aggregate; raises `MalformedUpdate` if this cohort has none."""
+        if self._total is None:
+            self._total = self._reduce()
+            self._cohort = Cohort()
+        return self._total
+
+    @abstractmethod
+    def _reduce(self) -> Aggregate:
+        """Return what the cohort comes to."""

@@ -14,10 +14,9 @@ import numpy as np
 
 from fedml.errors import ConfigError, MalformedUpdate
 from fedml.protocol.messages import SiteId
-from fedml.protocol.tasks import Update
 from fedml.strategies.base import Aggregate, Reduction, check_setting
 from fedml.strategies.robust import gram as grams
-from fedml.strategies.robust.cohort import Cohort, Matrix, Vector
+from fedml.strategies.robust.cohort import Held, Matrix, Vector
 from fedml.strategies.robust.gram import STEPS, Step
 
 LITTLE = 0.5  # of an even share; a site that counts less is named in the receipt
@@ -78,23 +77,10 @@ class Rule:
         return _Running(self)
 
 
-class _Running:
-    """A reduction that holds its cohort until the result is asked for."""
-
+class _Running(Held):
     def __init__(self, rule: Rule) -> None:
-        self._rule, self._cohort = rule, Cohort()
-        self._total: Aggregate | None = None
-
-    def add(self, update: Update) -> None:
-        """Take one update in, or raise `MalformedUpdate` and stay as it was."""
-        self._cohort.add(update)
-
-    def result(self) -> Aggregate:
-        """Return the aggregate; raises `MalformedUpdate` if there are too few updates for it."""
-        if self._total is None:
-            self._total = self._reduce()
-            self._cohort = Cohort()
-        return self._total
+        super().__init__()
+        self._rule = rule
 
     def _reduce(self) -> Aggregate:
         rule, cohort = self._rule, self._cohort

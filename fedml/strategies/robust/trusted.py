@@ -9,9 +9,8 @@ import numpy as np
 
 from fedml.errors import ConfigError, MalformedUpdate
 from fedml.protocol.messages import SiteId, check_name
-from fedml.protocol.tasks import Update
 from fedml.strategies.base import Aggregate, Reduction
-from fedml.strategies.robust.cohort import Cohort, Vector
+from fedml.strategies.robust.cohort import Held, Vector
 from fedml.strategies.robust.rule import LITTLE
 
 
@@ -50,23 +49,10 @@ class FLTrust:
         return _Running(SiteId(self.root))
 
 
-class _Running:
-    """A reduction that holds its cohort until the result is asked for."""
-
+class _Running(Held):
     def __init__(self, root: SiteId) -> None:
-        self._root, self._cohort = root, Cohort()
-        self._total: Aggregate | None = None
-
-    def add(self, update: Update) -> None:
-        """Take one update in, or raise `MalformedUpdate` and stay as it was."""
-        self._cohort.add(update)
-
-    def result(self) -> Aggregate:
-        """Return the aggregate; raises `MalformedUpdate` without the root's update, or another."""
-        if self._total is None:
-            self._total = self._reduce()
-            self._cohort = Cohort()
-        return self._total
+        super().__init__()
+        self._root = root
 
     def _reduce(self) -> Aggregate:
         cohort, root = self._cohort, self._root
