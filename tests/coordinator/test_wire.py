@@ -235,11 +235,12 @@ async def test_an_update_packed_in_no_way_that_was_asked_for(hub: Place, tmp_pat
     data = packed({"delta": sites[2].delta})
     await sites[2].hand_in(orders[2], data, data, "zstd", "zstd")
     receipt = await hub.receipt(run)
-    assert not receipt.model  # kyoto alone is no quorum
-    assert receipt.missing == {
+    assert not receipt.model  # kyoto alone is no quorum, so its update may not be waited for
+    assert {site: why for site, why in receipt.missing.items() if site != "kyoto"} == {
         "bern": "update refused: it comes as ['bf16'], the order wants 'zstd'",
         "quito": "update refused: it comes as ['zstd', 'zstd'], the order wants 'zstd'",
     }
+    assert "refused" not in receipt.missing.get("kyoto", "")
 
 
 @pytest.mark.parametrize("attack", ["bomb", "more than agreed", "garbage", "another's update"])
