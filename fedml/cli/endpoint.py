@@ -6,16 +6,14 @@ Daemon and serving do not know each other; here, on the roof, they are put toget
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
 
 import structlog
 from structlog.contextvars import bind_contextvars
 
-from fedml.errors import ConfigError, Untrusted
+from fedml.errors import Untrusted
 from fedml.identity.certificates import Credentials
-from fedml.protocol.messages import Blob, Serving
+from fedml.protocol.messages import Serving
 from fedml.releases.session import rehearse
 from fedml.releases.shelf import Shelf
 from fedml.releases.trust import Trust
@@ -26,13 +24,12 @@ from fedml.site.departure import check_member
 from fedml.site.policy import read_policy
 from fedml.site.settings import read_settings
 from fedml.transport.chunks import BlobStore
+from fedml.transport.fetching import Fetching
 from fedml.transport.link import Link
 from fedml.transport.renewal import keep_certified
 from fedml.transport.rpc import GrpcLink
 
-T = TypeVar("T")
 ROOT, SHELF, IDENTITY = Path("trust/root.json"), Path("shelf"), Path("identity")
-_FIRST_ROOT, _ROOT_LIMIT = "1.root.json", 2**20
 _LARGEST_FILE = 64 * 2**30  # bytes
 _log = structlog.get_logger()
 
@@ -56,7 +53,9 @@ class ReleaseEndpoint:
         What was served before goes on being served, whatever happens here.
         """
         async with self._turn:
-            trust = self._trust(link, asyncio.get_running_loop())
+            calls = Fetching(link, asyncio.get_running_loop(), self._files)
+            root = (self._folder / ROOT).read_bytes()
+            trust = Trust(self._folder / "trust", root, calls.fetch, calls.download)
             await asyncio.to_thread(self._obtain, trust, model)
             await self._engine.refresh()
             self._files.sweep(())
@@ -69,34 +68,6 @@ class ReleaseEndpoint:
         trust.refresh()
         manifest = self._shelf.add(trust.obtain(model))
         self._shelf.activate(model, manifest.version, rehearse)
-
-    def _trust(self, link: Link, loop: asyncio.AbstractEventLoop) -> Trust:
-        """Return trust whose blocking calls, made in a thread, go over `link` in `loop`."""
-
-        def wait(work: Coroutine[Any, Any, T]) -> T:
-            return asyncio.run_coroutine_threadsafe(work, loop).result()
-
-        def fetch(name: str, limit: int) -> bytes | None:
-            try:
-                return wait(link.fetch(name, limit))
-            except ConfigError:  # there is no such file
-                return None
-
-        def download(blob: Blob) -> Path:
-            wait(link.download(blob, self._files))
-            return self._files.path(blob.digest)
-
-        root = (self._folder / ROOT).read_bytes()
-        return Trust(self._folder / "trust", root, fetch, download)
-
-
-async def first_root(folder: Path) -> bytes:
-    """Return the release metadata that a site trusts from the day it joins."""
-    link = GrpcLink(Credentials.load(folder / IDENTITY))
-    try:
-        return await link.fetch(_FIRST_ROOT, _ROOT_LIMIT)
-    finally:
-        await link.close()
 
 
 class Site:

@@ -44,15 +44,16 @@ def join(
     """
     from fedml import durable
     from fedml import settings as files
-    from fedml.cli.endpoint import ROOT, first_root
+    from fedml.cli.endpoint import ROOT
     from fedml.identity.certificates import Credentials
     from fedml.site.departure import come_back
     from fedml.site.policy import TEMPLATE
     from fedml.transport.rpc import join as enrol
+    from fedml.transport.rpc import trusted_root
 
     async def go() -> Identity:
         identity = _broken_off(folder, token) or await enrol(token, folder / "identity", "site")
-        durable.replace(folder / ROOT, await first_root(folder))
+        durable.replace(folder / ROOT, await trusted_root(folder / "identity"))
         return identity
 
     name = asyncio.run(go()).name

@@ -440,6 +440,7 @@ class Desk:
                 if seat.hello is not None:
                     others = tuple(s for s in seat.hello.serving if s.model != event.model)
                     seat.hello = replace(seat.hello, serving=(*others, event))
+                    self._changed()  # a region's parent hears of it too
                 log = _log.info if event.state == "live" else _log.warning
                 log("release at site", model=event.model, version=event.version,
                     state=event.state, detail=event.detail)  # fmt: skip

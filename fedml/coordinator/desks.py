@@ -7,9 +7,10 @@ goes into the audit log, refusals too.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedml import failpoints
 from fedml.coordinator.archive import Archive
@@ -36,7 +37,7 @@ class Federation:
     So does a region, of which there are some at a coordinator that has `branches`.
     """
 
-    folder: Folder
+    release_file: Callable[[str], Path]
     desk: Desk
     blobs: BlobStore
     released: BlobStore
@@ -77,7 +78,7 @@ class Federation:
 
     async def file(self, site: Identity, name: str) -> bytes:
         """Return a file of the release metadata."""
-        return self.folder.releases.file(name).read_bytes()
+        return self.release_file(name).read_bytes()
 
 
 @dataclass(frozen=True)

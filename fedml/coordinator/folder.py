@@ -5,7 +5,7 @@ ca/                authority, sealer   blobs/                   what is on its w
 enrolment/         tokens, revoked     releases/                the signed repository
 operator/          the first profile   registry/                MLflow, unless elsewhere
 audit.jsonl        who did what        press/                   bundles in the making
-parent/  shares/   a region's papers for its parent, and its rounds that are open
+parent/  shares/   a region's papers and releases of its parent, its rounds that are open
 strategies/        files that 'fedml coordinator allow' took in, by digest
 flower/            apps that 'fedml coordinator allow-app' took in, and their runs
 roster.json        sites that mask, and their keys: put there by an operator

@@ -18,8 +18,9 @@ import structlog
 from fedml import __version__
 from fedml.coordinator.desk import Answer, Desk
 from fedml.coordinator.holds import Holds
+from fedml.coordinator.mirror import Mirror
 from fedml.coordinator.shares import ShareHost
-from fedml.errors import ConfigError, MalformedMessage, Untrusted
+from fedml.errors import ConfigError, FedmlError, MalformedMessage, Unreachable, Untrusted
 from fedml.protocol import codec
 from fedml.protocol.messages import (
     Assignment,
@@ -47,6 +48,7 @@ from fedml.transport.conversation import Conversation
 from fedml.transport.link import Link
 
 _LOOK = 0.05  # seconds in which leaves that come and go are told of together
+_RENEWAL = 3600.0  # seconds between looks at the parent's release metadata
 _MOST = 2000  # leaves in one message
 _UNHEARD = Hello("", "")  # of a leaf that was not here since we started
 _log = structlog.get_logger()
@@ -60,12 +62,14 @@ class Region:
         folder: Path,
         link: Link,
         blobs: BlobStore,
+        mirror: Mirror,
         *,
         heartbeat: float,
         grace: float,
         backoff: Backoff | None = None,
     ) -> None:
         self._folder, self._link, self._holds = folder, link, Holds(blobs)
+        self.mirror = mirror
         self._backoff = backoff or Backoff()
         self.desk = Desk(
             heartbeat=heartbeat,
@@ -74,7 +78,7 @@ class Region:
             lost=self._lost,
             changed=self._look_soon,
             was_counted=lambda _: False,
-            models=list,
+            models=mirror.models,
             is_over=lambda _: False,
             is_open=lambda _: True,  # what may be forgotten is for the parent to say
         )
@@ -83,7 +87,7 @@ class Region:
         self._told: dict[SiteId, tuple[bool, Hello]] = {}  # of its leaves, what the parent knows
         self._outbox: asyncio.Queue[SiteEvent] = asyncio.Queue()
         self._looking: asyncio.TimerHandle | None = None
-        self._chores: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[object]] = set()
 
     def unready(self) -> str:
         """Say why no orders are taken; "" while they are."""
@@ -101,6 +105,7 @@ class Region:
             else:
                 self._shares[orders.order.task] = self._host(orders)
         sending = asyncio.create_task(self._send())
+        self._chore(self._keep_fresh())
         try:
             await self._conversation.keep()
         finally:
@@ -149,14 +154,40 @@ class Region:
             case Welcome():
                 self._told = {}
                 self._look()
+                self._chore(self._renew())
             case Orders(order):
                 if order.task not in self._shares:
                     self._shares[order.task] = self._host(command)
                 self._shares[order.task].take(command)
             case Errands(errands):
                 self._run(errands)
-            case Assignment() | Cancel() | Forget() | ReleaseNotice() | Beat() | SecaggTold():
+            case ReleaseNotice(model):
+                self._chore(self._pass_on(model))
+            case Assignment() | Cancel() | Forget() | Beat() | SecaggTold():
                 pass  # for those that have rows, and serve
+
+    async def _pass_on(self, model: str) -> None:
+        """Fetch what the parent has released, and have leaves look at it."""
+        if await self._renew(model):
+            self.desk.announce(model)
+
+    async def _renew(self, model: str = "") -> bool:
+        try:
+            await self.mirror.follow(model)
+        except Unreachable as error:  # NoRoom too: once there is room, the next notice or hour
+            _log.warning("releases wait", model=model, reason=str(error))
+        except FedmlError as error:
+            _log.error("release refused, leaves keep theirs", model=model, reason=str(error))
+        else:
+            return True
+        return False
+
+    async def _keep_fresh(self) -> None:
+        """Have the parent's newest signatures, which leaves take for some days only."""
+        while True:
+            await asyncio.sleep(_RENEWAL)
+            if self._conversation.is_open:
+                await self._renew()
 
     def _run(self, errands: tuple[Errand, ...]) -> None:
         """Tell leaves what the parent has for them; a round's are taken back in one go."""
@@ -211,7 +242,7 @@ class Region:
         for share in self._shares.values():
             share.lost(site, reason)
 
-    def _chore(self, work: Coroutine[object, object, None]) -> None:
+    def _chore(self, work: Coroutine[object, object, object]) -> None:
         chore = asyncio.create_task(work)
         self._chores.add(chore)
         chore.add_done_callback(self._chores.discard)
@@ -222,6 +253,6 @@ def _leaf(site: SiteId, here: bool, hello: Hello, kept: set[TaskId]) -> Leaf:
     return Leaf(site, here, replace(hello, kept=tuple(sorted({*hello.kept, *kept}))))
 
 
-def _tell_bug(task: asyncio.Task[None]) -> None:
+def _tell_bug(task: asyncio.Task[object]) -> None:
     if not task.cancelled() and (error := task.exception()):
-        _log.error("a bug lost a leaf's answer", exc_info=error)
+        _log.error("a bug ended what a region was at", exc_info=error)

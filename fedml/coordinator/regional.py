@@ -20,18 +20,21 @@ from fedml import durable, health, pages
 from fedml.coordinator.desk import Desk
 from fedml.coordinator.desks import Enrolment, Federation
 from fedml.coordinator.folder import Folder
+from fedml.coordinator.mirror import Mirror
 from fedml.coordinator.region import Region
 from fedml.coordinator.service import HEAPS, KEPT, allow_files, registrar_of, tls_of
-from fedml.coordinator.settings import PARENT, is_region, read_settings
+from fedml.coordinator.settings import PARENT, RELEASES, is_region, read_settings
 from fedml.errors import ConfigError
 from fedml.identity.certificates import Credentials, Identity, identity_in
 from fedml.identity.enrolment import Registrar, Token
 from fedml.protocol.messages import RunId
 from fedml.protocol.operations import Invitation, ModelVersion, Role, RunDetail, RunInfo, SiteInfo
+from fedml.releases.signing import place
 from fedml.transport.chunks import BlobStore
 from fedml.transport.desks import Desks
+from fedml.transport.fetching import FIRST_ROOT
 from fedml.transport.renewal import keep_certified
-from fedml.transport.rpc import GrpcLink, join
+from fedml.transport.rpc import GrpcLink, join, trusted_root
 from fedml.transport.server import serve
 
 _SHARES = Path("shares")  # of rounds that are open
@@ -59,6 +62,8 @@ async def join_parent(folder: Path, token: str) -> Identity:
             )
         draft = folder / "parent.new"
         identity = _broken_off(draft, token) or await join(token, draft, "region")
+        root = place(draft / RELEASES.relative_to(PARENT), FIRST_ROOT)
+        durable.replace(root, await trusted_root(draft))
         draft.rename(folder / PARENT)
         durable.sync_folder(folder)
     return identity
@@ -96,11 +101,16 @@ class Regional:
             link = GrpcLink(papers)
             blobs = BlobStore.in_transit(path / "blobs", settings.blob_limit_mb * 2**20)
             region = Region(
-                path / _SHARES, link, blobs, heartbeat=settings.heartbeat, grace=settings.grace
+                path / _SHARES,
+                link,
+                blobs,
+                Mirror(path / RELEASES, link, settings.blob_limit_mb * 2**20),
+                heartbeat=settings.heartbeat,
+                grace=settings.grace,
             )
             us = f"{identity_in(papers.certificate).name} is a region of {papers.address}"
             listening = serve(
-                desks_of(folder, region.desk, blobs, us),
+                desks_of(folder, region, blobs, us),
                 folder.access,
                 tls_of(folder),
                 address=f"{settings.bind}:{settings.port}",
@@ -120,13 +130,12 @@ class Regional:
         """Nothing to wait for: leaves keep their updates, and what is summed lies on the disk."""
 
 
-def desks_of(folder: Folder, desk: Desk, blobs: BlobStore, us: str) -> Desks:
+def desks_of(folder: Folder, region: Region, blobs: BlobStore, us: str) -> Desks:
     """Return what stands behind a region's doors; `us` says of whom it is one."""
-    registrar = registrar_of(folder)
-    released = BlobStore(folder.releases.folder / "blobs", blobs.limit_bytes)
+    registrar, mirror = registrar_of(folder), region.mirror
     return Desks(
-        federation=Federation(folder, desk, blobs, released),
-        operations=LeafOperations(folder, desk, registrar, us),
+        federation=Federation(mirror.file, region.desk, blobs, mirror.store),
+        operations=LeafOperations(folder, region.desk, registrar, us),
         enrolment=Enrolment(folder, registrar),
     )
 

@@ -101,7 +101,9 @@ def _desks(folder: Folder, runs: Runs, archive: Archive, blobs: BlobStore) -> De
     registrar = registrar_of(folder)
     released = BlobStore(folder.releases.folder / "blobs", blobs.limit_bytes)
     return Desks(
-        federation=Federation(folder, runs.desk, blobs, released, Branches(runs.desk)),
+        federation=Federation(
+            folder.releases.file, runs.desk, blobs, released, Branches(runs.desk)
+        ),
         operations=Operations(folder, runs, archive, registrar),
         enrolment=Enrolment(folder, registrar),
     )

@@ -10,6 +10,7 @@ from fedml import settings
 from fedml.errors import ConfigError
 
 PARENT = Path("parent")  # in a region's folder: the papers by which its parent knows it
+RELEASES = PARENT / "releases"  # the parent's, which go when those go
 _PORTS = ("port", "enrolment_port", "health_port")
 
 

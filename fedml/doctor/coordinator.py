@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedml import durable
-from fedml.coordinator.settings import PARENT, Settings, is_region, read_settings
+from fedml.coordinator.settings import PARENT, RELEASES, Settings, is_region, read_settings
 from fedml.doctor import books, machine, papers
 from fedml.doctor.finding import Finding, attempt, is_sound
 from fedml.doctor.line import line
@@ -24,10 +24,12 @@ async def examine_coordinator(folder: Path, clock: Callable[[], float]) -> list[
     """Return all findings about a coordinator."""
     who, now = durable.holder(folder), clock()
     start = f"start it: fedml coordinator run {folder}"
+    region = is_region(folder)
+    releases = folder / (RELEASES if region else "releases")
     findings = [
         *attempt("program", lambda: machine.holder(folder, start)),
         *papers.authority(folder / "ca", now),
-        *papers.releases(folder / "releases", now, running=bool(who)),
+        *papers.releases(releases, now, running=bool(who), mirrored=region),
         *papers.private(*_secrets(folder)),
         *attempt("settings", lambda: _ports(read_settings(folder), who)),
         *attempt("files", lambda: machine.files(_FILES, who)),
@@ -35,7 +37,7 @@ async def examine_coordinator(folder: Path, clock: Callable[[], float]) -> list[
         *attempt("disk", lambda: machine.disk(folder, _need(folder))),
         *_books(folder, now),
     ]
-    if is_region(folder):
+    if region:
         findings += papers.credentials(Credentials.load(folder / PARENT), now, renewal=_REGION)
     if who and (folder / "operator" / "identity.json").exists():
         findings += await examine_profile(folder / "operator", clock)

@@ -109,12 +109,16 @@ def authority(folder: Path, now: float) -> list[Finding]:
     return [*attempt("authority", root), *attempt("receipts", sealer)]
 
 
-def releases(folder: Path, now: float, *, running: bool) -> list[Finding]:
-    """Look at how long sites will take the release metadata as they are."""
+def releases(folder: Path, now: float, *, running: bool, mirrored: bool) -> list[Finding]:
+    """Look at how long sites will take the release metadata as they are.
+
+    Those `mirrored` are another's, who may have released nothing yet.
+    """
     upkeep = (
-        "the coordinator renews them hourly; see its log for why it did not"
+        f"{'they are fetched' if mirrored else 'the coordinator renews them'} hourly; see its log "
+        "for why it did not"
         if running
-        else "start the coordinator, which renews them"
+        else f"start the coordinator, which {'fetches' if mirrored else 'renews'} them"
     )
 
     def expiry(path: Path) -> Finding:
@@ -129,9 +133,12 @@ def releases(folder: Path, now: float, *, running: bool) -> list[Finding]:
         name = path.name.removesuffix(".json").rpartition(".")[2]
         return _lifetime(f"release {name}", begin, end, now, notice=notice, advice=upkeep)
 
-    paths = [folder / "metadata" / "timestamp.json"]
+    timestamp = folder / "metadata" / "timestamp.json"
     roots = (folder / "metadata").glob("*.root.json")
-    paths += sorted(roots, key=lambda path: int(path.name.partition(".")[0]))[-1:]
+    paths = sorted(roots, key=lambda path: int(path.name.partition(".")[0]))[-1:]
+    if mirrored and not timestamp.exists():
+        return [Finding("ok", "releases", "none of the parent's was fetched yet")]
+    paths.insert(0, timestamp)
     return [f for path in paths for f in attempt("releases", lambda path=path: expiry(path))]  # type: ignore[misc]
 
 

@@ -42,6 +42,7 @@ from fedml.releases.manifest import MANIFEST, Channel, Manifest, open_bundle
 
 Role = Literal["root", "targets", "snapshot", "timestamp"]
 _ROLES: tuple[Role, ...] = ("root", "targets", "snapshot", "timestamp")
+TIMESTAMP = "timestamp.json"
 _NAME = re.compile(
     r"timestamp\.json|[1-9]\d{0,9}\.(root|snapshot|targets)\.json"
     r"|channels/[0-9a-f]{64}\.[a-z0-9][a-z0-9._-]{0,62}\.json"
@@ -61,6 +62,24 @@ class Lifetimes:
     def __post_init__(self) -> None:
         if min(self.root, self.targets, self.snapshot, self.timestamp) <= 0:
             raise ConfigError(f"{self}: each lifetime must be above 0 days")
+
+
+def place(folder: Path, name: str) -> Path:
+    """Return where a repository in `folder` has the metadata or channel file that sites ask for.
+
+    Names come from elsewhere: anything but the known patterns is a `ConfigError`.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"no release file {name[:80]!r}")
+    return folder / ("targets" if "/" in name else "metadata") / name
+
+
+def locate(folder: Path, name: str) -> Path:
+    """Return where that file lies; raises `ConfigError` if there is none."""
+    path = place(folder, name)
+    if not path.is_file():
+        raise ConfigError(f"no release file {name!r}")
+    return path
 
 
 def _now() -> datetime:
@@ -94,7 +113,7 @@ class Repository:
         clock: Callable[[], datetime] = _now,
     ) -> Repository:
         """Make keys and empty metadata in `folder`; raises `ConfigError` if it has some."""
-        if (folder / "metadata" / "timestamp.json").exists():
+        if (folder / "metadata" / TIMESTAMP).exists():
             raise ConfigError(f"{folder} already holds a release repository; open it instead")
         shutil.rmtree(folder / "metadata", ignore_errors=True)  # of a creation cut short
         self = cls.__new__(cls)
@@ -119,16 +138,8 @@ class Repository:
         return self.file(f"{self._root.signed.version}.root.json").read_bytes()
 
     def file(self, name: str) -> Path:
-        """Return the path of a metadata or channel file; `ConfigError` if there is none so named.
-
-        Names come from sites: anything but the known patterns is refused.
-        """
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"no release file {name[:80]!r}")
-        path = self.folder / ("targets" if "/" in name else "metadata") / name
-        if not path.is_file():
-            raise ConfigError(f"no release file {name!r}")
-        return path
+        """Return where a metadata or channel file lies; `ConfigError` if there is none so named."""
+        return locate(self.folder, name)
 
     def blob(self, digest: str) -> Path:
         """Return the path of a bundle's file by SHA-256; `ConfigError` if none is published."""
@@ -230,7 +241,7 @@ class Repository:
         if not versions:
             raise ConfigError(f"{self.folder} holds no release repository; is the folder right?")
         self._root = self._read(f"{max(versions)}.root.json", Root)
-        self._timestamp = self._read("timestamp.json", Timestamp)
+        self._timestamp = self._read(TIMESTAMP, Timestamp)
         at = self._timestamp.signed.snapshot_meta.version
         self._snapshot = self._read(f"{at}.snapshot.json", Snapshot)
         at = self._snapshot.signed.meta["targets.json"].version
@@ -286,7 +297,7 @@ class Repository:
             at = self._snapshot.signed.version
             self._write(f"{at}.snapshot.json", data)
             self._timestamp.signed.snapshot_meta = MetaFile.from_data(at, data, ["sha256"])
-        self._write("timestamp.json", self._sign(self._timestamp, "timestamp"))
+        self._write(TIMESTAMP, self._sign(self._timestamp, "timestamp"))
 
     def _commit_root(self, old: list[CryptoSigner] | None = None) -> None:
         self._prepare(self._root.signed, "root")

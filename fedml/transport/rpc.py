@@ -49,6 +49,7 @@ from fedml.protocol.requests import (
     UploadStart,
 )
 from fedml.transport.chunks import BlobStore
+from fedml.transport.fetching import first_root
 from fedml.transport.flow import catch, patient, pour, soon
 from fedml.transport.link import SILENCE, Link
 from fedml.transport.pulse import Pulse, heard
@@ -437,6 +438,15 @@ async def join(text: str, folder: Path, role: Role | None = None) -> Identity:
     Credentials(admission.address, token.ca, admission.certificate, key).save(folder)
     pending.unlink()
     return identity
+
+
+async def trusted_root(folder: Path) -> bytes:
+    """Return the release metadata that whoever has joined with the papers in `folder` trusts."""
+    link = GrpcLink(Credentials.load(folder))
+    try:
+        return await first_root(link)
+    finally:
+        await link.close()
 
 
 async def renew(link: Link, folder: Path) -> Identity:

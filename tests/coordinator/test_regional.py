@@ -13,7 +13,7 @@ from fedml.cli.demo.federation import free_ports
 from fedml.coordinator.folder import create
 from fedml.coordinator.regional import Regional, join_parent
 from fedml.coordinator.service import Service
-from fedml.coordinator.settings import PARENT, Settings, is_region
+from fedml.coordinator.settings import PARENT, RELEASES, Settings, is_region
 from fedml.errors import ConfigError
 from fedml.identity.certificates import Credentials
 from fedml.transport.rpc import OperationsClient, join
@@ -54,6 +54,8 @@ async def test_a_coordinator_joins_a_parent(tmp_path: Path) -> None:
         token = (await operator.invite("north", "region", 60.0)).token
         assert (await join_parent(north, token)).name == "north"
         assert is_region(north)
+        roots = [at / "metadata" / "1.root.json" for at in (hub / "releases", north / RELEASES)]
+        assert roots[0].read_bytes() == roots[1].read_bytes()
         assert (
             Credentials.load(north / PARENT).address == Credentials.load(hub / "operator").address
         )

@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fedml.coordinator.folder import Folder, create
+from fedml.coordinator.mirror import Mirror
 from fedml.coordinator.region import Region
 from fedml.coordinator.regional import desks_of
-from fedml.coordinator.settings import Settings
+from fedml.coordinator.settings import RELEASES, Settings
 from fedml.errors import Unreachable
 from fedml.protocol.messages import Hello
 from fedml.releases.registry import MemoryRegistry
@@ -61,11 +62,12 @@ class Place:
             self.path / "shares",
             self.cable,
             blobs,
+            Mirror(self.path / RELEASES, self.cable, 2**24),
             heartbeat=HEARTBEAT,
             grace=grace,
             backoff=backoff,
         )
-        desks = desks_of(self.folder, self.region.desk, blobs, f"{self.name} is a region of hub")
+        desks = desks_of(self.folder, self.region, blobs, f"{self.name} is a region of hub")
         self.coordinator = MemoryCoordinator(desks, self.folder.access)
         self.operator = self.coordinator.operations(who("admin", "operator"))
         self._work = asyncio.create_task(self.region.run())

@@ -114,13 +114,15 @@ class Hub:
         )
         released = BlobStore(folder.releases.folder / "blobs", 2**24)
         desks = Desks(
-            Federation(folder, self.runs.desk, blobs, released, Branches(self.runs.desk)),
+            Federation(
+                folder.releases.file, self.runs.desk, blobs, released, Branches(self.runs.desk)
+            ),
             Operations(folder, self.runs, archive, registrar),
             Enrolment(folder, registrar),
         )
         self.coordinator = MemoryCoordinator(desks, folder.access)
         self.operator = self.coordinator.operations(who("admin", "operator"))
-        self.blobs = blobs
+        self.blobs, self.releases = blobs, folder.releases
         self.runs.resume()
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ from fedml import durable
 from fedml.cli.demo.federation import free_ports
 from fedml.coordinator.folder import create
 from fedml.coordinator.service import Service
-from fedml.coordinator.settings import PARENT, Settings
+from fedml.coordinator.settings import PARENT, RELEASES, Settings
 from fedml.identity.audit import AuditLog
 from fedml.identity.certificates import DAY, Authority, Credentials, new_key_and_csr
 from fedml.transport.rpc import OperationsClient
@@ -121,5 +121,9 @@ async def test_a_region_s_certificate_is_looked_at_too(tmp_path: Path) -> None:
     assert finding.state == "warn"
     assert finding.found.startswith("region north, ")
     assert "the region renews it by itself" in finding.advice
+    assert (await found(hub))["releases"].state == "ok", "no release of the parent's is no fault"
+    (hub / RELEASES / "metadata").mkdir(parents=True)
+    (hub / RELEASES / "metadata" / "timestamp.json").write_text("{}")
+    assert str(hub / RELEASES / "metadata") in (await found(hub))["releases"].found
     (hub / PARENT / "identity.json").chmod(0o644)
     assert "identity.json" in str(bad(await found(hub)))
