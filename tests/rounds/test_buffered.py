@@ -34,6 +34,7 @@ from fedml.rounds import (
     WakeAt,
 )
 from fedml.rounds.selection import Roll
+from fedml.simulation.veil import Veil
 from fedml.stacked import Stacked
 from fedml.strategies import FedAsync, FedAvg, FedBuff, Strategy
 from tests.rounds import worlds
@@ -369,6 +370,16 @@ def test_all_that_masks_have_against_a_buffer_is_told_at_once() -> None:
 def test_without_staleness_sites_may_share_the_noise_of_a_buffer() -> None:
     one_step = Training(lr=0.1, steps=1)
     assert plan(SAME, privacy=SHARED, training=one_step).buffer == 2
+
+
+def test_an_update_in_the_clear_waits_for_no_masked_round() -> None:
+    run = Run.begin(RUN, plan(SAME, secagg=SA1, cohort=Cohort(quorum=3, deadline=9.0)), MODEL)
+    run.enrol(Veil(SA1, worlds.SITES).roster)
+    host = Host(run).start()
+    host.feed(SitesChanged(tuple(replace(one, can_mask=True) for one in ALL.statuses)))  # type: ignore[union-attr]
+    host.feed(answer(task(host, 1, BERN)))
+    assert host.receipts[0].missing[BERN] == "its answer came unmasked, and was dropped"
+    assert not host.run.flight.early
 
 
 def test_no_region_stands_between() -> None:
