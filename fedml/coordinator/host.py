@@ -57,7 +57,7 @@ from fedml.rounds.round import CancelTask, SendTask, SiteLost, WakeAt
 from fedml.rounds.run import Run
 from fedml.rounds.selection import Roll
 from fedml.rounds.vigil import Vigil
-from fedml.strategies import ServerState, buffering_of
+from fedml.strategies import ServerState
 
 _BETWEEN_LOOKS = 0.1  # seconds between two looks at all sites
 _log = structlog.get_logger()
@@ -342,8 +342,7 @@ class Host:
     async def _assignment(self, task: Task) -> Assignment:
         plan = self.run.plan
         model, parcels = await self._post.encoded(task.brief, self._state, self._asked)
-        buffering = buffering_of(plan.strategy)
-        summed = buffering.size or plan.cohort.quorum if buffering else len(self._asked)
+        terms, summed = self.run.terms, plan.buffer or len(self._asked)
         return Assignment(
             task=task.id,
             run=task.run,
@@ -356,13 +355,13 @@ class Host:
             privacy=plan.privacy,
             rule=task.brief.rule,
             settings=task.brief.settings,
-            cohort=summed,
+            cohort=max(summed, terms.threshold) if terms else summed,
             seed=plan.task_seed(task.round, task.site),
             deadline=plan.cohort.deadline,
             parcels=parcels,
             up="" if plan.wire.up == "exact" else plan.wire.up,
             keep_model=self._post.sends_deltas,
-            masking=veil.masking(self.run.terms, plan.secagg) if self.run.terms else "",
+            masking=veil.masking(terms, plan.secagg) if terms else "",
         )
 
     def _data(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedml.errors import MalformedUpdate
-from fedml.params import Params
+from fedml.params import Params, pieces
 from fedml.protocol.messages import RunId, Scores, SiteId, Summand, TaskId
 from fedml.stacked import Stacked
 
@@ -22,6 +22,17 @@ class Brief:
     rule: str = "plain"  # name of the site-side half, looked up in the site's own list
     settings: Mapping[str, float] = field(default_factory=dict)
     slots: Slots = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return the BLAKE3 of all its tensors, as the blob is named in which they travel."""
+        if not self.slots:
+            return self.params.digest()
+        from blake3 import blake3
+
+        digest = blake3()
+        for piece in pieces({"": self.params, **self.slots}):
+            digest.update(piece)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from fedml.privacy.accounting import unit_of
 from fedml.privacy.shares import grain_of
 from fedml.protocol.messages import check_name
 from fedml.protocol.parcels import is_coarse
-from fedml.secagg.terms import LEAST_COHORT
+from fedml.secagg.terms import LEAST_COHORT, least_threshold
 from fedml.strategies import (
+    Buffering,
     WeightedMean,
     buffering_of,
     contrasts,
@@ -114,7 +115,7 @@ def _buffered(plan: Plan) -> Iterator[str]:
     buffering, cohort = buffering_of(plan.strategy), plan.cohort
     if buffering is None:
         return
-    name, size = f"strategy {type(plan.strategy).__name__}", buffering.size
+    name, size, stale = f"strategy {type(plan.strategy).__name__}", buffering.size, buffering.most
     if 0 < size < cohort.quorum:
         yield (
             f"cohort.quorum {cohort.quorum} is above the {size} updates that make a step of "
@@ -123,20 +124,35 @@ def _buffered(plan: Plan) -> Iterator[str]:
     most = cohort.size or len(cohort.sites)
     if 0 < most < size:
         yield f"strategy.buffer {size} is above the {most} sites asked at a time: lower it"
-    if plan.secagg.is_on:
+    if plan.secagg.is_on and size != 1:  # of one nothing makes a sum
+        yield from _masked_buffer(plan, buffering, most)
+    if stale and plan.privacy.mode == "record_distributed":
         yield (
-            f"secagg with {name}: a masked sum needs its sites together from the first word to the "
-            "last, and these answer when they can; use strategy=fedavg, or secagg=none"
-        )
-    if plan.privacy.shares_noise:
-        yield (
-            f"{name} with {plan.privacy.mode} privacy: shares of noise are made for a sum of "
-            "equals, and stale updates shrink with theirs; use strategy=fedavg, or privacy=record"
+            f"strategy.max_staleness {stale} with {plan.privacy.mode} privacy: shares of noise are "
+            "made for a sum of equals, and stale updates shrink with theirs; set it to 0, or use "
+            "privacy=record"
         )
     elif plan.privacy.mode != "none" and unit_of(plan.privacy.mode) == "site":
         yield (
             f"{name} with {plan.privacy.mode} privacy: without a site another would be in its "
             "place, so sums differ by more than the clip; use strategy=fedavg, or privacy=record"
+        )
+
+
+def _masked_buffer(plan: Plan, buffering: Buffering, asked: int) -> Iterator[str]:
+    """Say what keeps a masked round from closing with a buffer; `asked` 0 is not known yet."""
+    if buffering.most:
+        yield (
+            f"strategy.max_staleness {buffering.most} with secagg: a masked sum is of one model "
+            "and the keys of one round, so nothing is carried into the next; set it to 0, or use "
+            "secagg=none"
+        )
+    size = buffering.size or max(plan.cohort.quorum, LEAST_COHORT)
+    if size < (least := least_threshold(asked, plan.secagg.colluders)):
+        of = f"of {asked} sites" if asked else "of these sites"
+        yield (
+            f"a buffer of {size} with secagg: only sums {of} with {least} or more in them are "
+            f"opened, raise strategy.buffer to {least}, or ask fewer"
         )
 
 
@@ -306,7 +322,8 @@ def _secagg(plan: Plan) -> Iterator[str]:
 
 def _too_few(plan: Plan) -> Iterator[str]:
     """Say what keeps a masked sum from hiding what it is made of."""
-    if in_turn(plan.strategy):
+    buffering = buffering_of(plan.strategy)
+    if in_turn(plan.strategy) or (buffering and buffering.size == 1):
         yield (
             f"secagg with strategy {type(plan.strategy).__name__}: a round is one site's update, "
             "and there is no sum to hide it in; use strategy=fedavg, or secagg=none"

@@ -7,10 +7,10 @@ is noise until the end, when enough of those whose vectors came have consented t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fedml.errors import MalformedMessage, QuorumLost, RoundFailed, Untrusted
-from fedml.params import pieces
 from fedml.protocol.messages import SiteId, TaskId
 from fedml.protocol.operations import Counted
 from fedml.protocol.secagg import FromSite, Masked, Secagg, ToSite
@@ -87,7 +87,7 @@ def terms_of(
         run=opening.run,
         round=opening.number,
         attempt=opening.attempt,
-        model=digest_of(brief),
+        model=brief.digest(),
         roster=roster.digest,
         cohort=opening.asked,
         threshold=max(least, opening.quorum),
@@ -98,23 +98,11 @@ def terms_of(
     )
 
 
-def digest_of(brief: Brief) -> str:
-    """Return the BLAKE3 of all that a brief has of tensors, as the blob is named it travels in."""
-    if not brief.slots:
-        return brief.params.digest()
-    from blake3 import blake3
-
-    digest = blake3()
-    for piece in pieces({"": brief.params, **brief.slots}):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
 class MaskedRound:
     """Collects masked vectors from the asked sites, and then what takes the masks off their sum.
 
-    It closes with the vectors that had come when all had, or the deadline passed. It fails if
-    fewer sites than the threshold are left at any time; no update is known then.
+    It closes with the vectors that had come when all had, or enough, or the deadline passed. It
+    fails if fewer sites than the threshold are left at any time; no update is known then.
     """
 
     def __init__(
@@ -124,10 +112,15 @@ class MaskedRound:
         roster: Roster,
         about: str = "",
         grain: float = 0.0,
+        enough: int = 0,
     ) -> None:
-        """`about` is that of `terms_of`; `grain` is not 0 if sites share their sum's noise."""
+        """`about` is that of `terms_of`; `grain` is not 0 if sites share their sum's noise.
+
+        Slower sites are called back, and drop out, once `enough` vectors are there, 0 for all;
+        never before a threshold is.
+        """
         self.opening, self._settings, self._roster = opening, settings, roster
-        self._about, self._grain = about, grain
+        self._about, self._grain, self._enough = about, grain, enough
         self._sums: Coordinator | None = None
         self._brief: Brief | None = None
         self._counted: dict[SiteId, Counted] = {}
@@ -175,6 +168,7 @@ class MaskedRound:
         match event:
             case Said():
                 self._hear(event)
+                commands = self._call_back_slow_ones()
             case SiteLost(site, reason, final, task):
                 if task in (None, self.opening.task_id(site)):
                     self._lose(site, reason, final=final)
@@ -216,13 +210,24 @@ class MaskedRound:
                 self._final.add(site)
 
     def _give_up_on_late_ones(self) -> list[Command]:
-        sums, opening = self._open_sums(), self.opening
-        patience = opening.deadline if sums.phase is Phase.MASKED else self._settings.patience
-        reason = f"no answer within {patience:g} s"
-        late = [site for site in opening.asked if site in sums.waiting]
+        sums = self._open_sums()
+        patience = self.opening.deadline if sums.phase is Phase.MASKED else self._settings.patience
+        return self._give_up(f"no answer within {patience:g} s")
+
+    def _call_back_slow_ones(self) -> list[Command]:
+        sums = self._open_sums()
+        enough = max(self._enough, sums.terms.threshold) if self._enough else math.inf
+        if sums.phase is not Phase.MASKED or len(self._counted) < enough:
+            return []
+        return self._give_up("not waited for: enough masked vectors came")
+
+    def _give_up(self, reason: str) -> list[Command]:
+        """Wait for nobody in this phase; whose vector is not there is called back."""
+        asked, task_of = self.opening.asked, self.opening.task_id
+        late = [site for site in asked if site in self._open_sums().waiting]
         for site in late:
             self._lose(site, reason)
-        return [CancelTask(opening.task_id(s), s, reason) for s in late if s in self._missing]
+        return [CancelTask(task_of(s), s, reason) for s in late if s in self._missing]
 
     def _go_on(self) -> list[Command]:
         """Go to the next phase, and the next, as far as nobody is waited for."""

@@ -25,6 +25,7 @@ from fedml.strategies import (
     NoisyMean,
     Reducer,
     Strategy,
+    buffering_of,
     build,
     describe,
 )
@@ -158,6 +159,12 @@ class Plan:
         if self.privacy.mode != "site_central":
             return self.strategy.reducer
         return NoisyMean(self.privacy.clip, training_event(self.training, self.privacy, 1).noise)
+
+    @property
+    def buffer(self) -> int:
+        """How many updates make a step, whoever else still works; 0 if all asked are waited for."""
+        buffering = buffering_of(self.strategy)
+        return (buffering.size or self.cohort.quorum) if buffering else 0
 
     def to_json(self) -> str:
         """Return canonical JSON: equal plans have equal text, and every default is written.

@@ -67,7 +67,8 @@ class Run:
         self.receipts: list[Receipt] = []
         self._by_round: dict[tuple[rounds.Kind, int], list[Receipt]] = {}
         self._done = 0
-        self._buffering = buffering_of(plan.strategy)
+        # nothing that is masked is carried over
+        self._buffering = None if plan.secagg.is_on else buffering_of(plan.strategy)
         self.flight = Flight(id)  # empty but for runs that take updates as they come
         for receipt in receipts:
             self._keep(receipt)
@@ -380,7 +381,8 @@ class Run:
             raise ConfigError("secagg=sa1 without a roster of the sites' identity keys")
         more = about_of(self.plan, brief)
         grain = grain_of(self.plan.training, self.plan.privacy)
-        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more, grain)
+        enough = self.plan.buffer if opening.kind == "train" else 0
+        return masked.MaskedRound(opening, self.plan.secagg, self._roster, more, grain, enough)
 
     def _carry(
         self, commands: Sequence[rounds.Command | masked.Command], now: float

@@ -156,7 +156,8 @@ class Engine:
             dues.append(following)
             heapq.heappop(self._agenda)
         for answer in self.flight.land(dues, self.executor):
-            self._feed(_event(answer))
+            for event in _singly(answer) if self._veil else (_event(answer),):
+                self._feed(event)
 
     def _later(self, seconds: float, event: Event | Due) -> None:
         heapq.heappush(self._agenda, (self.now + seconds, next(self._serial), event))
@@ -240,8 +241,7 @@ def _arrivals(
     They all do unless the stack may stay `whole`.
     """
     if isinstance(answer, Stack) and not whole:
-        for row, task in enumerate(answer.tasks):
-            yield ready[task], UpdateArrived(answer.update(row))
+        yield from zip(map(ready.__getitem__, answer.tasks), _singly(answer), strict=True)
         return
     if not isinstance(answer, Stack):
         yield (ready[answer.task] if answer.task is not None else 0.0), _event(answer)
@@ -251,6 +251,14 @@ def _arrivals(
         rows.setdefault(ready[task], []).append(row)
     for seconds, some in rows.items():
         yield seconds, _event(answer.take(some))
+
+
+def _singly(answer: Answer) -> Iterator[Event]:
+    """Yield what comes of an answer, each row of a stack by itself."""
+    if isinstance(answer, Stack):
+        yield from (UpdateArrived(answer.update(row)) for row in range(len(answer)))
+    else:
+        yield _event(answer)
 
 
 def _work(task: Task, fate: Fate) -> Task:

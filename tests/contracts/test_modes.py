@@ -35,6 +35,7 @@ from fedml.strategies import (
     STATISTICS,
     STRATEGIES,
     FedAvg,
+    FedBuff,
     Strategy,
     buffering_of,
 )
@@ -45,6 +46,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
 CASES: Mapping[str, Strategy] = {
     **{name: worlds.made(name) for name in STRATEGIES},
     "pca by moments": PCA(),
+    "fedbuff of one model": FedBuff(max_staleness=0),  # under masks too
     **{f"reducer={name}": FedAvg(reducer=kind()) for name, kind in REDUCERS.items()},
 }
 WAY_OUT = ("use ", "raise ", "set ", "choose ", "sites are trained one by one")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedml.cli import receipts
-from fedml.coordinator.folder import Folder
+from fedml.coordinator.folder import Folder, create
+from fedml.coordinator.settings import Settings
+from fedml.durable import dump_json
 from fedml.errors import Refused
 from fedml.identity.receipts import verify
-from fedml.protocol.messages import Assignment, Cancel, Forget, RunId, Scored
+from fedml.protocol.messages import Assignment, Cancel, Forget, RunId, Scored, SiteId
+from fedml.protocol.secagg import Masking, Secagg
 from fedml.releases.registry import MemoryRegistry
 from fedml.rounds import Cohort, Evaluation, Plan
 from fedml.rounds.selection import needs_each
+from fedml.secagg import Member, Roster
 from fedml.strategies import FedAsync, FedAvg, FedBuff, Strategy
 from tests.coordinator import world
-from tests.coordinator.world import Hub, Site, plan
+from tests.coordinator.world import GRACE, HEARTBEAT, Hub, Site, plan
 
 
 def buffered(strategy: Strategy | None = None, **changes: object) -> Plan:
@@ -188,6 +193,29 @@ async def test_a_run_that_is_stopped_calls_its_sites_back_and_may_go_on(
     await hub.operator.resume_run(run)
     order = await quito.order()
     assert (order.round, order.task) == (2, f"{run}.2.2.quito")
+
+
+async def test_a_masked_order_says_of_how_few_its_sum_may_be(tmp_path: Path) -> None:
+    """A buffer of three is raised to what seven sites' secure aggregation wants."""
+    create(tmp_path / "hub", Settings(heartbeat=HEARTBEAT, grace=GRACE))
+    names = [f"site-{number}" for number in range(7)]
+    roster = Roster(tuple(Member(SiteId(n), n.ljust(32).encode()) for n in names))
+    text = dump_json({member.site: member.key.hex() for member in roster.members})
+    (tmp_path / "hub" / "roster.json").write_bytes(text)
+    masked = buffered(
+        FedBuff(buffer=3, max_staleness=0),
+        secagg=Secagg("sa1"),
+        cohort=Cohort(quorum=3, deadline=60.0),
+    )
+    async with world.hub(tmp_path) as hub:
+        sites = [Site(tmp_path, name) for name in names]
+        for site in sites:
+            site.hello = replace(site.hello, roster=roster.digest.hex())
+            await site.connect(hub)
+        await hub.submit(masked)
+        orders = [await site.order() for site in sites]
+    assert {order.cohort for order in orders} == {4}
+    assert {Masking.from_json(order.masking).threshold for order in orders} == {4}
 
 
 async def test_behind_a_region_it_is_refused_with_the_way_out(tmp_path: Path) -> None:

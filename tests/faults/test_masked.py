@@ -16,12 +16,13 @@ from fedml import durable
 from fedml.learning.trainer import Trainer
 from fedml.params import Params, read
 from fedml.protocol.messages import RunId, SiteId
-from fedml.protocol.operations import RunDetail
+from fedml.protocol.operations import Receipt, RunDetail
 from fedml.protocol.secagg import Secagg
-from fedml.protocol.tasks import Brief, Task
-from fedml.rounds import Cohort, Opening, Plan, terms_of, vectors
+from fedml.protocol.tasks import Brief, Task, Update
+from fedml.rounds import Cohort, Evaluation, Opening, Plan, terms_of, vectors
 from fedml.secagg import Roster
 from fedml.site import masks
+from fedml.strategies import FedBuff
 from tests.faults import fleet as fleets
 from tests.faults.fleet import COORDINATOR, PATIENCE, RECIPES, Fleet, first_params
 from tests.secagg.worlds import plain_words
@@ -180,21 +181,133 @@ def test_a_site_with_another_roster_is_not_asked(fleet: Veiled) -> None:
     fleet.until_all_are_here()
 
 
+# --- buffers: a round closes with the first three vectors of four ------------------------------
+
+
+def buffered(seed: int, rounds: int = 2) -> Plan:
+    """Whose rounds may last for as long as any test."""
+    base = plan(seed)
+    cohort = replace(base.cohort, deadline=300.0)
+    return replace(base, strategy=FedBuff(max_staleness=0), cohort=cohort, rounds=rounds)
+
+
+def trained(detail: RunDetail) -> list[Receipt]:
+    return [receipt for receipt in detail.receipts if receipt.kind == "train"]
+
+
+def hang(fleet: Veiled, a_plan: Plan) -> RunId:
+    """Submit a run whose first task hangs at the victim for ever, and wait until it does."""
+    fleet.arm(VICTIM, "worker.begun:1:hang")
+    run = fleet.submit(a_plan)
+    assert fleet.until(lambda: not fleet.is_armed(VICTIM), PATIENCE)
+    return run
+
+
+def test_nobody_waits_for_a_slow_site_and_the_sum_is_of_the_others(fleet: Veiled) -> None:
+    a_plan = replace(buffered(7, rounds=1), evaluation=Evaluation(at_end=False), gates=())
+    run = hang(fleet, a_plan)
+    [receipt] = fleet.finish(run).receipts
+    assert receipt.missing == {VICTIM: "not waited for: enough masked vectors came"}
+    assert {one.site for one in receipt.counted} == {*SITES} - {VICTIM}
+    assert fleet.until(lambda: receipt.missing[VICTIM] in fleet.log(VICTIM), PATIENCE)
+    opening = first_opening(run, a_plan)
+    updates = [first_update(fleet, a_plan, opening, one.site) for one in receipt.counted]
+    whole = sum(update.weight for update in updates)
+    found = fleet.params(run, 1)
+    for name, start in first_params(a_plan).items():
+        step = sum(u.delta[name].double() * (u.weight / whole) for u in updates)
+        assert (found[name].double() - start.double() - step).abs().max() < 1e-7
+
+
+def test_who_was_called_back_has_a_part_in_the_next_rounds(fleet: Veiled) -> None:
+    """One of the others hangs in the second round, so that the first one is needed there."""
+    fleet.arm(COORDINATOR, "round.committed:1:delay=1.5")
+    run = hang(fleet, buffered(8))
+    assert fleet.until(lambda: not fleet.is_armed(COORDINATOR), PATIENCE)
+    fleet.arm("quito", "worker.begun:1:hang")
+    first, second = trained(fleet.finish(run))
+    assert first.missing == {VICTIM: "not waited for: enough masked vectors came"}
+    assert second.missing == {"quito": "not waited for: enough masked vectors came"}
+    assert {one.site for one in second.counted} == {*SITES} - {"quito"}
+
+
+def test_a_slow_site_that_is_killed_costs_a_buffer_nothing(fleet: Veiled) -> None:
+    for name in SITES:
+        if name != VICTIM:
+            fleet.arm(name, "worker.trained:1:delay=1")
+    run = hang(fleet, buffered(9))
+    fleet.slay(VICTIM)
+    fleet.bury(VICTIM)
+    fleet.launch(VICTIM)
+    receipts = trained(fleet.finish(run))
+    assert [(r.round, r.attempt, bool(r.model)) for r in receipts] == [(1, 1, True), (2, 1, True)]
+    assert [one.site for one in receipts[0].counted] == [s for s in SITES if s != VICTIM]
+    assert all(len(receipt.counted) == 3 for receipt in receipts)
+    fleet.until_all_are_here()
+
+
+@pytest.mark.parametrize(
+    ("strike", "tries"),
+    [
+        ("update.read:3:kill", [(1, 1, False), (1, 2, True), (2, 1, True)]),
+        ("round.committed:1:kill", [(1, 1, True), (2, 1, False), (2, 2, True)]),
+    ],
+    ids=["when enough came", "before the slow one knows"],
+)
+def test_a_coordinator_that_is_killed_goes_on_with_buffers(
+    fleet: Veiled, strike: str, tries: list[tuple[int, int, bool]]
+) -> None:
+    fleet.arm(COORDINATOR, strike)
+    run = hang(fleet, buffered(10))
+    fleet.bury(COORDINATOR)
+    fleet.launch(COORDINATOR)
+    detail = fleet.finish(run)
+    receipts = trained(detail)
+    assert [(r.round, r.attempt, bool(r.model)) for r in receipts] == tries
+    assert [len(r.counted) for r in receipts if r.model] == [3, 3]
+    lost = next(r for r in receipts if not r.model)
+    assert {*lost.missing.values()} == {"the coordinator was restarted, and a masked sum was lost"}
+    assert 0 <= scores(detail) <= 1
+
+
+def test_a_site_knows_of_how_few_a_masked_buffer_is(fleet: Veiled) -> None:
+    path = fleet.site("oslo") / "policy.toml"
+    before = path.read_text()
+    path.write_text(before.replace("minimum_cohort = 2", "minimum_cohort = 4"))
+    fleet.relaunch("oslo")
+    fleet.until_all_are_here()
+    receipt = fleet.finish(fleet.submit(buffered(11))).receipts[0]
+    assert receipt.missing["oslo"].startswith("policy minimum_cohort = 4: this round")
+    assert len(receipt.counted) == 3
+    path.write_text(before)
+    fleet.relaunch("oslo")
+    fleet.until_all_are_here()
+
+
 # --- what is in the coordinator ----------------------------------------------------------------
 
 
-def needles(fleet: Veiled, run: RunId, a_plan: Plan) -> dict[str, bytes]:
-    """Return pieces of the victim's first update, as floats and as words: it is trained again."""
-    params, site = first_params(a_plan), SiteId(VICTIM)
-    cohort = tuple(map(SiteId, SITES))
-    opening = Opening(run, 1, 1, cohort, a_plan.cohort.quorum, a_plan.cohort.deadline)
-    brief = Brief(params)
-    task = Task(opening.task_id(site), run, 1, site, "train", brief)
+def first_update(fleet: Veiled, a_plan: Plan, opening: Opening, site: SiteId) -> Update:
+    """Return what a site made of the first model: it is trained again."""
+    brief = Brief(first_params(a_plan))
+    task = Task(opening.task_id(site), opening.run, 1, site, "train", brief)
     recipe = RECIPES[a_plan.recipe.name]
-    rows = recipe.read(fleet.site(VICTIM) / "train.csv")
+    rows = recipe.read(fleet.site(site) / "train.csv")
     torch.set_num_threads(1)
     trainer = Trainer(recipe, a_plan.training, a_plan.privacy)
     update, _ = trainer.train(task, rows, {}, seed=a_plan.task_seed(1, site))
+    return update
+
+
+def first_opening(run: RunId, a_plan: Plan) -> Opening:
+    cohort = tuple(map(SiteId, SITES))
+    return Opening(run, 1, 1, cohort, a_plan.cohort.quorum, a_plan.cohort.deadline)
+
+
+def needles(fleet: Veiled, run: RunId, a_plan: Plan) -> dict[str, bytes]:
+    """Return pieces of the victim's first update, as floats and as words."""
+    brief, opening = Brief(first_params(a_plan)), first_opening(run, a_plan)
+    update = first_update(fleet, a_plan, opening, SiteId(VICTIM))
     values = vectors.numbers_of(update, brief, SA1)
     terms = terms_of(opening, brief, SA1, fleet.roster)
     words = plain_words(values, update.weight / SA1.weight_cap, terms)

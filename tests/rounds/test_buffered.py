@@ -10,7 +10,7 @@ import torch
 
 from fedml.errors import Contradiction
 from fedml.params import Params
-from fedml.protocol.messages import Privacy, SiteId
+from fedml.protocol.messages import Privacy, SiteId, Training
 from fedml.protocol.operations import Receipt
 from fedml.protocol.secagg import Secagg
 from fedml.protocol.tasks import Brief, Stack, Task
@@ -34,12 +34,16 @@ from fedml.rounds import (
     WakeAt,
 )
 from fedml.rounds.selection import Roll
+from fedml.simulation.veil import Veil
 from fedml.stacked import Stacked
 from fedml.strategies import FedAsync, FedAvg, FedBuff, Strategy
 from tests.rounds import worlds
 from tests.rounds.worlds import ALL, MODEL, RUN, Host, answer
 
 BERN, KYOTO, QUITO = worlds.SITES
+SA1 = Secagg("sa1")
+SAME = FedBuff(max_staleness=0)  # no update is of an older model
+SHARED = Privacy("record_distributed", epsilon=1.0, delta=1e-5, rounds=4, sharers=2)
 
 
 def plan(strategy: Strategy | None = None, **changes: object) -> Plan:
@@ -302,7 +306,39 @@ def test_a_cohort_of_so_many_counts_those_at_work() -> None:
             {"strategy": FedBuff(buffer=4), "cohort": Cohort(quorum=2, deadline=9.0, size=3)},
             "strategy.buffer 4 is above the 3 sites asked at a time",
         ),
-        ({"secagg": Secagg("sa1"), "cohort": Cohort(quorum=3, deadline=9.0)}, "masked sum needs"),
+        (
+            {"secagg": SA1, "cohort": Cohort(quorum=3, deadline=9.0)},
+            "strategy.max_staleness 20 with secagg: a masked sum is of one model",
+        ),
+        (
+            {"secagg": SA1, "strategy": FedAsync(max_staleness=0)},
+            "secagg with strategy FedAsync: a round is one site's update",
+        ),
+        (
+            {"secagg": SA1, "strategy": SAME, "cohort": Cohort(quorum=5, deadline=9.0, size=10)},
+            "a buffer of 5 with secagg: only sums of 10 sites with 6 or more in them are opened",
+        ),
+        (
+            {"secagg": replace(SA1, colluders=6), "strategy": FedBuff(buffer=3, max_staleness=0)},
+            "a buffer of 3 with secagg: only sums of these sites with 4 or more in them",
+        ),
+        (
+            {"secagg": SA1, "strategy": FedBuff(buffer=2, max_staleness=0)},
+            "a buffer of 2 with secagg",
+        ),
+        (
+            {
+                "secagg": SA1,
+                "strategy": FedBuff(buffer=5, max_staleness=0),
+                "cohort": Cohort(quorum=3, deadline=9.0, size=4),
+            },
+            "strategy.buffer 5 is above the 4 sites asked at a time",
+        ),
+        ({"privacy": SHARED}, "strategy.max_staleness 20 with record_distributed privacy"),
+        (
+            {"privacy": replace(SHARED, mode="site_distributed"), "strategy": SAME},
+            "without a site another would be in its place",
+        ),
         (
             {"privacy": Privacy("site_central", epsilon=1.0, delta=1e-5, rounds=4)},
             "without a site another would be in its place",
@@ -313,6 +349,37 @@ def test_a_plan_that_cannot_be_is_refused(changes: dict[str, object], words: str
     with pytest.raises(Contradiction) as caught:
         plan(**changes)  # type: ignore[arg-type]
     assert any(words in reason for reason in caught.value.reasons), caught.value.reasons
+
+
+def test_all_that_masks_have_against_a_buffer_is_told_at_once() -> None:
+    ten = Cohort(quorum=4, deadline=9.0, size=10)
+    with pytest.raises(Contradiction) as caught:
+        plan(FedBuff(buffer=11), secagg=SA1, cohort=ten)
+    assert [reason.partition(":")[0] for reason in caught.value.reasons] == [
+        "strategy.buffer 11 is above the 10 sites asked at a time",
+        "strategy.max_staleness 20 with secagg",
+    ]
+    with pytest.raises(Contradiction) as caught:
+        plan(FedBuff(buffer=4), secagg=SA1, cohort=ten)
+    stale, few = caught.value.reasons
+    assert "set it to 0" in stale
+    assert few.endswith("raise strategy.buffer to 6, or ask fewer")
+    plan(FedBuff(buffer=6, max_staleness=0), secagg=SA1, cohort=ten)
+
+
+def test_without_staleness_sites_may_share_the_noise_of_a_buffer() -> None:
+    one_step = Training(lr=0.1, steps=1)
+    assert plan(SAME, privacy=SHARED, training=one_step).buffer == 2
+
+
+def test_an_update_in_the_clear_waits_for_no_masked_round() -> None:
+    run = Run.begin(RUN, plan(SAME, secagg=SA1, cohort=Cohort(quorum=3, deadline=9.0)), MODEL)
+    run.enrol(Veil(SA1, worlds.SITES).roster)
+    host = Host(run).start()
+    host.feed(SitesChanged(tuple(replace(one, can_mask=True) for one in ALL.statuses)))  # type: ignore[union-attr]
+    host.feed(answer(task(host, 1, BERN)))
+    assert host.receipts[0].missing[BERN] == "its answer came unmasked, and was dropped"
+    assert not host.run.flight.early
 
 
 def test_no_region_stands_between() -> None:

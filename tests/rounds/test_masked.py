@@ -26,7 +26,7 @@ from fedml.rounds import (
     UpdateArrived,
     WakeAt,
 )
-from fedml.rounds.masked import Command, Event, digest_of, terms_of
+from fedml.rounds.masked import Command, Event, terms_of
 from fedml.rounds.round import CancelTask, Close, DeadlinePassed, Fail, SendTask
 from fedml.simulation.veil import Veil
 from fedml.strategies import Aggregate, WeightedMean, number, reports
@@ -77,10 +77,10 @@ def update(site: SiteId, brief: Brief, opening: Opening = OPENING) -> Update:
 class World:
     """A masked round with its sites; `gone` have stopped for good."""
 
-    def __init__(self, brief: Brief = PLAIN, opening: Opening = OPENING) -> None:
+    def __init__(self, brief: Brief = PLAIN, opening: Opening = OPENING, enough: int = 0) -> None:
         self.brief, self.opening = brief, opening
         self.veil = Veil(SA1, opening.asked)
-        self.round = MaskedRound(opening, SA1, self.veil.roster)
+        self.round = MaskedRound(opening, SA1, self.veil.roster, enough=enough)
         self.log: list[Command] = []
         self.gone: set[SiteId] = set()
         self.inbox: list[Relay] = []
@@ -203,6 +203,102 @@ def test_a_straggler_is_cancelled_at_the_deadline_and_the_others_go_on() -> None
     assert CancelTask(OPENING.task_id(BERN), BERN, reason) in world.log
     assert isinstance(world.end, Close)
     assert world.end.account.missing == {BERN: reason}
+
+
+def keyed(enough: int) -> World:
+    """A round whose sites have each other's keys, and train."""
+    world = World(enough=enough).start()
+    world.deliver()
+    world.deliver()
+    return world
+
+
+def vector(world: World, site: SiteId) -> Event:
+    return world.veil.mask(update(site, PLAIN))
+
+
+def test_with_enough_vectors_the_slow_ones_are_called_back_and_the_sum_is_of_the_others() -> None:
+    world = keyed(enough=4)
+    for site in SITES[1:4]:
+        world.feed(vector(world, site))
+    assert not world.inbox
+    assert not [c for c in world.log if isinstance(c, CancelTask)]
+    world.feed(vector(world, SITES[4]))
+    assert [c.site for c in world.log if isinstance(c, CancelTask)] == [BERN]
+    assert {relay.site for relay in world.inbox} == {*SITES[1:]}  # told whose vectors are in it
+    world.deliver()
+    world.deliver()
+    assert isinstance(world.end, Close) and isinstance(world.end.total, Aggregate)
+    agree(world.end.total, plain(PLAIN, SITES[1:]))
+    assert world.end.account.missing == {BERN: "not waited for: enough masked vectors came"}
+
+
+def test_a_vector_past_enough_does_not_count_though_it_was_under_way() -> None:
+    world = keyed(enough=3)
+    late = [vector(world, site) for site in SITES[3:]]
+    for site in SITES[:3]:
+        world.feed(vector(world, site))
+    for event in late:
+        world.feed(event)
+    assert world.round.progress == "unmasking the sum of 3 of 5 sites, 2 lost"
+    world.deliver()
+    world.feed(late[0])
+    world.deliver()
+    assert isinstance(world.end, Close) and isinstance(world.end.total, Aggregate)
+    agree(world.end.total, plain(PLAIN, SITES[:3]))
+    assert [one.site for one in world.end.account.counted] == [*SITES[:3]]
+    assert {*world.end.account.missing} == {*SITES[3:]}
+
+
+def test_no_sum_is_of_fewer_than_the_threshold_whatever_is_enough() -> None:
+    world = keyed(enough=1)
+    assert world.round.terms.threshold == 3
+    for site in SITES[:2]:
+        world.feed(vector(world, site))
+    assert not world.inbox
+    assert not [c for c in world.log if isinstance(c, CancelTask)]
+    world.feed(vector(world, SITES[2]))
+    assert {c.site for c in world.log if isinstance(c, CancelTask)} == {*SITES[3:]}
+
+
+def test_keys_are_waited_for_from_all_whatever_is_enough() -> None:
+    world = World(enough=3)
+    world.gone = {BERN}
+    world.start()
+    assert not world.inbox  # one may be slow to train, not to say its keys
+    world.time_out()
+    assert {relay.site for relay in world.inbox} == {*SITES[1:]}
+
+
+def test_a_round_that_lost_too_many_for_its_buffer_closes_with_those_left() -> None:
+    world = keyed(enough=4)
+    for site in SITES[:2]:
+        world.feed(SiteLost(site, "away"))
+    for site in SITES[2:]:
+        world.feed(vector(world, site))
+    world.deliver()
+    world.deliver()
+    assert isinstance(world.end, Close) and isinstance(world.end.total, Aggregate)
+    agree(world.end.total, plain(PLAIN, SITES[2:]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.permutations(SITES), st.integers(1, 5), st.sets(st.sampled_from(SITES), max_size=2))
+def test_the_first_that_are_enough_make_the_sum_in_any_order(
+    order: list[SiteId], enough: int, gone: set[SiteId]
+) -> None:
+    """Who falls silent after its keys, the round closes with the first ones of the others."""
+    world = keyed(enough)
+    world.gone = gone
+    for site in order:
+        if site not in gone:
+            world.feed(vector(world, site))
+    world.time_out()
+    world.deliver()
+    world.deliver()
+    first = [site for site in order if site not in gone][: max(enough, 3)]
+    assert isinstance(world.end, Close) and isinstance(world.end.total, Aggregate)
+    agree(world.end.total, plain(PLAIN, tuple(s for s in SITES if s in first)))
 
 
 def test_a_round_that_has_become_hopeless_ends_at_once() -> None:
@@ -332,6 +428,6 @@ def test_a_brief_s_digest_is_that_of_the_blob_it_travels_in() -> None:
 
     brief = Brief(MODEL, "scaffold", slots={"control": values(1)})
     whole = b"".join(encode({"": MODEL, "control": values(1)}))
-    assert digest_of(brief) == blake3(whole).hexdigest()
-    assert digest_of(PLAIN) == blake3(b"".join(encode({"": MODEL}))).hexdigest()
-    assert terms_of(OPENING, PLAIN, SA1, Veil(SA1, SITES).roster).model == digest_of(PLAIN)
+    assert brief.digest() == blake3(whole).hexdigest()
+    assert PLAIN.digest() == blake3(b"".join(encode({"": MODEL}))).hexdigest()
+    assert terms_of(OPENING, PLAIN, SA1, Veil(SA1, SITES).roster).model == PLAIN.digest()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedml.protocol.messages import Privacy, SiteId
+from fedml.protocol.secagg import Secagg
 from fedml.protocol.tasks import Task
 from fedml.rounds import Cohort, Evaluation, Plan, SiteLost
 from fedml.simulation.engine import Outcome
@@ -31,7 +32,11 @@ def number(task: Task) -> int:
 
 def pace(task: Task) -> float:
     """Ten seconds and a little; the last of four sites takes ten times as long."""
-    return (10.0 + number(task)) * (10 if task.site == SLOW else 1)
+    return pace_of(task.site)
+
+
+def pace_of(site: SiteId) -> float:
+    return (10.0 + int(site.rpartition("-")[2])) * (10 if site == SLOW else 1)
 
 
 def plan(strategy: Strategy, **changes: object) -> Plan:
@@ -146,10 +151,12 @@ def test_of_all_at_once_a_killed_run_counts_the_same(tmp_path: Path) -> None:
 
 @dataclass
 class Losing:
-    """Every third task of a site is lost on the way, and each answer takes a while."""
+    """Every third task of a site is lost on the way, or so, and each answer takes a while."""
+
+    every: int = 3
 
     def fates(self, tasks: Sequence[Task], now: float) -> Sequence[Fate]:
-        lost = [(task.round + number(task)) % 3 == 0 for task in tasks]
+        lost = [(task.round + number(task)) % self.every == 0 for task in tasks]
         return [
             Fate(pace(task), lost="gone" if gone else "")
             for task, gone in zip(tasks, lost, strict=True)
@@ -200,6 +207,83 @@ def test_what_a_site_s_rows_spend_is_charged_once_a_task_that_was_done() -> None
     }  # fmt: skip
     assert max(spent[SLOW]) == spent[SiteId("site-0")][1]
     assert max(values[-1] for values in spent.values()) <= 4.0
+
+
+# --- under secure aggregation, where nothing is carried over -------------------------------------
+
+SAME = FedBuff(max_staleness=0)
+SA1 = Secagg("sa1", clip=4.0, weight_cap=500.0, scores=("accuracy",))
+
+
+def both(strategy: Strategy = SAME, **changes: object) -> tuple[Plan, Plan]:
+    clear = plan(strategy, rounds=8, **changes)
+    return clear, replace(clear, secagg=SA1)
+
+
+def counted(outcome: Outcome) -> list[list[SiteId]]:
+    return [[one.site for one in receipt.counted] for receipt in outcome.receipts]
+
+
+def apart(one: Outcome, other: Outcome) -> float:
+    assert one.candidate is not None, one.end
+    assert other.candidate is not None, other.end
+    return (one.candidate.params - other.candidate.params).norm()
+
+
+@pytest.mark.parametrize("make", [Inline, Vectorised])
+def test_masked_buffers_have_the_sites_the_time_and_the_model_of_plain_ones(
+    make: MakeExecutor,
+) -> None:
+    for world in (Late(lambda task: 0.0), Late(pace)):
+        one, other = (play(each, make=make, world=world) for each in both())
+        assert counted(one) == counted(other)
+        assert one.seconds == other.seconds
+        assert apart(one, other) < 1e-5
+        assert not any(receipt.carried or receipt.stale for receipt in other.receipts)
+
+
+def test_masks_wait_for_nobody_who_is_slow() -> None:
+    _, masked = both()
+    outcome = play(masked)
+    assert outcome.seconds == 8 * 12.0  # the slowest of the quick
+    why = "not waited for: enough masked vectors came"
+    assert [receipt.missing for receipt in outcome.receipts] == [{SLOW: why}] * 8
+    waiting = replace(masked, strategy=FedAvg())
+    assert play(waiting).seconds == 8 * pace_of(SLOW)
+
+
+def test_what_masks_call_back_in_time_is_never_computed() -> None:
+    _, masked = both()
+    sites = list[SiteId]()
+
+    def make(*parts: object) -> Noted:
+        return Noted(Inline(*parts), sites)  # type: ignore[arg-type]
+
+    play(masked, make=make)  # type: ignore[arg-type]
+    assert SLOW not in sites
+    assert len(sites) == 24
+
+
+def test_a_masked_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    _, masked = both(evaluation=Evaluation(every=3))
+    whole = settled(play(masked, tmp_path / "whole"))
+    for kill in (1, 3, 4, 8):
+        assert settled(killed(masked, tmp_path / str(kill), kill)) == whole, kill
+
+
+def test_scores_under_masks_are_of_all_sites() -> None:
+    _, masked = both(evaluation=Evaluation(every=4))
+    scored = [r for r in play(masked).receipts if r.kind == "evaluate"]
+    assert [len(receipt.counted) for receipt in scored] == [4, 4]
+
+
+def test_where_a_site_is_lost_a_masked_buffer_is_of_the_others() -> None:
+    """In turn each of the four; the slow one is waited for where a quick one is lost."""
+    one, other = (play(each, world=Losing(every=4)) for each in both())
+    assert counted(one) == counted(other)
+    assert [SLOW in sites for sites in counted(other)] == [False, True, True, True] * 2
+    assert one.seconds == other.seconds
+    assert apart(one, other) < 1e-5
 
 
 def test_a_stack_that_others_come_between_is_parted_in_order() -> None:
