@@ -407,7 +407,7 @@ class Runs:
         return run
 
     async def _first(self, id: RunId, plan: Plan) -> ServerState:
-        return plan.strategy.start(await self._first_params(id, plan))
+        return plan.start(await self._first_params(id, plan))
 
     async def _first_params(self, id: RunId, plan: Plan) -> Params:
         if plan.parent:

@@ -155,7 +155,7 @@ class Exported(theirs.Strategy):
 
     def __init__(self, plan: Plan, first: Params, rounds: int) -> None:
         self.plan, self.rounds = plan, rounds
-        self.state: ServerState = plan.strategy.start(first)
+        self.state: ServerState = plan.start(first)
 
     def summary(self) -> None:
         """Say nothing: the plan says it."""

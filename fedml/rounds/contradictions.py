@@ -25,6 +25,7 @@ from fedml.strategies import (
     measures,
     needs_exact_model,
     needs_means,
+    objections,
     rule_of,
     scores_exact,
 )
@@ -98,6 +99,7 @@ def _strategy(plan: Plan) -> Iterator[str]:
             f"strategy {name} with cohort.size {cohort.size}: its sites train one after the other, "
             "set cohort.size=1 and cohort.quorum=1"
         )
+    yield from objections(strategy, plan.training)
     sites = getattr(strategy, "sites", None)
     if sites is None:
         return

@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 
 from fedml.durable import dump_json
 from fedml.errors import ConfigError, Contradiction
+from fedml.params import Params
 from fedml.privacy.accounting import training_event
 from fedml.protocol.messages import Privacy, RecipeId, Scores, SiteId, Training
 from fedml.protocol.secagg import Secagg, about
@@ -24,9 +25,11 @@ from fedml.rounds.contradictions import contradictions
 from fedml.strategies import (
     NoisyMean,
     Reducer,
+    ServerState,
     Strategy,
     buffering_of,
     build,
+    check_model,
     describe,
 )
 
@@ -152,6 +155,14 @@ class Plan:
                     "secagg=sa1, or another mode, or simulate the run"
                 ]
             )
+
+    def start(self, params: Params) -> ServerState:
+        """Return the state before the first round, from a model with these parameters.
+
+        Raises `Contradiction` with every reason why the plan cannot work with such a model.
+        """
+        check_model(self.strategy, params, self.rounds)
+        return self.strategy.start(params)
 
     @property
     def reducer(self) -> Reducer:

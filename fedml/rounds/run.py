@@ -93,8 +93,11 @@ class Run:
 
     @classmethod
     def begin(cls, id: RunId, plan: Plan, params: Params) -> Run:
-        """Return a fresh run that starts from `params`."""
-        return cls(id, plan, plan.strategy.start(params))
+        """Return a fresh run that starts from `params`.
+
+        Raises `Contradiction` with every reason why the plan cannot work with such a model.
+        """
+        return cls(id, plan, plan.start(params))
 
     @classmethod
     def resume(

@@ -121,7 +121,10 @@ class Reducer(Protocol):
 class Strategy(Protocol):
     """Server half of an algorithm. Implement these to add your own.
 
-    With a class attribute `in_turn = True` each round asks one site, one after the other.
+    With a class attribute `in_turn = True` each round asks one site, one after the other. Two more
+    methods may say what cannot work, before anything runs, each reason with the way out:
+      objections(training)     of how sites are to train
+      misfits(params, rounds)  of so many rounds from a model with these parameters
     """
 
     @property

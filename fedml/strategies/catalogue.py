@@ -14,10 +14,10 @@ from typing import TypeVar, cast
 
 import torch
 
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, Contradiction
 from fedml.installed import Table
 from fedml.params import Layout, Params
-from fedml.protocol.messages import check_name
+from fedml.protocol.messages import Training, check_name
 from fedml.protocol.tasks import Brief, Slots
 from fedml.records import Reader, from_record, to_record
 from fedml.strategies.base import (
@@ -324,6 +324,19 @@ def one_by_one(strategy: Strategy) -> str:
 
 def _brief(strategy: Strategy) -> Brief:
     return strategy.brief(strategy.start(specimen(strategy)))
+
+
+def objections(strategy: Strategy, training: Training) -> tuple[str, ...]:
+    """Return why its sites cannot train as `training` says, each reason with the way out."""
+    told = getattr(strategy, "objections", None)
+    return tuple(told(training)) if told else ()
+
+
+def check_model(strategy: Strategy, params: Params, rounds: int) -> None:
+    """Raise `Contradiction` with every reason why `rounds` from such a model cannot work."""
+    told = getattr(strategy, "misfits", None)
+    if reasons := tuple(told(params, rounds)) if told else ():
+        raise Contradiction(reasons)
 
 
 def specimen(strategy: Strategy) -> Params:

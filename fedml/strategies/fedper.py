@@ -9,7 +9,7 @@ release holds it as it was at the start. Under DP-SGD what stays at home costs w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -37,6 +37,10 @@ class FedPer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "home", tuple(self.home))
         check_setting("fedper.server_lr", self.server_lr, open_=True)
+
+    def misfits(self, params: Params, rounds: int) -> Iterator[str]:
+        """Say which patterns name nothing, or that they name all there is."""
+        yield from unnamed(params.layout, self.home)
 
     def start(self, params: Params) -> ServerState:
         """Start from `params`, with no slots."""
@@ -90,6 +94,20 @@ def masks_of(layout: Layout, patterns: Mapping[str, float]) -> dict[torch.dtype,
             mask = masks.setdefault(dtype, torch.zeros(layout.sizes[dtype], dtype=torch.bool))
             mask[first:end] = True
     return masks
+
+
+def unnamed(layout: Layout, home: Sequence[str]) -> Iterator[str]:
+    """Say which patterns of `home` name no parameter, or that nothing is left to travel."""
+    for pattern in home:
+        try:
+            masks_of(layout, {pattern: NAMED})
+        except ConfigError as error:
+            yield f"{error}, name one of them or leave it out"
+    if home and all(any(fnmatchcase(name, each) for each in home) for name in layout.places):
+        yield (
+            f"strategy.home {[*home]} names every parameter, so nothing travels and nothing is "
+            "learnt together; name the last layers alone"
+        )
 
 
 def mixed(masks: Mapping[torch.dtype, Tensor], home: Params, away: Params) -> Params:

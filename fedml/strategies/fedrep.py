@@ -10,15 +10,16 @@ step, of the others. Invariants: naming nothing is FedAvg; the representation of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fedml.errors import ConfigError
 from fedml.params import Params
+from fedml.protocol.messages import Training
 from fedml.protocol.tasks import Brief, Slots
 from fedml.strategies.base import Aggregate, Reducer, ServerState, check_setting, number
 from fedml.strategies.fedavg import FedAvg
-from fedml.strategies.fedper import NAMED, Home, masks_of, mixed
+from fedml.strategies.fedper import NAMED, Home, masks_of, mixed, unnamed
 from fedml.strategies.reducers import WeightedMean
 
 _FIRST = ":head_steps"  # no parameter's name has a colon
@@ -38,6 +39,20 @@ class FedRep:
         check_setting("fedrep.server_lr", self.server_lr, open_=True)
         if self.head_steps < 1:
             raise ConfigError(f"fedrep.head_steps {self.head_steps}: must be 1 or more steps")
+
+    def objections(self, training: Training) -> Iterator[str]:
+        """Say what would move out of turn, or have no turn."""
+        if training.momentum:
+            yield _moved_on(training.momentum)
+        if self.home and 0 < training.steps <= self.head_steps:
+            yield (
+                f"strategy.head_steps {self.head_steps} with training.steps {training.steps}: none "
+                "is left for what travels; raise training.steps, or lower head_steps"
+            )
+
+    def misfits(self, params: Params, rounds: int) -> Iterator[str]:
+        """Say which patterns name nothing, or that they name all there is."""
+        yield from unnamed(params.layout, self.home)
 
     def start(self, params: Params) -> ServerState:
         """Start from `params`, with no slots."""
@@ -83,11 +98,15 @@ class Alternate:
         Raises `ConfigError` with momentum, which would go on moving what has had its turn.
         """
         if path.get("momentum"):
-            raise ConfigError(
-                f"strategy fedrep with training.momentum {path['momentum']}: it would go on "
-                "to move the head while the representation is trained, set it to 0"
-            )
+            raise ConfigError(_moved_on(path["momentum"]))
         return Home().finish(*_as_home(brief, memory), delta, path)
+
+
+def _moved_on(momentum: float) -> str:
+    return (
+        f"strategy fedrep with training.momentum {momentum}: it would go on to move the head while "
+        "the representation is trained, set it to 0"
+    )
 
 
 def _as_home(brief: Brief, memory: Slots) -> tuple[Brief, Slots]:

@@ -13,7 +13,7 @@ are not bounded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -39,6 +39,17 @@ class Moon:
         check_setting("moon.mu", self.mu)
         check_setting("moon.tau", self.tau, open_=True)
         check_setting("moon.server_lr", self.server_lr, open_=True)
+
+    def misfits(self, params: Params, rounds: int) -> Iterator[str]:
+        """Say that a model has no representation of rows, as far as its names tell."""
+        layers = {name.rpartition(".")[0] for name in params}
+        if len(layers) < 2:
+            told = f"it has {', '.join(sorted(params)[:4])} alone" if params else "it has nothing"
+            yield (
+                f"strategy Moon with a model of {len(layers)} layer ({told}): there is no "
+                "representation of rows to compare; use strategy=fedavg, or a model with a hidden "
+                "layer"
+            )
 
     def start(self, params: Params) -> ServerState:
         """Start from `params`, with no slots."""

@@ -64,6 +64,24 @@ class XGBoost:
         """Return a small model of the kind that it takes."""
         return Params(Forest(2, trees=12, depth=2, bins=32).state_dict())
 
+    def misfits(self, params: Params, rounds: int) -> Iterator[str]:
+        """Say that it is no forest to grow, or that the last tree would be left unfinished."""
+        try:
+            check_forest(params)
+        except ConfigError as error:
+            yield str(error)
+            return
+        shape = Shape.of(params)
+        whole = self.sketch + shape.trees * shape.depth
+        trees, levels = divmod(rounds - self.sketch, shape.depth)
+        if rounds < whole and (trees < 1 or levels):
+            why = "none grows" if trees < 1 else "a tree is left unfinished"
+            yield (
+                f"rounds {rounds} with strategy XGBoost: {self.sketch} find bins and each tree "
+                f"takes {shape.depth}, so {why}; set rounds={whole} for all {shape.trees} trees of "
+                f"this recipe, or to {self.sketch} and {shape.depth} for each that is wanted"
+            )
+
     def start(self, params: Params) -> ServerState:
         """Start from a forest that is not grown; raises `ConfigError` for another model."""
         check_forest(params)

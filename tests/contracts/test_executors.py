@@ -203,7 +203,7 @@ def test_private_updates_are_drawn_from_the_reference_s_distribution(make: MakeE
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_every_strategy_comes_to_the_reference_s_parameters(make: MakeExecutor, name: str) -> None:
-    a_plan = plan(strategy=made(name))
+    a_plan = plan(strategy=made(name), rounds=4)  # of which three grow a tree
 
     def final(kind: MakeExecutor) -> Params:
         known = taught(a_plan.strategy)

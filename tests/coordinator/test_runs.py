@@ -33,7 +33,7 @@ from fedml.releases.manifest import Manifest
 from fedml.releases.registry import UNTOLD, MemoryRegistry, Story
 from fedml.rounds import Cohort
 from fedml.rounds.selection import SiteStatus
-from fedml.strategies import FedAvg
+from fedml.strategies import FedAvg, Moon
 from fedml.strategies.robust import Median
 from tests.coordinator import world
 from tests.coordinator.world import GRACE, Hub, Site, delta, packed, plan
@@ -307,6 +307,19 @@ async def test_a_plan_whose_sites_share_the_noise_is_refused_without_masks(hub: 
     with pytest.raises(ConfigError, match=r"secagg=sa1 and no .*roster\.json"):
         await hub.operator.submit(masked.to_json())
     assert not await hub.operator.list_runs()
+
+
+async def test_a_run_that_its_model_cannot_bear_fails_before_a_site_is_asked(
+    hub: Hub, sites: list[Site]
+) -> None:
+    run = await hub.submit(plan(strategy=Moon()))  # breast cancer's model is linear
+    ended = await hub.end(run)
+    assert (ended.state, ended.round) == ("failed", 0)
+    assert "with a model of 1 layer (it has 1.bias, 1.weight alone)" in ended.detail
+    assert "use strategy=fedavg" in ended.detail
+    assert not hub.runs.detail(run).receipts
+    good = await hub.submit(plan())
+    assert {(await site.order()).run for site in sites} == {good}  # nothing came before it
 
 
 async def test_a_recipe_that_the_coordinator_lacks_or_has_otherwise_is_refused(hub: Hub) -> None:

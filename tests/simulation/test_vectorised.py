@@ -26,7 +26,7 @@ from fedml.simulation.engine import Engine, Outcome, statuses
 from fedml.simulation.executors.base import Executor, Holding, MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.vectorised import Vectorised
-from fedml.strategies import STRATEGIES, build, catalogue
+from fedml.strategies import STRATEGIES, XGBoost, build, catalogue
 from tests.simulation.models import (
     Toy,
     clusters,
@@ -117,7 +117,7 @@ def test_every_strategy_comes_to_the_same_model_and_receipts(name: str) -> None:
         "pca": Toy(line),
     }
     recipe, holdings = particular.get(name, Toy(perceptron)), sites(UNEVEN)
-    plan = toy_plan(SHORT, build({"name": name}))
+    plan = toy_plan(SHORT, XGBoost(sketch=1) if name == "xgboost" else build({"name": name}))
     one, other = (play(make, plan, recipe, holdings) for make in (Inline, Vectorised))
     assert one.candidate is not None
     assert other.candidate is not None

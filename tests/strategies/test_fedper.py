@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, Contradiction
 from fedml.learning.evaluation import evaluate
 from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId
@@ -20,7 +20,16 @@ from fedml.simulation.executors.base import MakeExecutor, Memory
 from fedml.simulation.executors.inline import Inline
 from fedml.simulation.executors.processes import Processes
 from fedml.simulation.executors.vectorised import Vectorised
-from fedml.strategies import RULES, FedAvg, FedBN, FedPer, Personal, ServerState, Strategy
+from fedml.strategies import (
+    RULES,
+    FedAvg,
+    FedBN,
+    FedPer,
+    FedRep,
+    Personal,
+    ServerState,
+    Strategy,
+)
 from tests.simulation.worlds import engine, holdings, plan, recipe, start
 
 SHARES = np.array([1.0, 3.0]) / 4.0
@@ -117,9 +126,20 @@ def test_a_site_is_scored_with_its_own_parameters(make: MakeExecutor) -> None:
 
 
 def test_a_name_that_is_not_there_is_told_with_those_that_are() -> None:
-    end = engine(of(FedPer(("haed.*",)))).play().end
-    assert end.state == "stopped"
-    assert "strategy.home 'haed.*' matches no parameter; there are 1.bias, 1.weight" in end.detail
+    told = "strategy.home 'haed.*' matches no parameter; there are 1.bias, 1.weight"
+    for kind in (FedPer, FedRep):
+        with pytest.raises(Contradiction) as caught:
+            engine(of(kind(("haed.*", "1.*", "tail"))))
+        first, second, third = caught.value.reasons
+        assert told in first
+        assert "'tail' matches no parameter" in second
+        assert "names every parameter, so nothing travels" in third
+        engine(of(kind(("1.weight",))))
+    state = FedAvg().start(start())
+    with pytest.raises(ConfigError, match=r"strategy.home 'haed.\*' matches no parameter"):
+        RULES["home"].finish(
+            replace(FedAvg().brief(state), settings={"haed.*": 1.0}), {}, state.params, {}
+        )
 
 
 def test_batch_normalisation_is_found_whatever_its_name() -> None:

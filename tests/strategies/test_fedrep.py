@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, Contradiction
 from fedml.learning.trainer import Trainer
 from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
@@ -76,10 +76,8 @@ def test_naming_nothing_is_fedavg_to_the_bit() -> None:
 
 
 def test_what_travels_waits_for_the_head_at_every_site() -> None:
-    waits, memory = final(FedRep(("1.weight",), head_steps=3))  # a task has three steps
-    assert waits == start()
+    moves, memory = final(FedRep(("1.weight",), head_steps=2))  # a task has three steps
     assert all(bool(slots["home"]["1.weight"].any()) for slots in memory.slots.values())
-    moves, _ = final(FedRep(("1.weight",), head_steps=2))
     assert not torch.equal(moves["1.bias"], start()["1.bias"])
     assert torch.equal(moves["1.weight"], start()["1.weight"])
 
@@ -101,9 +99,13 @@ def test_turns_are_taken_step_by_step_where_sites_train() -> None:
 
 
 def test_momentum_and_bad_settings_are_refused() -> None:
-    a_plan = replace(plan(strategy=FedRep()), training=Training(lr=0.1, steps=2, momentum=0.9))
-    end = engine(a_plan).play().end
-    assert end.state == "stopped"
-    assert "strategy fedrep with training.momentum 0.9" in end.detail
+    moved_on = r"strategy fedrep with training.momentum 0.9: it would .*, set it to 0"
+    a_plan = plan(strategy=FedRep(("1.weight",), head_steps=2))
+    with pytest.raises(Contradiction, match=moved_on) as caught:
+        replace(a_plan, training=Training(lr=0.1, steps=2, momentum=0.9))
+    assert "head_steps 2 with training.steps 2: none is left" in caught.value.reasons[1]
+    brief = FedRep().brief(FedRep().start(start()))
+    with pytest.raises(ConfigError, match=moved_on):  # at a site, whoever asks
+        Alternate().finish(brief, {}, start(), {"momentum": 0.9})
     with pytest.raises(ConfigError, match=r"fedrep.head_steps 0: must be 1 or more"):
         FedRep(head_steps=0)

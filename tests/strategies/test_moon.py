@@ -16,7 +16,7 @@ from fedml.learning.trainer import Trainer
 from fedml.params import Params
 from fedml.protocol.messages import Privacy, RunId, SiteId, TaskId, Training
 from fedml.protocol.tasks import Slots, Task, Update
-from fedml.strategies import FedAvg, Moon, Strategy
+from fedml.strategies import FedAvg, Moon, Strategy, check_model
 from fedml.strategies.moon import Views
 from tests.simulation.worlds import engine, plan
 
@@ -150,9 +150,10 @@ def test_a_model_without_a_hidden_layer_is_refused_with_the_way_out() -> None:
     for model in (line, frozen):
         with pytest.raises(ConfigError, match=r"has 1 layer to train, .* use strategy=fedavg"):
             trained(Moon(), {}, model=model)
-    end = engine(plan(strategy=Moon())).play().end  # breast cancer's model is linear
-    assert end.state == "stopped"
-    assert "no representation of rows to compare; use strategy=fedavg" in end.detail
+    told = r"a model of 1 layer \(it has 1.bias, 1.weight alone\): .* use strategy=fedavg"
+    with pytest.raises(Contradiction, match=told):  # breast cancer's model is linear
+        engine(plan(strategy=Moon()))
+    check_model(Moon(), Params(hidden().state_dict()), 3)
 
 
 def test_record_privacy_is_refused_by_the_plan_and_at_a_site() -> None:

@@ -37,6 +37,7 @@ from fedml.strategies import (
     WeightedMean,
     XGBoost,
     build,
+    check_model,
     is_bounded,
     reports,
 )
@@ -363,6 +364,23 @@ def test_a_grown_forest_becomes_a_bundle(tmp_path: Path) -> None:
 def test_a_setting_out_of_range_is_told(settings: Mapping[str, float], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         build({"name": "xgboost", **settings})
+
+
+def test_rounds_that_leave_a_tree_unfinished_are_refused_with_the_right_number() -> None:
+    """4 rounds find bins, and three trees take 2 each."""
+    params, strategy = Params(Forest(2, trees=3, depth=2, bins=4).state_dict()), XGBoost(sketch=4)
+    for rounds in (6, 8, 10, 12):  # what is beyond 10 changes nothing
+        check_model(strategy, params, rounds)
+    for rounds, why in ((1, "none grows"), (4, "none grows"), (7, "a tree is left unfinished")):
+        with pytest.raises(Contradiction) as caught:
+            check_model(strategy, params, rounds)
+        assert caught.value.reasons == (
+            f"rounds {rounds} with strategy XGBoost: 4 find bins and each tree takes 2, so {why}; "
+            "set rounds=10 for all 3 trees of this recipe, or to 4 and 2 for each that is wanted",
+        )
+    other = Params(nn.Linear(2, 1).state_dict())
+    with pytest.raises(Contradiction, match="grows a Forest, this model has bias, weight: let"):
+        check_model(strategy, other, 10)
 
 
 def test_a_model_that_is_no_empty_forest_is_told() -> None:
