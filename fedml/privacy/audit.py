@@ -24,12 +24,16 @@ _GUESSES = (10, 20, 40, 80, 160, 320, 640)  # of each kind, which the distributi
 _MOST = 40.0  # the largest epsilon that is told from infinity
 _SURE = 0.999  # of the pooled bound, so that a sound engine is not blamed by chance
 _DEVIATIONS = 4.0  # by which an estimate is above the claim when it is no accident
+_STRAY = 5.0  # deviations by which canaries that were not there are off 0 when it is no accident
 _FEWEST = 40  # canaries
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One score for each canary, larger if it seems to have been trained on, and the truth."""
+    """One score for each canary, larger if it seems to have been trained on, and the truth.
+
+    That of a canary that was not is noise around 0; only the estimate relies on it.
+    """
 
     values: NDArray[np.float64]
     included: NDArray[np.bool_]
@@ -123,17 +127,24 @@ def _most_likely(events: int, trials: int, confidence: float) -> float:
 def estimate(scores: Scores, delta: float) -> float:
     """Return the epsilon of the Gaussian mechanism whose scores would look like these.
 
-    Source: Andrew et al. 2023, arXiv:2302.03098, section 4.
+    Source: Andrew et al. 2023, arXiv:2302.03098, algorithm 1, where too the scores of canaries
+    that were not trained on have a known mean. The deviation is not taken from what is claimed,
+    or less noise would not be seen.
     """
-    return _epsilon(_distance(scores), delta)
+    return _epsilon(_shift(scores), delta)
 
 
-def _distance(scores: Scores) -> float:
-    """Return by how many standard deviations the two kinds' means lie apart."""
-    inside, outside = scores.values[scores.included], scores.values[~scores.included]
-    gap = float(inside.mean() - outside.mean())
-    deviation = math.sqrt((float(inside.var(ddof=1)) + float(outside.var(ddof=1))) / 2)
-    return gap / deviation if deviation > 1e-9 * abs(gap) else math.inf
+def _shift(scores: Scores) -> float:
+    """Return how many standard deviations training on a canary moves its score: most likely so.
+
+    The mean of the others says nothing of it but noise, for it is known to be 0. The difference
+    of the two means would have twice the variance.
+    """
+    inside = scores.values[scores.included]
+    shift = float(inside.mean())
+    square = float(np.square(scores.values - shift * scores.included).sum())
+    deviation = math.sqrt(square / (len(scores.values) - 1))
+    return shift / deviation if deviation > 1e-9 * abs(shift) else math.inf
 
 
 def _epsilon(mu: float, delta: float) -> float:
@@ -162,8 +173,12 @@ def _refutation(pooled: Scores, claimed: float, delta: float, free: float, gauss
     worst = max(free, gaussian)
     if worst > claimed:
         return f"an attacker proves epsilon {worst:.2f}, above the {claimed:g} that is claimed"
-    mu, canaries = _distance(pooled), len(pooled.values)
-    error = math.sqrt((4 + mu * mu / 2) / canaries)  # of mu, from two means and a deviation
+    outside = pooled.values[~pooled.included]
+    middle = float(outside.mean())
+    if abs(middle) * math.sqrt(len(outside)) > _STRAY * float(outside.std()):
+        return f"canaries not trained on score {middle:.3g} on average, where noise alone gives 0"
+    mu, canaries = _shift(pooled), len(pooled.values)
+    error = math.sqrt((2 + mu * mu / 2) / canaries)  # of mu, from a mean of half and a deviation
     if _epsilon(mu - _DEVIATIONS * error, delta) > claimed:
         return (
             f"epsilon is about {_epsilon(mu, delta):.2f}, which {canaries} canaries tell from the "

@@ -1,7 +1,8 @@
 """The private training that sites run, attacked by canaries: at epsilon 3, and with faults.
 
 Noise comes from the system's entropy, so these tests draw anew each time. What they ask holds but
-once in some ten thousand runs: bounds are at 99.9 %, and one of twenty estimates may stray.
+once in some ten thousand runs: bounds are at 99.9 %, and twenty estimates, which stray by .16, all
+lie within the five deviations that are asked but once in 250,000.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def test_at_epsilon_3_no_bound_of_twenty_seeds_is_above_the_claim() -> None:
 
 def test_at_epsilon_3_the_estimate_of_twenty_seeds_is_the_claim() -> None:
     found = [estimate(scores, DELTA) for scores in sound()]
-    assert sum(LEAST <= value <= MOST for value in found) >= 19
-    assert statistics.fmean(found) == pytest.approx(CLAIM, abs=0.25)
+    assert all(LEAST <= value <= MOST for value in found)
+    assert statistics.fmean(found) == pytest.approx(CLAIM, abs=0.15)
 
 
 def test_the_audit_proves_most_of_what_is_claimed() -> None:
