@@ -157,6 +157,7 @@ class Host:
                     step = partial(self._carry_out, command)
                     commands.extend(await insist(step, self._wait))
                     if isinstance(command, End):
+                        self._give_way()  # others need not wait for a version to be made
                         return command
                 self._changed(self.run.id)
                 self._give_way()
