@@ -157,7 +157,6 @@ class Host:
                     step = partial(self._carry_out, command)
                     commands.extend(await insist(step, self._wait))
                     if isinstance(command, End):
-                        self._give_way()  # others need not wait for a version to be made
                         return command
                 self._changed(self.run.id)
                 self._give_way()
@@ -245,6 +244,7 @@ class Host:
             case ForgetTask(task, site):
                 self._forget(task, site)
             case Candidate():
+                self._give_way()  # others need not wait until a version is made
                 await self._candidate(command)
             case End():
                 await self._end(command)

@@ -19,7 +19,7 @@ from fedml.coordinator.settings import Settings
 from fedml.errors import ConfigError, PermissionDenied, Unreachable
 from fedml.protocol.messages import Assignment, Cancel, Declined, Failed, Forget, RunId, TaskId
 from fedml.protocol.operations import ModelVersion, RunInfo
-from fedml.releases.registry import MemoryRegistry
+from fedml.releases.registry import UNTOLD, MemoryRegistry, Story
 from fedml.rounds import Evaluation, SitesChanged
 from fedml.rounds.run import Run
 from tests.coordinator import world
@@ -180,6 +180,37 @@ async def test_a_site_that_is_back_before_its_run_is_does_not_throw_its_work_awa
 
 
 # --- sites that take part in few runs at once -----------------------------------------------------
+
+
+class Away(MemoryRegistry):
+    """A registry that nobody reaches until it is `back`."""
+
+    back = False
+
+    def stage(self, bundle: Path, story: Story = UNTOLD) -> ModelVersion:
+        if not self.back:
+            raise Unreachable("registry at db: connection refused")
+        return super().stage(bundle, story)
+
+
+async def test_who_waits_for_sites_does_not_wait_for_the_version_of_a_run_that_had_them(
+    tmp_path: Path,
+) -> None:
+    registry = Away(tmp_path / "registry")
+    async with world.hub(tmp_path, registry) as hub:
+        sites = [Site(tmp_path, name) for name in world.SITES]
+        for site in sites:
+            site.hello = replace(site.hello, runs_at_once=1)
+            await site.connect(hub)
+        first, second = [await hub.submit(plan(rounds=1)) for _ in range(2)]
+        await play(sites)
+        orders = [await site.order() for site in sites]
+        assert {order.run for order in orders} == {second}
+        assert hub.runs.detail(first).info.state == "running"
+        registry.back = True
+        for site, order in zip(sites, orders, strict=True):
+            await site.answer(order)
+        assert [(await hub.end(run)).state for run in (first, second)] == ["done", "done"]
 
 
 async def test_runs_take_turns_at_sites_that_work_for_one_run_at_a_time(
