@@ -12,6 +12,7 @@ keep a release back and not change a byte of it. What leaves see is complete at 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedml import durable
@@ -38,8 +39,7 @@ class Mirror:
 
     def models(self) -> list[str]:
         """Return the models of which leaves get a release here, sorted."""
-        bundles = (self._folder / "trust" / "bundles").glob("*/[0-9]*")
-        return sorted({bundle.parent.name for bundle in bundles})
+        return sorted({bundle.parent.name for bundle in self._bundles()})
 
     def file(self, name: str) -> Path:
         """Return where a metadata or channel file lies; `ConfigError` if there is none so named."""
@@ -83,8 +83,10 @@ class Mirror:
         self._last, self._shown = self._shown, shown
 
     def _digests(self) -> set[str]:
-        bundles = (self._folder / "trust" / "bundles").glob("*/[0-9]*")
-        return {blob.digest for bundle in bundles for blob in _files(bundle)}
+        return {blob.digest for bundle in self._bundles() for blob in _files(bundle)}
+
+    def _bundles(self) -> Iterator[Path]:
+        return (self._folder / "trust" / "bundles").glob("*/[0-9]*")
 
 
 def _files(bundle: Path) -> list[Blob]:

@@ -18,6 +18,7 @@ from fedml.doctor.finding import DAY, Finding, attempt, days
 from fedml.errors import Corrupt
 from fedml.identity.certificates import SKEW, Authority, Credentials, fingerprint, identity_of
 from fedml.identity.receipts import Sealer
+from fedml.releases.signing import TIMESTAMP
 
 _ROOT_NOTICE = 90 * DAY  # an authority's end concerns everybody: speak up early
 _PUBLIC = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -129,11 +130,11 @@ def releases(folder: Path, now: float, *, running: bool, mirrored: bool) -> list
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Corrupt(f"{path} is damaged ({error}); restore it from a backup") from error
-        notice = 2 * DAY if path.name == "timestamp.json" else 30 * DAY
+        notice = 2 * DAY if path.name == TIMESTAMP else 30 * DAY
         name = path.name.removesuffix(".json").rpartition(".")[2]
         return _lifetime(f"release {name}", begin, end, now, notice=notice, advice=upkeep)
 
-    timestamp = folder / "metadata" / "timestamp.json"
+    timestamp = folder / "metadata" / TIMESTAMP
     roots = (folder / "metadata").glob("*.root.json")
     paths = sorted(roots, key=lambda path: int(path.name.partition(".")[0]))[-1:]
     if mirrored and not timestamp.exists():

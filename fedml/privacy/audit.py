@@ -100,21 +100,26 @@ def _least_epsilon(guesses: int, right: int, delta: float, confidence: float, tr
 def gaussian_bound(scores: Scores, delta: float, confidence: float = 0.95) -> float:
     """Return the epsilon that the scores prove, if each is an independent draw.
 
-    They are where every canary moves a coordinate of its own and every row joins every step. The
+    They are where every canary moves a coordinate of its own and every row joins every step. A
     threshold is chosen on every other canary, and its two error rates are bounded on the rest
-    (Clopper-Pearson). Source: Nasr et al. 2023, arXiv:2302.07956, section 4.
+    (Clopper-Pearson); then the other way round, for a choice may be unlucky, with a union bound
+    over the two. Source: Nasr et al. 2023, arXiv:2302.07956, section 4.
     """
     values, included = scores.values, scores.included
-    chosen = np.arange(len(values)) % 2 == 0
-    spread = np.quantile(values[chosen], np.linspace(0.01, 0.99, 99))
+    even = np.arange(len(values)) % 2 == 0
+    sure = (1 + confidence) / 2
 
     def mu(part: NDArray[np.bool_], threshold: float) -> float:
         hits, alarms = values[part & included] < threshold, values[part & ~included] >= threshold
-        missed = _most_likely(int(hits.sum()), len(hits), confidence)
-        false = _most_likely(int(alarms.sum()), len(alarms), confidence)
+        missed = _most_likely(int(hits.sum()), len(hits), sure)
+        false = _most_likely(int(alarms.sum()), len(alarms), sure)
         return float(-norm.ppf(false) - norm.ppf(missed))
 
-    return _epsilon(mu(~chosen, max(spread, key=lambda t: mu(chosen, t))), delta)
+    def proven(chosen: NDArray[np.bool_]) -> float:
+        spread = np.quantile(values[chosen], np.linspace(0.01, 0.99, 99))
+        return mu(~chosen, max(spread, key=lambda t: mu(chosen, t)))
+
+    return _epsilon(max(proven(even), proven(~even)), delta)
 
 
 def _most_likely(events: int, trials: int, confidence: float) -> float:
